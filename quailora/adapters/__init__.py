@@ -1,0 +1,1 @@
+"""Adapter formats. Today: LoRA, as PEFT stores it."""

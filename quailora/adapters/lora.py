@@ -1,0 +1,132 @@
+"""Write low-rank corrections as a LoRA adapter that stock PEFT loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..outputs import write_json
+from ..solvers import LowRank
+
+
+@final
+@dataclass(frozen=True)
+class LoraScaling:
+    """How PEFT scales each layer: `W x + s * lora_B @ lora_A x`.
+
+    Patterns are PEFT's: their keys are module names, their endings at a dot, or regular expressions for an ending.
+
+    Attributes:
+        rank: rank of every layer that no pattern names.
+        alpha: `lora_alpha` of every layer that no pattern names; the rank if None, so that `s = 1`.
+        rslora: `s = alpha / sqrt(rank)` instead of `alpha / rank` (Kalajdzievski, 2023, arXiv 2312.03732).
+        rank_pattern: rank of the layers that a key names.
+        alpha_pattern: `lora_alpha` of the layers that a key names.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for alpha in (self.default_alpha, *self.alpha_pattern.values()):
+            if not (alpha > 0 and math.isfinite(alpha)):
+                raise ValueError(f"Expected a positive lora_alpha, got {alpha}.")
+
+    @property
+    def default_alpha(self) -> float:
+        """`lora_alpha` of every layer that no pattern names."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of a layer."""
+        return self.rank_pattern.get(pattern_key(self.rank_pattern, name), self.rank)
+
+    def scale_of(self, name: str) -> float:
+        """Return `s`, the factor that PEFT multiplies `lora_B @ lora_A` of a layer with."""
+        alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, name), self.default_alpha)
+        rank = self.rank_of(name)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def unused_patterns(self, names: Iterable[str]) -> list[str]:
+        """Return the keys of both patterns that mean none of these layers; PEFT ignores such keys."""
+        used = {pattern_key(pattern, name) for name in names for pattern in (self.rank_pattern, self.alpha_pattern)}
+        return [key for key in (*self.rank_pattern, *self.alpha_pattern) if key not in used]
+
+
+def pattern_key(pattern: Mapping[str, object], name: str) -> str:
+    """Return the first key of a pattern that means a layer, found by PEFT's own rule; the name itself if none does."""
+    from peft.utils.other import get_pattern_key
+
+    key: str = get_pattern_key(tuple(pattern), name)
+    return key
+
+
+def write_lora(
+    folder: Path,
+    layers: Mapping[str, LowRank],
+    scaling: LoraScaling,
+    *,
+    target_modules: Sequence[str],
+    base_model: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`.
+
+    PEFT's scaling is divided out here and nowhere else: each factor of `C` by `sqrt(s)`, which keeps them balanced.
+    The factors are stored in float32. In bfloat16 their rounding alone would be a visible error in layers whose inputs
+    have one massive direction, which the correction cancels to many digits.
+
+    Args:
+        folder: an existing folder.
+        layers: correction of each layer, by module name.
+        scaling: ranks and alphas; the ranks must be those of the corrections.
+        target_modules: what PEFT wraps; explicit names, since `all-linear` finds nothing on some quantized layers.
+        base_model: hub name or folder of the base.
+        metadata: more entries for the header of the safetensors file.
+
+    Raises:
+        ValueError: if a correction's rank is not the one that the scaling states.
+    """
+    from peft import LoraConfig, TaskType
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for name, low_rank in layers.items():
+        if low_rank.rank != scaling.rank_of(name):
+            raise ValueError(f"Expected rank {scaling.rank_of(name)} in {name}, got {low_rank.rank}.")
+        root = math.sqrt(scaling.scale_of(name))
+        for factor in ("lora_A", "lora_B"):
+            tensor = (getattr(low_rank, factor).double() / root).to(torch.float32)
+            tensors[f"base_model.model.{name}.{factor}.weight"] = tensor.cpu().contiguous()
+    config = LoraConfig(
+        r=scaling.rank,
+        lora_alpha=plain_number(scaling.default_alpha),
+        use_rslora=scaling.rslora,
+        rank_pattern=dict(scaling.rank_pattern),
+        alpha_pattern={key: plain_number(alpha) for key, alpha in scaling.alpha_pattern.items()},
+        target_modules=list(target_modules),
+        init_lora_weights=True,
+        lora_dropout=0.0,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    # PEFT's own `save_pretrained` writes the same content, but its sets in an order that changes from run to run.
+    content = config.to_dict() | {"target_modules": sorted(target_modules)}
+    write_json(folder / "adapter_config.json", content)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", **(metadata or {})})
+
+
+def plain_number(value: float) -> int | float:
+    """Return whole numbers as `int`, which PEFT's configuration expects."""
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,106 @@
+"""The command line: every command is a function of the package, and its options are that function's signature."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from jsonargparse import ArgumentParser, auto_cli
+from rich.logging import RichHandler
+
+from .demo import demo
+from .errors import QuailoraError
+from .evaluate import evaluate
+from .pipeline import init
+from .progress import console
+from .quantizers import QUANTIZERS
+from .report.tables import print_table
+from .solvers import SOLVERS
+
+
+@final
+@dataclass(frozen=True)
+class Components:
+    """The quantizers and solvers that have a short name."""
+
+    def show(self) -> None:
+        """Print one table for each."""
+        for title, table in (("Quantizers", QUANTIZERS), ("Solvers", SOLVERS)):
+            rows = [[name, f"{cls.__doc__ or ''}".partition("\n")[0]] for name, cls in table.items()]
+            print_table(
+                f"{title} (fields: quailora init --{title.lower()[:-1]}.help NAME)", ("name", "what"), rows, "left"
+            )
+
+
+def list_components() -> Components:
+    """List the quantizers and solvers."""
+    return Components()
+
+
+COMMANDS: dict[str, Any] = {"init": init, "evaluate": evaluate, "demo": demo, "list": list_components}
+
+SHORT_NAMES: dict[str, dict[str, type]] = {"quantizer": dict(QUANTIZERS), "solver": dict(SOLVERS)}
+
+
+class Parser(ArgumentParser):
+    """Spells options as people type them: `--sequence-length`, and `--overwrite` without a value."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument with these spellings."""
+        # jsonargparse copies this method into its argument groups, where this module's names are unknown.
+        from jsonargparse import ActionYesNo
+
+        if len(args) != 1 or not args[0].startswith("--"):
+            return super().add_argument(*args, **kwargs)
+        dashed = args[0].replace("_", "-")
+        if kwargs.get("type") is bool:
+            switch = {key: value for key, value in kwargs.items() if key != "type"}
+            return super().add_argument(dashed, action=ActionYesNo, **switch)
+        return super().add_argument(*dict.fromkeys((dashed, args[0])), **kwargs)
+
+
+def expand_short_names(arguments: Sequence[str]) -> list[str]:
+    """Replace `--quantizer nf4` by the full class path that jsonargparse resolves, and `--solver quailora` likewise."""
+    expanded = list(arguments)
+    for index, argument in enumerate(expanded):
+        option, equals, value = argument.removeprefix("--").partition("=")
+        names = SHORT_NAMES.get(option.removesuffix(".help"))
+        if names is None or not argument.startswith("--"):
+            continue
+        if equals and value in names:
+            expanded[index] = f"--{option}={class_path(names[value])}"
+        elif not equals and index + 1 < len(expanded) and expanded[index + 1] in names:
+            expanded[index + 1] = class_path(names[expanded[index + 1]])
+    return expanded
+
+
+def class_path(cls: type) -> str:
+    """Return the path that imports a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    logging.getLogger("quailora").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing optional kernel package is no news
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        result = auto_cli(
+            COMMANDS,
+            args=expand_short_names(sys.argv[1:] if arguments is None else arguments),
+            parser_class=Parser,
+            prog="quailora",
+            description="Quantization-aware initialization of low-rank adapters.",
+        )
+        result.show()
+    except (QuailoraError, ValueError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        return 1
+    return 0

@@ -1,0 +1,33 @@
+"""The exceptions and warnings of quailora.
+
+Every exception here is also a builtin (`ValueError`, `OSError`, ...), so code that knows nothing of quailora can
+still catch it, and all of them are `QuailoraError`, which is what the command line turns into a one-line message.
+"""
+
+
+class QuailoraError(Exception):
+    """Something the user can act on: the message says what was expected, what came and what to try."""
+
+
+class CalibrationError(QuailoraError, ValueError):
+    """Calibration data is missing, empty, too short, or not readable in the way that was asked for."""
+
+
+class NumericalError(QuailoraError, ArithmeticError):
+    """A weight, an input or a statistic is NaN or infinite, or a factorisation failed."""
+
+
+class TargetError(QuailoraError, ValueError):
+    """The requested target modules match nothing, or cannot carry an adapter of the requested rank."""
+
+
+class ModelError(QuailoraError, OSError):
+    """A model, a tokenizer or a saved adapter cannot be found or read."""
+
+
+class OutputExistsError(QuailoraError, FileExistsError):
+    """The output folder already holds a result, and overwriting was not asked for."""
+
+
+class NumericalWarning(UserWarning):
+    """The computation went on after a numerical repair; the message says how large the repair was."""

@@ -1,0 +1,225 @@
+"""Perplexity of a model in full precision, quantized, and quantized with an adapter."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from json import loads
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional
+
+from .calibration import Calibration, TextSource, evaluation_windows, shipped_text
+from .errors import ModelError
+from .models.capture import collect_statistics
+from .models.layers import linear_layers, weight_of
+from .models.load import DeviceName, DtypeName, check_sequence_length, load_model
+from .outputs import write_json
+from .progress import track
+from .quantizers import NF4, Quantizer
+from .report.settings import build
+from .report.tables import print_table
+from .statistics import InputStatistics
+
+logger = logging.getLogger("quailora")
+
+
+@final
+@dataclass(frozen=True)
+class Perplexity:
+    """Token-level perplexity over windows that do not overlap.
+
+    Attributes:
+        perplexity: `exp` of the mean negative log likelihood (nats) of every token but each window's first.
+        tokens: number of predicted tokens.
+        window_losses: mean negative log likelihood of each window, for paired comparisons.
+    """
+
+    perplexity: float
+    tokens: int
+    window_losses: tuple[float, ...]
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any, windows: Int[Tensor, "windows sequence_length"], description: str = "Evaluating"
+) -> Perplexity:
+    """Measure a causal language model, one window at a time.
+
+    Args:
+        model: a transformers or PEFT causal language model.
+        windows: token ids.
+        description: label of the progress bar.
+    """
+    device = next(model.parameters()).device
+    losses = []
+    for window in track(windows, description, total=len(windows)):
+        ids = window.to(device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        losses.append(functional.cross_entropy(logits.float(), ids[1:]).item())
+    return Perplexity(math.exp(sum(losses) / len(losses)), len(windows) * (windows.shape[1] - 1), tuple(losses))
+
+
+@torch.no_grad()
+def quantize_in_place(
+    model: Any, quantizer: Quantizer, statistics: Mapping[str, InputStatistics] | None = None
+) -> dict[str, Tensor]:
+    """Replace the weight of every linear layer but the output head by its quantized value.
+
+    Args:
+        model: a transformers model; its layers keep computing in the model's own dtype.
+        quantizer: makes the new weights.
+        statistics: inputs of each layer, for calibrated quantizers.
+
+    Returns:
+        The weights that were replaced, by layer.
+    """
+    originals = {}
+    for name, module in track(linear_layers(model).items(), "Quantizing", total=len(linear_layers(model))):
+        weight = weight_of(name, module)
+        originals[name] = weight.clone()
+        weight.copy_(quantizer.quantize(weight, statistics[name] if statistics else None).dequantize())
+    return originals
+
+
+@contextmanager
+def quantized(
+    model: Any, quantizer: Quantizer, statistics: Mapping[str, InputStatistics] | None = None
+) -> Iterator[None]:
+    """Quantize a model inside a `with` statement, and restore its weights at the end."""
+    originals = quantize_in_place(model, quantizer, statistics)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, module in linear_layers(model).items():
+                weight_of(name, module).copy_(originals[name])
+
+
+@contextmanager
+def adapted(model: Any, adapter: Path) -> Iterator[Any]:
+    """Attach an adapter by stock PEFT inside a `with` statement, and take it off at the end."""
+    from peft import PeftModel
+
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(adapter))
+    except Exception as error:  # PEFT passes on errors of safetensors, json and torch
+        raise ModelError(f"PEFT cannot load the adapter {adapter} on this model: {error}") from error
+    try:
+        yield wrapped.eval()
+    finally:
+        wrapped.unload()
+
+
+def read_provenance(adapter: Path) -> dict[str, Any]:
+    """Return the sidecar `quailora.json` of an adapter, or an empty dict if the adapter has none.
+
+    Raises:
+        ModelError: if there is no adapter in the folder, or the sidecar is damaged.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise ModelError(f"Expected an adapter folder with adapter_config.json, but {adapter} has none.")
+    sidecar = adapter / "quailora.json"
+    if not sidecar.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"The sidecar {sidecar} is damaged: {error}.") from error
+    return content
+
+
+@final
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexities of one base.
+
+    Attributes:
+        model: as it was asked for.
+        quantizer: how the base was quantized.
+        adapter: folder of the adapter, if there was one.
+        results: "full precision", "quantized" and "quantized + adapter".
+    """
+
+    model: str
+    quantizer: str
+    adapter: str | None
+    results: Mapping[str, Perplexity]
+
+    def show(self) -> None:
+        """Print a table."""
+        rows = [[name, f"{result.perplexity:.4f}"] for name, result in self.results.items()]
+        tokens = next(iter(self.results.values())).tokens
+        print_table(f"{self.model}, {self.quantizer}, {tokens} tokens", ("weights", "perplexity"), rows)
+
+
+def evaluate(
+    model: str,
+    *,
+    text: str | None = None,
+    text_fields: tuple[str, ...] = ("text",),
+    quantizer: Quantizer | None = None,
+    adapter: str | None = None,
+    calibration: str | None = None,
+    windows: int = 10,
+    sequence_length: int = 2048,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    json: str | None = None,
+) -> Evaluation:
+    """Measure perplexity in full precision, quantized, and quantized with an adapter.
+
+    Every linear layer but the output head is quantized; the adapter is attached by stock PEFT.
+
+    Args:
+        model: hub name, folder, .gguf file, or "demo".
+        text: text or .jsonl file to measure on; the shipped text by default. Do not use the calibration text.
+        text_fields: text fields of a .jsonl record.
+        quantizer: quantizes the base; by default the one the adapter was made for, or NF4.
+        adapter: folder of a LoRA adapter.
+        calibration: calibration text for a quantizer that needs it; by default as the adapter was made.
+        windows: number of windows at most.
+        sequence_length: tokens in a window.
+        dtype: dtype of the model; "auto" keeps that of the checkpoint.
+        device: "auto" is the GPU where there is one.
+        json: file to write the result to.
+    """
+    provenance = read_provenance(Path(adapter)) if adapter else {}
+    chosen = base_quantizer(quantizer, provenance)
+    loaded = load_model(model, dtype, device)
+    check_sequence_length(loaded.model, sequence_length)
+    texts = list(TextSource(text, text_fields).documents()) if text else [shipped_text("evaluate")]
+    ids = evaluation_windows(loaded.tokenizer, texts, windows, sequence_length)
+    if len(ids) < windows:
+        logger.warning("The text fills %d windows, not %d.", len(ids), windows)
+
+    statistics = None
+    if chosen.calibrated:
+        recorded = Calibration.from_dict(provenance["calibration"]) if provenance else Calibration()
+        source = replace(recorded, text=TextSource(calibration)) if calibration else recorded
+        statistics = collect_statistics(loaded.model, linear_layers(loaded.model), source.windows(loaded.tokenizer))
+    results = {"full precision": perplexity(loaded.model, ids, "Full precision")}
+    with quantized(loaded.model, chosen, statistics):
+        results["quantized"] = perplexity(loaded.model, ids, "Quantized")
+        if adapter:
+            with adapted(loaded.model, Path(adapter)) as wrapped:
+                results["quantized + adapter"] = perplexity(wrapped, ids, "Quantized + adapter")
+    evaluation = Evaluation(model, repr(chosen), adapter, results)
+    if json:
+        write_json(Path(json), asdict(evaluation) | {"text": text, "sequence_length": sequence_length})
+    return evaluation
+
+
+def base_quantizer(asked: Quantizer | None, provenance: Mapping[str, Any]) -> Quantizer:
+    """Return the quantizer to evaluate with: the one asked for, else the adapter's own, else NF4."""
+    recorded = build(Quantizer, provenance["quantizer"]) if provenance else None  # type: ignore[type-abstract]
+    if asked is not None and recorded is not None and asked != recorded:
+        logger.warning("This adapter was made for %r; on %r it corrects another error.", recorded, asked)
+    return asked or recorded or NF4()

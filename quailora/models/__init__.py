@@ -1,0 +1,1 @@
+"""Hugging Face models: loading them, finding their linear layers, watching their inputs."""

@@ -1,0 +1,83 @@
+"""Output files and folders that are complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import OutputExistsError
+
+RESULTS = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "base",
+    "config.yaml",
+    "quailora.json",
+    "README.md",
+    "report.json",
+)
+"""Everything that `init` writes."""
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise an `OutputExistsError` if the folder holds a result that must not be overwritten, or is a file."""
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"Expected a folder to write to, but {out} is a file.")
+    there = [name for name in RESULTS if (out / name).exists()]
+    if there and not overwrite:
+        raise OutputExistsError(
+            f"{out} already holds a result ({', '.join(there)}). Choose another folder or pass --overwrite."
+        )
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary folder beside `out` whose content becomes that of `out` when the body ends without error.
+
+    Files of `out` that are no results stay. If the body fails, `out` is as it was and the temporary folder is gone.
+
+    Args:
+        out: the folder to make or fill.
+        overwrite: replace the results that are there.
+
+    Raises:
+        OutputExistsError: if `out` holds a result and `overwrite` is False.
+    """
+    check_output(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield partial
+        check_output(out, overwrite)
+        out.mkdir(exist_ok=True)
+        for name in RESULTS:
+            restore_permissions(partial / name)
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            if (partial / name).exists():
+                (partial / name).replace(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def restore_permissions(path: Path) -> None:
+    """Give a file the permissions of any new file; safetensors and temporary files are private to the user."""
+    if path.is_file():
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name and rename it when it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,18 @@
+"""Quantizers: from a weight to fewer bits. If unsure, use `NF4`, the base of QLoRA."""
+
+from .base import QuantizedWeight as QuantizedWeight
+from .base import Quantizer as Quantizer
+from .fp4 import FP4 as FP4
+from .gptq import GPTQ as GPTQ
+from .int8 import Int8 as Int8
+from .nf4 import NF4 as NF4
+from .uniform import Uniform as Uniform
+
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "nf4": NF4,
+    "fp4": FP4,
+    "int8": Int8,
+    "uniform": Uniform,
+    "gptq": GPTQ,
+}
+"""The short names that the command line knows."""

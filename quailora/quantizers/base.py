@@ -1,0 +1,110 @@
+"""The interface of all quantizers, and what a quantized weight can do."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import CalibrationError, NumericalError
+from ..statistics import InputStatistics
+
+
+class QuantizedWeight(ABC):
+    """A weight as it is stored: codes, scales and whatever else the format keeps.
+
+    Laws: `dequantize` has the shape and dtype of the weight that was quantized; `nbytes` is the size of `tensors`.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)` of the weight."""
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor that has to be stored to rebuild the weight, packed as it is stored."""
+
+    @abstractmethod
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:
+        """Return `Q`, the weight that the quantized layer computes with."""
+
+    @final
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors: codes, scales, zero points, second-level scales."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    @final
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each weight, everything counted."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+
+class Quantizer(ABC):
+    """Turns a weight matrix into fewer bits.
+
+    Laws:
+
+    - `quantize(w).dequantize()` has `w`'s shape and dtype and is finite.
+    - Where the scheme is idempotent, quantizing `quantize(w).dequantize()` again changes nothing.
+    - A quantizer with `calibrated = True` is never worse than rounding to nearest on the same grid, in the metric
+      of the statistics it is given.
+
+    A quantizer is either this class or final. Its hyper-parameters are the fields of a frozen dataclass.
+    """
+
+    calibrated: ClassVar[bool] = False
+    """Whether `quantize` needs the statistics of the layer's inputs."""
+
+    @final
+    def quantize(self, weight: Tensor, statistics: InputStatistics | None = None) -> QuantizedWeight:
+        """Quantize a weight.
+
+        Args:
+            weight: `W`, shape (out_features, in_features), any float dtype, any device.
+            statistics: second moment of the layer's inputs; only calibrated quantizers look at it.
+
+        Raises:
+            ValueError: if the weight is not a matrix, or the statistics are of another width.
+            NumericalError: if the weight has NaN or infinite entries.
+            CalibrationError: if the quantizer is calibrated and there are no statistics.
+        """
+        if weight.ndim != 2 or 0 in weight.shape:
+            raise ValueError(f"Expected a weight of shape (out_features, in_features), got {tuple(weight.shape)}.")
+        check_finite(weight)
+        if statistics is None and self.calibrated:
+            raise CalibrationError(f"{self!r} needs calibration: pass the InputStatistics of the layer's inputs.")
+        if statistics is not None and statistics.in_features != weight.shape[1]:
+            raise ValueError(f"Expected statistics of width {weight.shape[1]}, got {statistics.in_features}.")
+        with torch.no_grad():
+            return self.encode(weight.detach(), statistics)
+
+    @abstractmethod
+    def encode(
+        self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
+    ) -> QuantizedWeight:
+        """Quantize a weight and statistics that have been checked."""
+
+    @abstractmethod
+    def stock_config(self) -> dict[str, object] | None:
+        """Return the arguments of transformers' `BitsAndBytesConfig` that load exactly this base.
+
+        None if stock transformers cannot quantize this way while loading; then the base has to be saved.
+        """
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise a `NumericalError` that counts the bad entries unless all of them are finite."""
+    bad = weight.numel() - int(weight.isfinite().sum())
+    if bad:
+        raise NumericalError(
+            f"Expected finite weights, got {bad} NaN or infinite entries of {weight.numel()} "
+            f"in a weight of shape {tuple(weight.shape)}. The checkpoint is damaged, or its dtype overflowed."
+        )

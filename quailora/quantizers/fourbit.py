@@ -1,0 +1,85 @@
+"""What NF4 and FP4 share: bitsandbytes' 4-bit storage, by its own kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, final
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from .base import QuantizedWeight
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+"""The block sizes that bitsandbytes' kernels know."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FourBitWeight(QuantizedWeight):
+    """Two codes a byte, one scale a block, optionally 8-bit scales with scales of their own.
+
+    The format's fixed tables (16 values of a code, 256 of an 8-bit scale) are the same for every layer and not counted.
+
+    Attributes:
+        codes: packed 4-bit codes, row-major.
+        state: bitsandbytes' description of the rest.
+        dtype: dtype of the weight that was quantized.
+    """
+
+    codes: UInt8[Tensor, "packed 1"]
+    state: QuantState
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        rows, columns = self.state.shape
+        return rows, columns
+
+    def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
+        stored = {"codes": self.codes, "absmax": self.state.absmax}
+        if self.state.nested:
+            stored |= {"offset": self.state.offset, "nested_absmax": self.state.state2.absmax}
+        return stored
+
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: Tensor = dequantize_4bit(self.codes, self.state)
+        # bitsandbytes takes codes of one byte for a transposed matrix and returns them as a column.
+        return weight.reshape(self.shape).to(self.dtype)
+
+
+def encode_four_bit(
+    weight: Float[Tensor, "out_features in_features"],
+    quant_type: Literal["nf4", "fp4"],
+    block_size: int,
+    double_quantization: bool,
+) -> FourBitWeight:
+    """Quantize with bitsandbytes, as its `Linear4bit` does when a model is loaded."""
+    from bitsandbytes.functional import quantize_4bit
+
+    # The kernels know no float64.
+    working = weight.float() if weight.dtype == torch.float64 else weight
+    codes, state = quantize_4bit(
+        working.contiguous(), blocksize=block_size, compress_statistics=double_quantization, quant_type=quant_type
+    )
+    return FourBitWeight(codes, state, weight.dtype)
+
+
+def four_bit_config(
+    quant_type: Literal["nf4", "fp4"], block_size: int, double_quantization: bool
+) -> dict[str, object] | None:
+    """Return the arguments of transformers' `BitsAndBytesConfig`, which knows block size 64 only."""
+    if block_size != 64:
+        return None
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double_quantization,
+    }

@@ -1,0 +1,158 @@
+"""The uniform grid that `Uniform` and `GPTQ` round to, and the weight it stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from ..errors import NumericalError
+from .base import QuantizedWeight
+from .packing import pack, unpack
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Levels `scale * (code - zero_point)`, `code = 0 .. 2^bits - 1`; one scale for each row of a group of columns.
+
+    Attributes:
+        scale: spacing of the levels, rounded to float16 as it is stored, held in float32.
+        zero_point: code of the value zero, an integer held in float32.
+        bits: width of a code.
+    """
+
+    scale: Float[Tensor, "out_features *groups"]
+    zero_point: Float[Tensor, "out_features *groups"]
+    bits: int
+
+    @classmethod
+    def fit(cls, weight: Float[Tensor, "out_features *groups group"], bits: int, symmetric: bool) -> Grid:
+        """Span the range of each group, zero included.
+
+        Asymmetric: from the smallest to the largest value. Symmetric: from minus to plus the largest magnitude, with
+        zero at code `2^(bits-1)`, so the top level falls half a step short of it. Both as in the GPTQ papers' code.
+
+        Raises:
+            NumericalError: if a scale overflows float16.
+        """
+        top = 2**bits - 1
+        low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+        if symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        scale = ((high - low) / top).half().float()
+        if not scale.isfinite().all():
+            largest = max(high.max().item(), -low.min().item())
+            raise NumericalError(f"Expected scales that fit float16, but a weight has magnitude {largest:.3g}.")
+        scale = torch.where(scale == 0, 1, scale)
+        zero_point = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
+        return cls(scale, zero_point, bits)
+
+    def encode(self, weight: Float[Tensor, "out_features *columns"]) -> Float[Tensor, "out_features *columns"]:
+        """Return the code of the nearest level, as an integer held in float32. Shapes must broadcast."""
+        return ((weight / self.scale).round() + self.zero_point).clamp(0, 2**self.bits - 1)
+
+    def decode(self, codes: Float[Tensor, "out_features *columns"]) -> Float[Tensor, "out_features *columns"]:
+        """Return the level of each code."""
+        return (codes - self.zero_point) * self.scale
+
+    def at(self, groups: Int[Tensor, " columns"]) -> Grid:
+        """Return the grid of each column, given the group of each column."""
+        return Grid(self.scale[:, groups], self.zero_point[:, groups], self.bits)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class GridWeight(QuantizedWeight):
+    """Packed codes, float16 scales, and zero points and group indices only where they are not implied.
+
+    Attributes:
+        codes: packed codes, row-major.
+        scale: float16, a row's groups in order.
+        zero_point: packed zero points, or None for a symmetric grid, where they are all `2^(bits-1)`.
+        group_index: group of each column, or None where groups are consecutive columns.
+        bits: width of a code.
+        group_size: columns that share a scale.
+        columns: `in_features`.
+        dtype: dtype of the weight that was quantized.
+    """
+
+    codes: UInt8[Tensor, " packed"]
+    scale: Float[Tensor, "out_features groups"]
+    zero_point: UInt8[Tensor, " packed_zero_points"] | None
+    group_index: Int[Tensor, " in_features"] | None
+    bits: int
+    group_size: int
+    columns: int
+    dtype: torch.dtype
+
+    @classmethod
+    def store(
+        cls,
+        codes: Float[Tensor, "out_features in_features"],
+        grid: Grid,
+        *,
+        symmetric: bool,
+        group_size: int,
+        dtype: torch.dtype,
+        group_index: Int[Tensor, " in_features"] | None = None,
+    ) -> GridWeight:
+        """Pack codes and the grid of each group."""
+        zero_point = None if symmetric else pack(grid.zero_point.to(torch.uint8), grid.bits)
+        return cls(
+            codes=pack(codes.to(torch.uint8), grid.bits),
+            scale=grid.scale.half(),
+            zero_point=zero_point,
+            group_index=group_index,
+            bits=grid.bits,
+            group_size=group_size,
+            columns=codes.shape[1],
+            dtype=dtype,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return len(self.scale), self.columns
+
+    def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
+        optional = {"zero_point": self.zero_point, "group_index": self.group_index}
+        present = {name: tensor for name, tensor in optional.items() if tensor is not None}
+        return {"codes": self.codes, "scale": self.scale, **present}
+
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+        scale = self.scale.float()
+        if self.zero_point is None:
+            zero_point = torch.full_like(scale, 2.0 ** (self.bits - 1))
+        else:
+            zero_point = unpack(self.zero_point, self.bits, tuple(scale.shape)).float()
+        groups = self.group_index
+        if groups is None:
+            groups = consecutive_groups(self.columns, self.group_size, scale.device)
+        codes = unpack(self.codes, self.bits, self.shape).float()
+        return Grid(scale, zero_point, self.bits).at(groups.long()).decode(codes).to(self.dtype)
+
+
+def consecutive_groups(columns: int, group_size: int, device: torch.device) -> Int[Tensor, " columns"]:
+    """Return the group of each column where groups are runs of `group_size` columns; the last may be shorter."""
+    return torch.arange(columns, device=device) // group_size
+
+
+def split_groups(
+    weight: Float[Tensor, "out_features in_features"], group_size: int
+) -> Float[Tensor, "out_features groups group"]:
+    """Reshape to groups of columns; a short last group is filled with zeros, which a range with zero ignores."""
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group_size))
+    return padded.view(len(weight), -1, group_size)
+
+
+def check_bits_and_group(bits: int, group_size: int | None) -> None:
+    """Raise a `ValueError` for settings outside the grid's range; called when a quantizer is made."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"Expected 2 to 8 bits, got {bits}.")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"Expected a group size of at least 1, or none for one group a row, got {group_size}.")

@@ -1,0 +1,67 @@
+"""The row-wise 8-bit weights of LLM.int8 through bitsandbytes (Dettmers et al., 2022, arXiv 2208.07339)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from jaxtyping import Int8 as Int8Array
+from torch import Tensor
+
+from ..statistics import InputStatistics
+from .base import QuantizedWeight, Quantizer
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Int8Weight(QuantizedWeight):
+    """One signed byte a weight, one float32 scale a row.
+
+    Attributes:
+        codes: signed 8-bit codes.
+        absmax: largest magnitude of each row.
+        dtype: dtype of the weight that was quantized.
+    """
+
+    codes: Int8Array[Tensor, "out_features in_features"]
+    absmax: Float[Tensor, " out_features"]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
+        return {"codes": self.codes, "absmax": self.absmax}
+
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        weight: Tensor = int8_vectorwise_dequant(self.codes, self.absmax)
+        return weight.to(self.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class Int8(Quantizer):
+    """8 bits: nearest of 255 levels, scaled by each row's largest magnitude.
+
+    Equivalent to the weights of `BitsAndBytesConfig(load_in_8bit=True)`, which are rounded to float16 first. At run
+    time that layer also quantizes its inputs to 8 bits, which no static adapter can undo and which is not modelled
+    here. Idempotent.
+    """
+
+    def encode(  # noqa: D102
+        self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
+    ) -> Int8Weight:
+        del statistics
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        codes, absmax, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        return Int8Weight(codes, absmax, weight.dtype)
+
+    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+        return {"load_in_8bit": True}

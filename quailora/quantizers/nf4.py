@@ -1,0 +1,40 @@
+"""NormalFloat4 through bitsandbytes, the format of QLoRA (Dettmers et al., 2023, arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..statistics import InputStatistics
+from .base import Quantizer
+from .fourbit import BlockSize, FourBitWeight, encode_four_bit, four_bit_config
+
+
+@final
+@dataclass(frozen=True)
+class NF4(Quantizer):
+    """4 bits: nearest of 16 normal quantiles, scaled by each block's largest magnitude.
+
+    Equivalent to loading with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`: the same kernels
+    give the same codes. Idempotent without double quantization.
+
+    Attributes:
+        block_size: weights that share a scale.
+        double_quantization: store the scales in 8 bits (`bnb_4bit_use_double_quant`): 4.13 instead of 4.5 bits per
+            weight at block size 64.
+    """
+
+    block_size: BlockSize = 64
+    double_quantization: bool = True
+
+    def encode(  # noqa: D102
+        self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
+    ) -> FourBitWeight:
+        del statistics
+        return encode_four_bit(weight, "nf4", self.block_size, self.double_quantization)
+
+    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+        return four_bit_config("nf4", self.block_size, self.double_quantization)

@@ -1,0 +1,48 @@
+"""Round to nearest on a uniform grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..statistics import InputStatistics
+from .base import Quantizer
+from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
+
+
+@final
+@dataclass(frozen=True)
+class Uniform(Quantizer):
+    """2 to 8 bits: nearest of `2^bits` evenly spaced levels, with a float16 scale a row and group.
+
+    The baseline that GPTQ starts from, on the same grid. Not idempotent in general: a scale rounded up to float16 can
+    cost a group its outermost level.
+
+    Attributes:
+        bits: width of a code.
+        group_size: consecutive input columns that share a scale; None for one scale a row.
+        symmetric: fixed zero point `2^(bits-1)` instead of a stored one.
+    """
+
+    bits: int = 4
+    group_size: int | None = 64
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        check_bits_and_group(self.bits, self.group_size)
+
+    def encode(  # noqa: D102
+        self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
+    ) -> GridWeight:
+        del statistics
+        group_size = self.group_size or weight.shape[1]
+        working = weight.float()
+        grid = Grid.fit(split_groups(working, group_size), self.bits, self.symmetric)
+        codes = grid.at(consecutive_groups(weight.shape[1], group_size, weight.device)).encode(working)
+        return GridWeight.store(codes, grid, symmetric=self.symmetric, group_size=group_size, dtype=weight.dtype)
+
+    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+        return None

@@ -1,0 +1,98 @@
+"""`report.json`: what was run, on what, and four errors for each layer."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, final
+
+from ..initializer import LayerInitialization
+
+_PACKAGES = ("quailora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
+
+
+@final
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer of the report. Errors are `tr((E - C) H (E - C)^T)`: squared, total over outputs, per token.
+
+    Attributes:
+        name: module name.
+        shape: (out_features, in_features).
+        rank: rank of the adapter.
+        bits_per_weight: stored bits of the quantized weight, everything counted.
+        tokens: calibration tokens that the layer saw.
+        error_none: without correction.
+        error_uncalibrated: with the plain SVD.
+        error: with this adapter.
+        error_optimal: the least for this rank.
+        relative_error: `error / tr(W H W^T)`.
+        iterations: rounds that the solver ran.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    bits_per_weight: float
+    tokens: int
+    error_none: float
+    error_uncalibrated: float
+    error: float
+    error_optimal: float
+    relative_error: float
+    iterations: int
+
+    @classmethod
+    def of(cls, name: str, layer: LayerInitialization, tokens: int) -> LayerRecord:
+        """Take down one initialized layer."""
+        return cls(
+            name=name,
+            shape=layer.quantized.shape,
+            rank=layer.low_rank.rank,
+            bits_per_weight=layer.quantized.bits_per_weight,
+            tokens=tokens,
+            error_none=layer.error_none,
+            error_uncalibrated=layer.error_uncalibrated,
+            error=layer.error,
+            error_optimal=layer.error_optimal,
+            relative_error=layer.relative_error,
+            iterations=layer.low_rank.iterations,
+        )
+
+
+def mean_bits(layers: Sequence[LayerRecord]) -> float:
+    """Return the stored bits per weight over all layers together."""
+    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+    return sum(size * layer.bits_per_weight for size, layer in zip(sizes, layers, strict=True)) / sum(sizes)
+
+
+def error_reduction(layers: Sequence[LayerRecord]) -> dict[str, float]:
+    """Return the mean over layers of each error as a share of the error without correction."""
+    names = ("error_uncalibrated", "error", "error_optimal")
+    damaged = [layer for layer in layers if layer.error_none > 0]
+    return {
+        name: sum(getattr(layer, name) / layer.error_none for layer in damaged) / max(1, len(damaged)) for name in names
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
+
+
+def build_report(
+    settings: Mapping[str, Any], phases: Mapping[str, Any], layers: Sequence[LayerRecord], calibration_tokens: int
+) -> dict[str, Any]:
+    """Return the content of `report.json`."""
+    return {
+        "model": settings["model"],
+        "settings": dict(settings),
+        "versions": versions(),
+        "phases": dict(phases),
+        "calibration_tokens": calibration_tokens,
+        "bits_per_weight": mean_bits(layers),
+        "mean_error_share": error_reduction(layers),
+        "layers": [asdict(layer) for layer in layers],
+    }

@@ -1,0 +1,56 @@
+"""Components as plain data: how a quantizer or a solver is written down, and built again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, TypeVar
+
+from ..errors import ModelError
+
+Component = TypeVar("Component")
+
+
+def describe(value: Any) -> Any:
+    """Return a value as JSON and YAML can hold it; components in the form that the command line reads."""
+    if is_dataclass(value) and not isinstance(value, type):
+        cls = type(value)
+        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": asdict(value)}
+    if isinstance(value, Mapping):
+        return {key: describe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    return value
+
+
+def build(base: type[Component], description: Mapping[str, Any]) -> Component:
+    """Build what `describe` wrote down.
+
+    Only subclasses of `base` that are already imported are considered, so that reading a file imports nothing.
+
+    Args:
+        base: `Quantizer` or `Solver`.
+        description: `class_path` and `init_args`.
+
+    Raises:
+        ModelError: if the class is unknown here, or its arguments do not fit.
+    """
+    known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _subclasses(base)}
+    path = description.get("class_path", "")
+    if path not in known:
+        raise ModelError(
+            f"Expected one of {', '.join(sorted(known))}, got {path!r}. "
+            f"If it is your own {base.__name__}, import its module first."
+        )
+    cls = known[path]
+    arguments = description.get("init_args", {})
+    unknown = set(arguments) - {field.name for field in fields(cls)}  # type: ignore[arg-type] # components are dataclasses
+    if unknown:
+        raise ModelError(f"{path} has no field {', '.join(sorted(unknown))}; it was written by another version.")
+    return cls(**arguments)
+
+
+def _subclasses(base: type[Component]) -> Iterator[type[Component]]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _subclasses(cls)

@@ -1,0 +1,29 @@
+"""Tables for people: on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], justify: Literal["left", "right"] = "right"
+) -> None:
+    """Print a table on standard output; `justify` is for the columns after the first, which are mostly numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(header):
+        table.add_column(column, justify=justify if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # Off a terminal rich assumes 80 columns and would cut long names.
+    Console(width=None if console.is_terminal else 140).print(table)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the same table in Markdown."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))

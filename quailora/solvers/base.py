@@ -1,0 +1,135 @@
+"""The interface of all solvers, and the low-rank correction that they return."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import NumericalError
+from ..linalg import balanced_factors
+from ..metrics import Metric, Objective
+
+Factors = tuple[Float[Tensor, "out_features rank"], Float[Tensor, "rank in_features"]]
+"""`(lora_B, lora_A)`, in any scaling between the two."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A correction `C = lora_B @ lora_A` for one layer, in PEFT's orientation and before PEFT's scaling.
+
+    The factors are balanced: with the singular value decomposition `C = U S V^T`, `lora_B = U sqrt(S)` and
+    `lora_A = sqrt(S) V^T`. A direction with no correction left to make starts as in plain LoRA (its row of `lora_A`
+    uniform in `+-1/sqrt(in_features)`, its column of `lora_B` zero), so that it can still be trained.
+
+    Attributes:
+        lora_A: right factor, float32 (float64 for a float64 error).
+        lora_B: left factor, same dtype.
+        error: achieved `tr((E - C) H (E - C)^T)` of exactly these factors, in the metric the solver was given.
+        energies: energy of each direction of the correction, `eig(C H C^T)`, descending. At the optimum these are the
+            captured energies, and they add up to what the correction gains.
+        iterations: rounds that were run; 0 for direct solvers.
+        history: error after each round, starting with round 0, for iterative solvers.
+    """
+
+    lora_A: Float[Tensor, "rank in_features"]
+    lora_B: Float[Tensor, "out_features rank"]
+    error: float
+    energies: Float[Tensor, " rank"]
+    iterations: int = 0
+    history: tuple[float, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter, trainable directions included."""
+        return len(self.lora_A)
+
+    def dense(self) -> Float[Tensor, "out_features in_features"]:
+        """Return `C = lora_B @ lora_A`."""
+        return self.lora_B @ self.lora_A
+
+
+class Solver(ABC):
+    """Finds a low-rank correction `C` that brings `Q + C` close to `W`, given `E = W - Q` and a metric.
+
+    Laws, for every error, metric and rank:
+
+    - `C = 0` is never better than the result, in the metric that was given.
+    - A solver with `calibrated = True` is never worse than the uncalibrated SVD, in the metric that was given. If
+      its algorithm cannot promise that, it compares and keeps the better.
+    - The error does not increase with the rank, is zero at full rank, and is never below the optimum.
+
+    A solver is either this class or final. Its hyper-parameters are the fields of a frozen dataclass.
+    """
+
+    calibrated: ClassVar[bool]
+    """Whether the solver uses the metric, and so needs calibration data."""
+
+    @final
+    def solve(self, error: Tensor, metric: Metric, rank: int) -> LowRank:
+        """Return a correction of the given rank.
+
+        Args:
+            error: `E = W - Q`, shape (out_features, in_features); half types are worked on in float32.
+            metric: `H`.
+            rank: from 1 to `min(out_features, in_features)`.
+
+        Raises:
+            ValueError: if the rank or the shape is out of range.
+            NumericalError: if the error has NaN or infinite entries.
+        """
+        check_rank(rank, error.shape)
+        if not error.isfinite().all():
+            raise NumericalError("Expected a finite error matrix, got NaN or infinity.")
+        return self.minimise(Objective(error, metric), rank)
+
+    @abstractmethod
+    def minimise(self, objective: Objective, rank: int) -> LowRank:
+        """Solve an objective whose parts have been checked; `finish` turns factors into the result."""
+
+
+def check_rank(rank: int, shape: tuple[int, ...]) -> None:
+    """Raise a `ValueError` unless a matrix of this shape can carry an adapter of this rank."""
+    if len(shape) != 2:
+        raise ValueError(f"Expected a matrix (out_features, in_features), got shape {tuple(shape)}.")
+    if not 1 <= rank <= min(shape):
+        raise ValueError(
+            f"Expected a rank from 1 to {min(shape)} for a layer of shape {tuple(shape)}, got {rank}. "
+            "Lower the rank, or give such layers their own with rank_pattern."
+        )
+
+
+def finish(
+    objective: Objective, factors: Factors, *, iterations: int = 0, history: tuple[float, ...] = ()
+) -> LowRank:
+    """Balance factors, cast them to the dtype they are stored in, and measure the error of what is left.
+
+    Args:
+        objective: the problem that was solved.
+        factors: `(lora_B, lora_A)`, any float dtype.
+        iterations: passed on.
+        history: passed on.
+    """
+    dtype = torch.promote_types(objective.error.dtype, torch.float32)
+    left, singular, right = balanced_factors(factors[0].double(), factors[1].double())
+    root = singular.sqrt()
+    lora_B, lora_A = (left * root).to(dtype), (root[:, None] * right).to(dtype)
+
+    # Below the resolution of the factors a direction carries rounding only. Plain LoRA's start keeps it trainable.
+    spent = singular <= 8 * torch.finfo(factors[0].dtype).eps * singular[0]
+    if spent.any():
+        bound = 1 / math.sqrt(lora_A.shape[1])
+        fresh = torch.empty(lora_A.shape, dtype=dtype).uniform_(-bound, bound).to(lora_A.device)
+        lora_A = torch.where(spent[:, None], fresh, lora_A)
+        lora_B = torch.where(spent, 0, lora_B)
+
+    left_r = torch.linalg.qr(lora_B.double()).R
+    square = left_r @ (objective.metric.product(lora_A) @ lora_A.double().T) @ left_r.T
+    energies = torch.linalg.eigvalsh((square + square.T) / 2).flip(0).clamp(min=0)
+    return LowRank(lora_A, lora_B, objective.value(lora_B, lora_A), energies, iterations, history)

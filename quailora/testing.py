@@ -1,0 +1,209 @@
+"""Conformance checks for quantizers and solvers, ours and yours.
+
+    from quailora.testing import check_quantizer, check_solver
+
+    check_quantizer(MyQuantizer(bits=3))
+    check_solver(MySolver())
+
+Both raise an `AssertionError` that names the broken law and the case. Without further arguments they run over a fixed
+set of cases: tiny, wide and tall layers, inputs with a massive channel, dead channels, a single token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, final, get_args
+
+import numpy as np
+import scipy.linalg
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .metrics import Gram, Objective
+from .quantizers import Quantizer
+from .solvers import SVD, LowRank, Solver
+from .statistics import InputStatistics
+
+InputKind = Literal["generic", "decaying", "rank-deficient", "single token", "dead channels", "massive channel"]
+INPUT_KINDS: tuple[InputKind, ...] = get_args(InputKind)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Problem:
+    """A weight with inputs to calibrate on.
+
+    Attributes:
+        weight: `W`.
+        inputs: rows are tokens; in float64 from `make_problem`, so that their Gram has no rounding error to speak of.
+        label: how the inputs were made, for messages.
+    """
+
+    weight: Float[Tensor, "out_features in_features"]
+    inputs: Float[Tensor, "tokens in_features"]
+    label: str
+
+    def __repr__(self) -> str:
+        return f"Problem({self.label}, {self.weight.dtype})"
+
+    @property
+    def statistics(self) -> InputStatistics:
+        """Second moment of the inputs."""
+        return InputStatistics.from_inputs(self.inputs)
+
+
+def make_problem(
+    out_features: int, in_features: int, kind: InputKind = "generic", *, scale: float = 0.02, seed: int = 0
+) -> Problem:
+    """Return a random weight and random inputs of a given kind.
+
+    Args:
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        kind: how the inputs are distributed; "massive channel" makes one channel 3000 times larger.
+        scale: standard deviation of the weight.
+        seed: of everything random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = scale * torch.randn(out_features, in_features, generator=generator)
+    tokens = 1 if kind == "single token" else 2 * in_features + 8
+    inputs = torch.randn(tokens, in_features, generator=generator, dtype=torch.float64)
+    if kind == "decaying":
+        mixing = torch.randn(in_features, in_features, generator=generator, dtype=torch.float64) / in_features**0.5
+        inputs = (inputs * torch.arange(1, in_features + 1) ** -1.0) @ mixing
+    elif kind == "rank-deficient":
+        few = max(1, in_features // 3)
+        inputs = inputs[:, :few] @ torch.randn(few, in_features, generator=generator, dtype=torch.float64)
+    elif kind == "dead channels":
+        inputs[:, ::2] = 0
+    elif kind == "massive channel":
+        inputs[:, in_features // 2] *= 3000
+    return Problem(weight, inputs, f"{kind} inputs, {out_features} x {in_features}, seed {seed}")
+
+
+def standard_problems() -> Iterator[Problem]:
+    """Yield the cases that the checks run over by default."""
+    for seed, kind in enumerate(INPUT_KINDS):
+        for out_features, in_features in ((24, 64), (64, 24), (5, 130), (1, 8)):
+            yield make_problem(out_features, in_features, kind, seed=seed)
+
+
+def optimal_error(
+    error: Float[Tensor, "out_features in_features"],
+    second_moment: Float[Tensor, "in_features in_features"],
+    rank: int,
+) -> float:
+    """Return the least `tr((E - C) H (E - C)^T)` over corrections of a rank, by SciPy alone.
+
+    Eckart-Young in the metric: the squared singular values of `E H^(1/2)` after the first `rank`. It shares no code
+    with the solvers: a root from SciPy's eigendecomposition, and SciPy's singular values.
+    """
+    values, vectors = scipy.linalg.eigh(second_moment.double().cpu().numpy())
+    root = vectors * np.sqrt(values.clip(min=0))
+    singular = scipy.linalg.svdvals(error.double().cpu().numpy() @ root)
+    return float((singular[rank:] ** 2).sum())
+
+
+def rounding(error: float, total: float, dtype: torch.dtype, epsilons: int = 8) -> float:
+    """Return how much an error may change when the factors are rounded to `dtype`.
+
+    A relative change `e` of `C` moves `tr((E - C) H (E - C)^T)` by at most `2 e sqrt(error * total) + e^2 total`, where
+    `total` is the error without correction. Both factors are rounded, over all directions: `e` is taken for 8 machine
+    epsilons, or more where whole iterations are computed in `dtype`.
+    """
+    relative = epsilons * torch.finfo(dtype).eps
+    return 2 * relative * math.sqrt(error * total) + relative**2 * total
+
+
+def indefiniteness(
+    error: Float[Tensor, "out_features in_features"], second_moment: Float[Tensor, "in_features in_features"]
+) -> float:
+    """Return how far `tr((E - C) H (E - C)^T)` can be off because `H` has eigenvalues a rounding error below zero.
+
+    A Gram of float32 products can; the optimum, which is computed with those eigenvalues set to zero, does not see it.
+    """
+    lowest = float(torch.linalg.eigvalsh(second_moment)[0])
+    return max(0.0, -lowest) * float(error.double().square().sum())
+
+
+def check_quantizer(quantizer: Quantizer, problem: Problem | None = None, *, idempotent: bool = False) -> None:
+    """Check the laws of a quantizer.
+
+    Args:
+        quantizer: the quantizer.
+        problem: one case; the standard cases if it is missing.
+        idempotent: whether quantizing its own output again must change nothing (checked for float32 and float64).
+
+    Raises:
+        AssertionError: naming the law and the case.
+    """
+    for case in [problem] if problem else standard_problems():
+        weight, statistics = case.weight, case.statistics
+        where = f"{quantizer!r} on {case.label}, {weight.dtype}"
+        quantized = quantizer.quantize(weight, statistics)
+        restored = quantized.dequantize()
+        assert restored.shape == weight.shape == quantized.shape, f"dequantize changes the shape: {where}"
+        assert restored.dtype == weight.dtype, f"dequantize changes the dtype: {where}"
+        assert restored.isfinite().all(), f"dequantize gives NaN or infinity: {where}"
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in quantized.tensors().values())
+        assert quantized.nbytes == stored, f"nbytes is not the size of what is stored: {where}"
+        residual, size = (weight - restored).double().norm(), weight.double().norm()
+        # A calibrated quantizer may move weights that its inputs do not see.
+        assert quantizer.calibrated or residual <= size, f"further from the weight than zero is: {where}"
+        if idempotent and weight.dtype in {torch.float32, torch.float64}:
+            again = quantizer.quantize(restored, statistics).dequantize()
+            torch.testing.assert_close(again, restored, msg=f"not idempotent: {where}")
+
+
+def check_solver(solver: Solver, problem: Problem | None = None, quantizer: Quantizer | None = None) -> None:
+    """Check the laws of a solver, in the Gram metric, at ranks from 1 to full.
+
+    Args:
+        solver: the solver.
+        problem: one case; the standard cases if it is missing.
+        quantizer: makes the error; the weight itself is taken for the error if it is missing.
+
+    Raises:
+        AssertionError: naming the law and the case.
+    """
+    for case in [problem] if problem else standard_problems():
+        error = case.weight
+        if quantizer is not None:
+            error = case.weight - quantizer.quantize(case.weight, case.statistics).dequantize()
+        error = error.to(torch.promote_types(error.dtype, torch.float32))
+        objective = Objective(error, Gram(case.statistics.second_moment))
+        full = min(error.shape)
+        previous = objective.value_at_zero
+        for rank in sorted({1, 2, max(1, full // 2), full} & set(range(1, full + 1))):
+            solution = solver.solve(error, objective.metric, rank)
+            _check_solution(solver, solution, objective, rank, f"{solver!r}, rank {rank}, {case.label}")
+            slack = rounding(previous, objective.value_at_zero, error.dtype, 64) + 1e-9 * objective.value_at_zero
+            where = f"{solver!r}, rank {rank}, {case.label}"
+            assert solution.error <= previous + slack, (
+                f"a higher rank is worse ({solution.error} > {previous}): {where}"
+            )
+            previous = solution.error
+
+
+def _check_solution(solver: Solver, solution: LowRank, objective: Objective, rank: int, where: str) -> None:
+    error, total = objective.error, objective.value_at_zero
+    assert solution.lora_A.shape == (rank, error.shape[1]), f"lora_A has shape {tuple(solution.lora_A.shape)}: {where}"
+    assert solution.lora_B.shape == (error.shape[0], rank), f"lora_B has shape {tuple(solution.lora_B.shape)}: {where}"
+    measured = objective.metric.energy(error.double() - solution.lora_B.double() @ solution.lora_A.double())
+    moment = objective.metric.product(torch.eye(error.shape[1], dtype=torch.float64))
+    tolerance = 1e-9 * total + 1e-6 * measured + indefiniteness(error, moment)
+    assert abs(measured - solution.error) <= tolerance, f"reports {solution.error}, achieves {measured}: {where}"
+    slack = rounding(measured, total, error.dtype) + tolerance
+    assert measured <= total + slack, f"worse than no correction ({measured} > {total}): {where}"
+
+    optimum = optimal_error(error, moment, rank)
+    assert measured >= optimum - tolerance, f"below the optimum ({measured} < {optimum}): {where}"
+    if solver.calibrated:
+        uncalibrated = SVD().solve(error, objective.metric, rank).error
+        assert measured <= uncalibrated + slack, f"worse than the SVD ({measured} > {uncalibrated}): {where}"
+        if rank == min(error.shape):
+            assert measured <= slack, f"not zero at full rank ({measured} of {total}): {where}"
+    assert (solution.lora_A.norm(dim=1) > 0).all(), f"a direction that cannot be trained: {where}"

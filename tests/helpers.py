@@ -1,0 +1,39 @@
+"""The tables that every law is crossed over: one row a backend."""
+
+from __future__ import annotations
+
+import pytest
+
+from quailora import FP4, GPTQ, NF4, SVD, AlternatingLeastSquares, Int8, Optimal, Quantizer, Solver, Uniform, Zero
+
+# Each with whether it is idempotent in float32.
+QUANTIZERS: list[tuple[Quantizer, bool]] = [
+    (NF4(), False),  # its second-level scales are rounded again
+    (NF4(block_size=32, double_quantization=False), True),
+    (FP4(), False),
+    (FP4(double_quantization=False), True),
+    (Int8(), True),
+    (Uniform(), False),  # its scales are rounded to float16
+    (Uniform(bits=3, group_size=32, symmetric=True), False),  # the lowest level lies beyond the highest
+    (Uniform(bits=2, group_size=None), False),
+    (Uniform(bits=8, group_size=7), False),
+    (GPTQ(), False),
+    (GPTQ(bits=3, group_size=32, symmetric=True, damping=0.1), False),
+    (GPTQ(bits=2, group_size=16, activation_order=True), False),
+    (GPTQ(bits=4, group_size=16, activation_order=True, static_groups=True, damping_scale="mean"), False),
+]
+
+SOLVERS: list[Solver] = [
+    Zero(),
+    SVD(),
+    AlternatingLeastSquares(),
+    AlternatingLeastSquares(iterations=2, damping=0.01),
+    Optimal(),
+    Optimal(damping=0.1),
+]
+
+CALIBRATED = [solver for solver in SOLVERS if solver.calibrated]
+
+each_quantizer = pytest.mark.parametrize("quantizer", [row[0] for row in QUANTIZERS], ids=repr)
+each_quantizer_row = pytest.mark.parametrize(("quantizer", "idempotent"), QUANTIZERS, ids=repr)
+each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)

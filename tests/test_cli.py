@@ -1,0 +1,294 @@
+"""The command line from end to end, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from quailora import GPTQ, NF4, Optimal, Quantizer, Solver
+from quailora.cli import expand_short_names, main
+from quailora.errors import ModelError
+from quailora.outputs import new_folder
+from quailora.report.settings import build, describe
+
+FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: exit status, standard output, standard error."""
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run_main
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_llama, tmp_path_factory):
+    """An adapter made by the default solver."""
+    folder = tmp_path_factory.mktemp("adapters") / "default"
+    assert main(["init", str(tiny_llama), "--out", str(folder), *FAST]) == 0
+    return folder
+
+
+def test_init_writes_everything(adapter, tiny_llama):
+    assert sorted(path.name for path in adapter.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.yaml",
+        "quailora.json",
+        "report.json",
+    ]
+    assert [path.name for path in adapter.parent.iterdir()] == ["default"]  # no temporary folder is left
+    report = json.loads((adapter / "report.json").read_text(encoding="utf-8"))
+    assert report["calibration_tokens"] == 256
+    assert set(report["phases"]) == {"load", "calibrate", "initialize", "write"}
+    assert all(phase["seconds"] >= 0 and phase["peak_memory_mib"] > 0 for phase in report["phases"].values())
+    assert {"quailora", "torch", "transformers", "peft", "bitsandbytes"} <= set(report["versions"])
+    assert len(report["layers"]) == 14
+    for layer in report["layers"]:
+        slack = 1e-6 * layer["error_none"]
+        assert layer["error_optimal"] <= layer["error"] + slack
+        assert layer["error"] <= layer["error_uncalibrated"] + slack
+        assert layer["error_uncalibrated"] <= layer["error_none"] + slack
+        assert layer["tokens"] == 256
+        assert layer["rank"] == 4
+        assert 4 < layer["bits_per_weight"] < 4.5
+        assert 0 < layer["relative_error"] < 0.1
+
+
+def test_card_says_where_the_adapter_belongs(adapter, tiny_llama):
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert card.startswith(f"---\nbase_model: {tiny_llama}\n")
+    assert "belongs on the quantized base and on no other" in card
+    assert "NF4(block_size=64, double_quantization=True)" in card
+    assert "| down_proj | 2 |" in card
+
+
+def test_snippet_of_the_card_runs(adapter, tmp_path):
+    """The card's own code, with stock packages, in a process of its own."""
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(adapter))
+    code += (
+        "\nimport sys\nassert 'quailora' not in sys.modules\nprint(type(base.model.layers[0].mlp.down_proj).__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "Linear4bit"
+
+
+def test_evaluate_takes_the_quantizer_from_the_adapter(run, adapter, tiny_llama, tmp_path):
+    out = tmp_path / "result.json"
+    arguments = ["--windows", "3", "--sequence-length", "100", "--json", out]
+    status, shown, _ = run("evaluate", tiny_llama, "--adapter", adapter, *arguments)
+    assert status == 0
+    assert "quantized + adapter" in shown
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert content["quantizer"] == repr(NF4())
+    assert list(content["results"]) == ["full precision", "quantized", "quantized + adapter"]
+    full, quantized, adapted = (entry["perplexity"] for entry in content["results"].values())
+    assert content["results"]["quantized"]["tokens"] == 3 * 99
+    assert abs(adapted - full) < abs(quantized - full)
+
+
+def test_config_file_with_overrides(run, adapter, tiny_llama, tmp_path):
+    """A saved configuration runs again, and the command line wins over it."""
+    out = tmp_path / "again"
+    status, _, error = run("init", "--config", adapter / "config.yaml", "--out", out, "--rank", "3", tiny_llama)
+    assert status == 0, error
+    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    first = yaml.safe_load((adapter / "config.yaml").read_text(encoding="utf-8"))
+    assert config == first | {"rank": 3}
+
+
+def test_same_seed_same_bytes(run, adapter, tiny_llama, tmp_path):
+    status, _, _ = run("init", tiny_llama, "--out", tmp_path / "again", *FAST)
+    assert status == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (adapter / name).read_bytes()
+
+
+def test_components_with_fields(run, tiny_llama, tmp_path):
+    arguments = [
+        "--quantizer",
+        "gptq",
+        "--quantizer.bits",
+        "3",
+        "--solver=optimal",
+        "--solver.damping=0.01",
+        "--rslora",
+    ]
+    status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", *FAST, *arguments)
+    assert status == 0, error
+    sidecar = json.loads((tmp_path / "a" / "quailora.json").read_text(encoding="utf-8"))
+    assert build(Quantizer, sidecar["quantizer"]) == GPTQ(bits=3)
+    assert build(Solver, sidecar["solver"]) == Optimal(damping=0.01)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["use_rslora"] is True
+    # A calibrated base is quantized again from the adapter's own record.
+    out = tmp_path / "result.json"
+    status, _, error = run(
+        "evaluate", tiny_llama, "--adapter", tmp_path / "a", "--windows", "2", "--sequence-length", "64", "--json", out
+    )
+    assert status == 0, error
+    assert json.loads(out.read_text(encoding="utf-8"))["quantizer"] == repr(GPTQ(bits=3))
+
+
+def test_saved_base_is_what_the_adapter_was_made_for(run, tiny_llama, tmp_path):
+    """For quantizers that stock transformers cannot load: the dequantized base stands beside the adapter."""
+    from transformers import AutoModelForCausalLM
+
+    status, _, error = run(
+        "init",
+        tiny_llama,
+        "--out",
+        tmp_path / "a",
+        *FAST,
+        "--quantizer",
+        "uniform",
+        "--save-base",
+        "--targets",
+        "q_proj",
+    )
+    assert status == 0, error
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "base")
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    from quailora import Uniform
+
+    for name in ("q_proj", "k_proj"):
+        weight = getattr(original.model.layers[0].self_attn, name).weight
+        expected = Uniform().quantize(weight).dequantize()
+        torch.testing.assert_close(getattr(base.model.layers[0].self_attn, name).weight, expected, check_dtype=False)
+    assert "written by --save-base" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+
+
+def test_existing_results_are_kept_unless_asked(run, tiny_llama, tmp_path):
+    out = tmp_path / "a"
+    assert run("init", tiny_llama, "--out", out, *FAST)[0] == 0
+    before = (out / "adapter_model.safetensors").read_bytes()
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    status, _, error = run("init", tiny_llama, "--out", out, *FAST)
+    assert status == 1
+    assert "already holds a result" in error
+    assert "--overwrite" in error
+    assert run("init", tiny_llama, "--out", out, *FAST, "--overwrite", "--solver", "optimal")[0] == 0
+    assert (out / "adapter_model.safetensors").read_bytes() != before
+    assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_failure_loses_nothing(tmp_path):
+    out = tmp_path / "a"
+
+    def fail():
+        with new_folder(out, overwrite=False) as partial:
+            (partial / "adapter_config.json").write_text("{}", encoding="utf-8")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "33"], "layers cannot carry the rank they were given"),
+        (["--rank-pattern", '{"query": 2}'], "The pattern 'query' means none of the 14 target layers"),
+        (["--targets", "attention"], "'attention' matches no linear layer"),
+        (["--samples", "100000"], "Use a longer text, fewer samples or a shorter sequence length"),
+        (["--sequence-length", "300"], "sequence length of at most 256"),
+        (["--calibration", "missing.txt"], "'missing.txt' does not exist"),
+        (["--alpha", "0"], "Expected a positive lora_alpha"),
+        (["--quantizer", "uniform", "--quantizer.bits", "9"], "Expected 2 to 8 bits, got 9"),
+        (["--solver", "nonsense"], "solver"),
+        (["--bogus", "1"], "bogus"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run, tiny_llama, tmp_path, arguments, message):
+    status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", *FAST, *arguments)
+    assert status != 0
+    assert message in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_weight_names_the_layer(run, tiny_llama, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "broken")
+    status, _, error = run("init", tmp_path / "broken", "--out", tmp_path / "a", *FAST)
+    assert status == 1
+    assert "model.layers.1.mlp.down_proj" in error
+    assert "NaN" in error
+    assert not (tmp_path / "a").exists()
+
+
+def test_evaluate_refuses_a_folder_without_adapter(run, tiny_llama, tmp_path):
+    status, _, error = run("evaluate", tiny_llama, "--adapter", tmp_path)
+    assert status == 1
+    assert "Expected an adapter folder" in error
+
+
+def test_evaluate_warns_about_another_base(run, tiny_llama, adapter, caplog):
+    status, _, _ = run(
+        "evaluate", tiny_llama, "--adapter", adapter, "--quantizer", "int8", "--windows", "1", "--sequence-length", "64"
+    )
+    assert status == 0
+    assert "This adapter was made for NF4" in caplog.text
+
+
+def test_list_names_every_component(run):
+    status, shown, _ = run("list")
+    assert status == 0
+    for name in ("nf4", "fp4", "int8", "uniform", "gptq", "zero", "svd", "quailora", "optimal"):
+        assert name in shown
+
+
+def test_help_teaches(run):
+    status, shown, _ = run("init", "--help")
+    assert status == 0
+    for text in ("--sequence-length", "--quantizer", "--overwrite", "lora_alpha; the rank by default"):
+        assert text in shown
+    status, shown, _ = run("init", "--quantizer.help", "gptq")
+    assert status == 0
+    assert "--quantizer.damping" in shown
+
+
+def test_module_runs():
+    result = subprocess.run([sys.executable, "-m", "quailora", "list"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "quailora" in result.stdout
+
+
+def test_short_names_expand_only_where_they_are_meant():
+    assert expand_short_names(["init", "nf4", "--quantizer", "nf4"])[1:] == [
+        "nf4",
+        "--quantizer",
+        "quailora.quantizers.nf4.NF4",
+    ]
+    assert expand_short_names(["--solver=svd"]) == ["--solver=quailora.solvers.svd.SVD"]
+    assert expand_short_names(["--quantizer", "my.Own", "--solver"]) == ["--quantizer", "my.Own", "--solver"]
+
+
+def test_unknown_component_in_a_sidecar_is_refused():
+    with pytest.raises(ModelError, match=r"got 'os\.system'.*import its module first"):
+        build(Quantizer, {"class_path": "os.system", "init_args": {}})
+    with pytest.raises(ModelError, match="has no field wings"):
+        build(Quantizer, describe(NF4()) | {"init_args": {"wings": 2}})

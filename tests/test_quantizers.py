@@ -1,0 +1,190 @@
+"""Quantizers against independent oracles: bitsandbytes' own layers, a naive GPTQ, bit counts by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import QUANTIZERS, each_quantizer
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import problems
+
+from quailora import FP4, GPTQ, NF4, Gram, InputStatistics, Int8, Uniform
+from quailora.errors import CalibrationError, NumericalError
+from quailora.quantizers import gptq
+from quailora.quantizers.packing import pack, unpack
+from quailora.testing import make_problem
+
+CALIBRATED = [quantizer for quantizer, _ in QUANTIZERS if quantizer.calibrated]
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quantization", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_bit_equals_bitsandbytes_layer(quant_type, double_quantization, dtype, generator):
+    """The dequantized weight is exactly what a stock `Linear4bit` computes with."""
+    import bitsandbytes as bnb
+
+    weight = torch.randn(96, 128, generator=generator).to(dtype)
+    parameter = bnb.nn.Params4bit(
+        weight.clone(), requires_grad=False, quant_type=quant_type, compress_statistics=double_quantization
+    ).to("cpu")
+    expected = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+    quantizer = {"nf4": NF4, "fp4": FP4}[quant_type](double_quantization=double_quantization)
+    torch.testing.assert_close(quantizer.quantize(weight).dequantize(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_equals_bitsandbytes_layer(dtype, generator):
+    """Codes and scales are those of a stock `Linear8bitLt`."""
+    import bitsandbytes as bnb
+
+    weight = torch.randn(96, 128, generator=generator).to(dtype)
+    parameter = bnb.nn.Int8Params(weight.clone(), requires_grad=False).to("cpu")
+    quantized = Int8().quantize(weight)
+    torch.testing.assert_close(quantized.codes, parameter.CB, rtol=0, atol=0)
+    torch.testing.assert_close(quantized.absmax, parameter.SCB, rtol=0, atol=0)
+    by_hand = quantized.codes.double() * quantized.absmax[:, None].double() / 127
+    torch.testing.assert_close(quantized.dequantize().double(), by_hand, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits"),
+    [
+        (NF4(double_quantization=False), 4 + 32 / 64),
+        (NF4(), 4 + 8 / 64 + 32 / (64 * 256) + 32 / (256 * 512)),
+        (FP4(block_size=128, double_quantization=False), 4 + 32 / 128),
+        (Int8(), 8 + 32 / 512),
+        (Uniform(bits=3, group_size=64), 3 + (16 + 3) / 64),
+        (Uniform(bits=3, group_size=64, symmetric=True), 3 + 16 / 64),
+        (Uniform(bits=5, group_size=None), 5 + (16 + 5) / 512),
+        (GPTQ(bits=2, group_size=128), 2 + (16 + 2) / 128),
+        (GPTQ(bits=2, group_size=128, activation_order=True), 2 + (16 + 2) / 128 + 32 / 256),
+        (GPTQ(bits=2, group_size=128, activation_order=True, static_groups=True), 2 + (16 + 2) / 128),
+    ],
+    ids=repr,
+)
+def test_bits_per_weight_counts_everything(quantizer, bits):
+    """Codes, scales, zero points, second-level scales and group indices, for a layer of 256 x 512."""
+    problem = make_problem(256, 512)
+    assert quantizer.quantize(problem.weight, problem.statistics).bits_per_weight == pytest.approx(bits, abs=1e-12)
+
+
+@given(bits=st.integers(1, 8), shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), seed=st.integers(0, 999))
+def test_packing_is_lossless_and_tight(bits, shape, seed):
+    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    packed = pack(codes, bits)
+    assert len(packed) == -(-codes.numel() * bits // 8)
+    torch.testing.assert_close(unpack(packed, bits, shape), codes, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_uniform_rounds_to_the_nearest_level(bits, generator):
+    """No other level of the group's grid is nearer, found by trying them all."""
+    weight = torch.randn(8, 40, generator=generator)
+    quantized = Uniform(bits=bits, group_size=16).quantize(weight)
+    scale = quantized.scale.float().repeat_interleave(16, 1)[:, :40, None]
+    zero_point = unpack(quantized.zero_point, bits, tuple(quantized.scale.shape)).float()
+    levels = (torch.arange(2**bits) - zero_point.repeat_interleave(16, 1)[:, :40, None]) * scale
+    nearest = (levels - weight[:, :, None]).abs().min(-1).values
+    torch.testing.assert_close((quantized.dequantize() - weight).abs(), nearest, rtol=1e-5, atol=1e-5)
+
+
+def naive_gptq(weight, moment, damping, bits, group_size):
+    """The method from its definition: after each column the inverse of the remaining Hessian is computed anew."""
+    weight, moment = weight.double(), moment.clone()
+    moment.diagonal().add_(damping)
+    levels = torch.zeros_like(weight)
+    for column in range(weight.shape[1]):
+        if column % group_size == 0:
+            grid = gptq.Grid.fit(weight[:, column : column + group_size].float(), bits, symmetric=False)
+        inverse = torch.linalg.inv(moment[column:, column:])
+        levels[:, column] = grid.decode(grid.encode(weight[:, column].float())).double()
+        error = (weight[:, column] - levels[:, column]) / inverse[0, 0]
+        weight[:, column:] -= error[:, None] * inverse[0]
+    return levels.float()
+
+
+@pytest.mark.parametrize("group_size", [8, 24, 48])
+def test_gptq_equals_its_definition(group_size):
+    problem = make_problem(20, 48, "decaying")
+    moment = problem.statistics.second_moment
+    expected = naive_gptq(problem.weight, moment, 0.01 * moment.diagonal().median().item(), 3, group_size)
+    quantized = GPTQ(bits=3, group_size=group_size).quantize(problem.weight, problem.statistics).dequantize()
+    different = (quantized - expected).abs() > 1e-6
+    assert different.float().mean() < 0.01  # ties that float32 breaks the other way, and what follows from them
+
+
+def test_gptq_blocks_do_not_change_the_result(monkeypatch):
+    """Lazy updates over blocks equal updates over all columns at once."""
+    problem = make_problem(16, 256, "decaying")
+    small_blocks = GPTQ(bits=4, group_size=16).quantize(problem.weight, problem.statistics).dequantize()
+    working = problem.weight.clone()
+    moment = problem.statistics.second_moment
+    factor = gptq.inverse_factor(moment, 0.01 * moment.diagonal().median().item()).float()
+    monkeypatch.setattr(gptq, "BLOCK", 256)
+    codes, grid = gptq.sweep(working, factor, 4, False, 16)
+    one_block = grid.at(torch.arange(256) // 16).decode(codes)
+    assert ((small_blocks - one_block).abs() > 1e-6).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("quantizer", CALIBRATED, ids=repr)
+@given(problem=problems(dtypes=(torch.float32,)))
+def test_gptq_is_never_worse_than_rounding_to_nearest(quantizer, problem):
+    metric = Gram(problem.statistics.second_moment)
+    swept = quantizer.quantize(problem.weight, problem.statistics).dequantize()
+    nearest = Uniform(quantizer.bits, quantizer.group_size, quantizer.symmetric).quantize(problem.weight).dequantize()
+    assert metric.energy(problem.weight - swept) <= metric.energy(problem.weight - nearest)
+
+
+def test_gptq_halves_the_error_on_correlated_inputs():
+    """An ordering with room: the method must do what it is for."""
+    problem = make_problem(64, 128, "decaying")
+    metric = Gram(problem.statistics.second_moment)
+    swept = GPTQ(bits=3).quantize(problem.weight, problem.statistics).dequantize()
+    nearest = Uniform(bits=3).quantize(problem.weight).dequantize()
+    assert metric.energy(problem.weight - swept) < 0.5 * metric.energy(problem.weight - nearest)
+
+
+def test_median_damping_does_not_see_a_massive_channel():
+    """Damping relative to the mean is thousands of times larger there, and costs accuracy."""
+    problem = make_problem(48, 64, "massive channel")
+    metric = Gram(problem.statistics.second_moment)
+    errors = {}
+    for scale in ("mean", "median"):
+        quantized = GPTQ(bits=4, damping_scale=scale).quantize(problem.weight, problem.statistics)
+        errors[scale] = metric.energy(problem.weight - quantized.dequantize())
+    assert errors["median"] <= errors["mean"]
+
+
+@each_quantizer
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_weights_are_named_and_counted(quantizer, bad):
+    problem = make_problem(16, 32)
+    problem.weight[3, 4] = bad
+    with pytest.raises(NumericalError, match="got 1 NaN or infinite entries of 512"):
+        quantizer.quantize(problem.weight, problem.statistics)
+
+
+@each_quantizer
+def test_zero_weights_stay_zero(quantizer):
+    problem = make_problem(16, 32)
+    quantized = quantizer.quantize(torch.zeros(16, 32), problem.statistics)
+    torch.testing.assert_close(quantized.dequantize(), torch.zeros(16, 32))
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="Expected 2 to 8 bits, got 9"):
+        Uniform(bits=9)
+    with pytest.raises(ValueError, match="group size of at least 1"):
+        GPTQ(group_size=0)
+    with pytest.raises(ValueError, match="damping of at least 0"):
+        GPTQ(damping=-1.0)
+    with pytest.raises(ValueError, match=r"Expected a weight of shape .* got \(4,\)"):
+        NF4().quantize(torch.zeros(4))
+    with pytest.raises(CalibrationError, match="needs calibration"):
+        GPTQ().quantize(torch.ones(4, 4))
+    with pytest.raises(ValueError, match="Expected statistics of width 4, got 5"):
+        Uniform().quantize(torch.ones(4, 4), InputStatistics(5))
+    with pytest.raises(NumericalError, match="Expected scales that fit float16"):
+        Uniform(bits=2).quantize(torch.full((2, 2), 1e9))

@@ -1,0 +1,81 @@
+"""Input statistics: precision over many tokens, files, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quailora import InputStatistics
+from quailora.errors import CalibrationError, NumericalError, NumericalWarning
+from quailora.linalg import safe_cholesky
+
+
+def test_nothing_is_lost_over_a_million_tokens(generator):
+    """A million bfloat16 tokens in 256 batches: the mean is right to float32 rounding of one product."""
+    batch = torch.randn(4096, 16, generator=generator).to(torch.bfloat16)
+    statistics = InputStatistics(16)
+    for _ in range(256):
+        statistics.update(batch)
+    exact = batch.double().T @ batch.double() / len(batch)
+    assert statistics.tokens == 256 * 4096
+    torch.testing.assert_close(statistics.second_moment, exact, rtol=1e-6, atol=1e-7)
+
+
+def test_float64_inputs_keep_float64(generator):
+    inputs = torch.randn(500, 8, generator=generator, dtype=torch.float64)
+    expected = inputs.T @ inputs / 500
+    torch.testing.assert_close(InputStatistics.from_inputs(inputs).second_moment, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_batches_of_any_shape(generator):
+    inputs = torch.randn(2, 3, 5, 8, generator=generator)
+    statistics = InputStatistics.from_inputs(inputs)
+    assert statistics.tokens == 30
+    assert repr(statistics) == "InputStatistics(in_features=8, tokens=30)"
+    flat = InputStatistics.from_inputs(inputs.view(-1, 8))
+    torch.testing.assert_close(statistics.second_moment, flat.second_moment)
+
+
+def test_save_and_load(tmp_path, generator):
+    statistics = InputStatistics.from_inputs(torch.randn(50, 8, generator=generator))
+    statistics.save(tmp_path / "statistics.safetensors")
+    loaded = InputStatistics.load(tmp_path / "statistics.safetensors")
+    assert loaded.tokens == 50
+    torch.testing.assert_close(loaded.total, statistics.total, rtol=0, atol=0)
+
+
+def test_foreign_file_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CalibrationError, match=r"Expected tensors 'total' and 'tokens' .* got \['weight'\]"):
+        InputStatistics.load(tmp_path / "other.safetensors")
+
+
+def test_bad_input_is_refused():
+    statistics = InputStatistics(4)
+    with pytest.raises(CalibrationError, match="at least one calibration token"):
+        _ = statistics.second_moment
+    with pytest.raises(ValueError, match="Expected inputs of width 4"):
+        statistics.update(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="Expected statistics of width 4, got 5"):
+        statistics.merge(InputStatistics(5))
+    bad = torch.zeros(3, 4)
+    bad[1, 2] = torch.inf
+    with pytest.raises(NumericalError, match="Expected finite calibration inputs"):
+        statistics.update(bad)
+    assert statistics.tokens == 0
+
+
+def test_safe_cholesky_repairs_rounding_and_says_so(generator):
+    thin = torch.randn(20, 3, generator=generator)
+    indefinite = (thin @ thin.T).double()
+    indefinite -= 1e-9 * torch.eye(20, dtype=torch.float64)
+    with pytest.warns(NumericalWarning, match="indefinite by rounding; added"):
+        factor = safe_cholesky(indefinite, max_tries=10)
+    torch.testing.assert_close(factor @ factor.T, indefinite, rtol=1e-5, atol=1e-6)
+
+
+def test_safe_cholesky_gives_up_on_a_negative_matrix():
+    with pytest.raises(NumericalError, match="failed even after adding"):
+        safe_cholesky(-torch.eye(3))

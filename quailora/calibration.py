@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .errors import CalibrationError
+from .errors import CalibrationError, ConfigurationError
 
 _CHARACTERS_PER_TOKEN = 64  # how much text is read for each token that is needed; the windows are drawn from it
 
@@ -139,7 +139,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.sequence_length < 1:
-            raise ValueError(
+            raise ConfigurationError(
                 f"Expected at least one sample of at least one token, got {self.samples} x {self.sequence_length}."
             )
 

@@ -7,10 +7,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, final
 
 from jsonargparse import ArgumentParser, auto_cli
 from rich.logging import RichHandler
+from rich.text import Text
 
 from .demo import demo
 from .errors import QuailoraError
@@ -97,10 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=expand_short_names(sys.argv[1:] if arguments is None else arguments),
             parser_class=Parser,
             prog="quailora",
+            version=version("quailora"),
             description="Quantization-aware initialization of low-rank adapters.",
         )
         result.show()
-    except (QuailoraError, ValueError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except QuailoraError as error:
+        console.print("[bold red]error:[/]", Text(str(error)), soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was written")
+        return 130
     return 0

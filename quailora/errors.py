@@ -9,6 +9,10 @@ class QuailoraError(Exception):
     """Something the user can act on: the message says what was expected, what came and what to try."""
 
 
+class ConfigurationError(QuailoraError, ValueError):
+    """A hyper-parameter is out of its range."""
+
+
 class CalibrationError(QuailoraError, ValueError):
     """Calibration data is missing, empty, too short, or not readable in the way that was asked for."""
 

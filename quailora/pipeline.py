@@ -122,6 +122,8 @@ def init(
     source = Calibration(TextSource(calibration, calibration_fields, calibration_split), samples, sequence_length, seed)
     initializer = Initializer(quantizer, solver, rank, metric)
     phases = Phases()
+    if calibration is None:
+        logger.warning("Calibrating on the text that ships with quailora; pass --calibration for text like your task.")
 
     with new_folder(folder, overwrite) as partial:
         with phases.measure("load"):
@@ -143,6 +145,8 @@ def init(
                 loaded.tokenizer.save_pretrained(partial / "base")
         report = build_report(settings, phases.entries, records, windows.numel())
         write_provenance(partial, settings, report, initializer, source, loaded.name)
+        card = model_card(initializer, records, model=model, base_model=loaded.name, calibration_tokens=windows.numel())
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return InitResult(folder, report)
 
 
@@ -227,7 +231,7 @@ def write_provenance(
     source: Calibration,
     base_model: str,
 ) -> None:
-    """Write what says where an adapter comes from: configuration, report, sidecar and model card."""
+    """Write what says where an adapter comes from: configuration, report and sidecar."""
     config = {key: value for key, value in settings.items() if key not in {"out", "overwrite"}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     write_json(folder / "report.json", report)
@@ -242,4 +246,3 @@ def write_provenance(
         "versions": versions(),
     }
     write_json(folder / "quailora.json", sidecar)
-    (folder / "README.md").write_text(model_card(initializer, report, base_model), encoding="utf-8")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quailora import NF4, SVD, AlternatingLeastSquares, Diagonal, Gram, Identity, InputStatistics, Optimal, Zero
-from quailora.errors import NumericalError
+from quailora.errors import ConfigurationError, NumericalError
 from quailora.metrics import Objective
 from quailora.testing import make_problem, optimal_error
 
@@ -163,6 +163,13 @@ def test_damping_adds_to_the_diagonal():
     torch.testing.assert_close(damped, moment + 0.5 * moment.diagonal().mean() * torch.eye(6, dtype=torch.float64))
     powers = Diagonal(moment.diagonal()).damped(0.5).product(torch.ones(1, 6))
     torch.testing.assert_close(powers[0], moment.diagonal() + 0.5 * moment.diagonal().mean())
+
+
+def test_bad_hyper_parameters_are_refused():
+    with pytest.raises(ConfigurationError, match=r"damping of at least 0, got -0\.1"):
+        Optimal(damping=-0.1)
+    with pytest.raises(ConfigurationError, match="iterations of at least 0, got -1"):
+        AlternatingLeastSquares(iterations=-1)
 
 
 @each_solver

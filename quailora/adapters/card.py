@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ..initializer import Initializer
+from ..report.record import LayerRecord, by_ending, error_reduction
 from ..report.tables import markdown_table
 
 _CARD = """\
@@ -56,50 +56,42 @@ base = AutoModelForCausalLM.from_pretrained(
 model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True)"""
 
 
-def model_card(initializer: Initializer, report: Mapping[str, Any], base_model: str) -> str:
+def model_card(
+    initializer: Initializer, layers: Sequence[LayerRecord], *, model: str, base_model: str, calibration_tokens: int
+) -> str:
     """Return the text of an adapter's `README.md`.
 
     Args:
         initializer: what made it.
-        report: content of `report.json`.
-        base_model: hub name or folder of the base.
+        layers: errors of each layer.
+        model: the model as it was asked for.
+        base_model: hub name or folder that the base is loaded from.
+        calibration_tokens: tokens that it was calibrated on.
     """
-    share = report["mean_error_share"]
-    rows = [
-        ["no correction", "100.0 %"],
+    share = error_reduction(layers)
+    summary = [
+        ["no correction", "100.0%"],
         ["uncalibrated SVD", f"{share['error_uncalibrated']:.1%}"],
         ["**this adapter**", f"**{share['error']:.1%}**"],
         ["optimum of this rank", f"{share['error_optimal']:.1%}"],
     ]
+    kinds = [
+        [ending, str(len(members)), *(f"{value:.1%}" for value in error_reduction(members).values())]
+        for ending, members in by_ending(layers).items()
+    ]
     return _CARD.format(
         base_model=base_model,
-        model=report["model"],
+        model=model,
         quantizer_name=type(initializer.quantizer).__name__,
         quantizer=initializer.quantizer,
         solver=initializer.solver,
         metric=initializer.metric,
-        tokens=report["calibration_tokens"],
-        count=len(report["layers"]),
+        tokens=calibration_tokens,
+        count=len(layers),
         snippet=loading_snippet(initializer, base_model),
-        summary=markdown_table(("correction", "output error"), rows),
-        kinds=markdown_table(("layers", "count", "SVD", "this adapter", "optimum"), kinds_of_layers(report["layers"])),
+        summary=markdown_table(("correction", "output error"), summary),
+        kinds=markdown_table(("layers", "count", "SVD", "this adapter", "optimum"), kinds),
     )
-
-
-def kinds_of_layers(layers: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return one row for each ending of a layer name: mean error shares over the layers with that ending."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for layer in layers:
-        groups.setdefault(layer["name"].rpartition(".")[2], []).append(layer)
-    rows = []
-    for ending, members in groups.items():
-        damaged = [layer for layer in members if layer["error_none"] > 0]
-        shares = [
-            sum(layer[key] / layer["error_none"] for layer in damaged) / max(1, len(damaged))
-            for key in ("error_uncalibrated", "error", "error_optimal")
-        ]
-        rows.append([ending, str(len(members)), *(f"{share:.1%}" for share in shares)])
-    return rows
 
 
 def loading_snippet(initializer: Initializer, base_model: str) -> str:

@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..errors import ConfigurationError
 from ..outputs import write_json
 from ..solvers import LowRank
 
@@ -39,7 +40,7 @@ class LoraScaling:
     def __post_init__(self) -> None:
         for alpha in (self.default_alpha, *self.alpha_pattern.values()):
             if not (alpha > 0 and math.isfinite(alpha)):
-                raise ValueError(f"Expected a positive lora_alpha, got {alpha}.")
+                raise ConfigurationError(f"Expected a positive lora_alpha, got {alpha}.")
 
     @property
     def default_alpha(self) -> float:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..errors import ConfigurationError
 from ..linalg import safe_cholesky
 from ..metrics import Gram
 from ..statistics import InputStatistics
@@ -55,7 +56,7 @@ class GPTQ(Quantizer):
     def __post_init__(self) -> None:
         check_bits_and_group(self.bits, self.group_size)
         if self.damping < 0:
-            raise ValueError(f"Expected a damping of at least 0, got {self.damping}.")
+            raise ConfigurationError(f"Expected a damping of at least 0, got {self.damping}.")
 
     def encode(self, weight: Matrix, statistics: InputStatistics | None) -> GridWeight:  # noqa: D102
         assert statistics is not None  # `quantize` has checked it

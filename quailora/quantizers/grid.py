@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from ..errors import NumericalError
+from ..errors import ConfigurationError, NumericalError
 from .base import QuantizedWeight
 from .packing import pack, unpack
 
@@ -151,8 +151,8 @@ def split_groups(
 
 
 def check_bits_and_group(bits: int, group_size: int | None) -> None:
-    """Raise a `ValueError` for settings outside the grid's range; called when a quantizer is made."""
+    """Raise a `ConfigurationError` for settings outside the grid's range; called when a quantizer is made."""
     if not 2 <= bits <= 8:
-        raise ValueError(f"Expected 2 to 8 bits, got {bits}.")
+        raise ConfigurationError(f"Expected 2 to 8 bits, got {bits}.")
     if group_size is not None and group_size < 1:
-        raise ValueError(f"Expected a group size of at least 1, or none for one group a row, got {group_size}.")
+        raise ConfigurationError(f"Expected a group size of at least 1, or none for one group a row, got {group_size}.")

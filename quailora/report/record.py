@@ -77,6 +77,14 @@ def error_reduction(layers: Sequence[LayerRecord]) -> dict[str, float]:
     }
 
 
+def by_ending(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
+    """Return the layers grouped by the last part of their names, such as `q_proj`."""
+    groups: dict[str, list[LayerRecord]] = {}
+    for layer in layers:
+        groups.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    return groups
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on."""
     return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}

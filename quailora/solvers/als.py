@@ -7,8 +7,9 @@ from typing import ClassVar, final
 
 import torch
 
+from ..errors import ConfigurationError
 from ..metrics import Objective
-from .base import Factors, LowRank, Solver, finish
+from .base import Factors, LowRank, Solver, check_damping, finish
 from .svd import uncalibrated_factors
 
 
@@ -39,6 +40,11 @@ class AlternatingLeastSquares(Solver):
     damping: float = 0.0
 
     calibrated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        if self.iterations < 0:
+            raise ConfigurationError(f"Expected a number of iterations of at least 0, got {self.iterations}.")
 
     def minimise(self, objective: Objective, rank: int) -> LowRank:  # noqa: D102
         dtype = torch.promote_types(objective.error.dtype, torch.float32)

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from ..linalg import leading_subspace
 from ..metrics import Objective
-from .base import LowRank, Solver, finish
+from .base import LowRank, Solver, check_damping, finish
 from .svd import SVD
 
 
@@ -29,6 +29,9 @@ class Optimal(Solver):
     damping: float = 0.0
 
     calibrated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
 
     def minimise(self, objective: Objective, rank: int) -> LowRank:  # noqa: D102
         product = objective.product

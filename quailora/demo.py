@@ -22,7 +22,7 @@ from .models.layers import linear_layers
 from .models.load import LoadedModel, load_model
 from .outputs import write_json
 from .pipeline import run_layers, write_adapter
-from .quantizers import NF4, Int8, Quantizer
+from .quantizers import NF4, Int8
 from .report.record import LayerRecord
 from .report.tables import print_table
 from .solvers import SVD, AlternatingLeastSquares, Optimal, Solver
@@ -88,9 +88,8 @@ def compare(
     *,
     title: str,
     ranks: Sequence[int] = (16, 64),
-    quantizer: Quantizer = NF4(),  # noqa: B008 # frozen
 ) -> Comparison:
-    """Compare full precision, int8, the quantizer alone, and the quantizer with each solver at each rank.
+    """Compare full precision, int8, NF4, and NF4 with an adapter from each solver at each rank.
 
     Args:
         loaded: the model.
@@ -99,7 +98,6 @@ def compare(
         folder: gets one adapter a row, and `results.json`.
         title: of the table.
         ranks: ranks of the adapters.
-        quantizer: the base.
     """
     model = loaded.model
     layers = linear_layers(model)
@@ -114,11 +112,11 @@ def compare(
             name = f"nf4 + {label} r{rank}"
             logger.info("%s ...", name)
             scaling = LoraScaling(rank)
-            records[name], corrections = run_layers(layers, statistics, Initializer(quantizer, solver, rank), scaling)
+            records[name], corrections = run_layers(layers, statistics, Initializer(NF4(), solver, rank), scaling)
             adapters[name] = folder / f"{label.lower()}-r{rank}"
             adapters[name].mkdir(parents=True, exist_ok=True)
             write_adapter(adapters[name], loaded, layers, corrections, scaling)
-    with quantized(model, quantizer, statistics):
+    with quantized(model, NF4()):
         results["nf4"] = perplexity(model, windows, "nf4")
         for name, adapter in adapters.items():
             with adapted(model, adapter) as wrapped:

@@ -90,4 +90,8 @@ def shared_inputs(body: Any, layers: Mapping[str, nn.Module], probe: Int[Tensor,
 
 def watch(name: str, module: nn.Module, observe: Callable[[str, Tensor], None]) -> Any:
     """Call `observe` with every input of a module; the returned handle is a context manager that ends it."""
-    return module.register_forward_pre_hook(lambda _, arguments: observe(name, arguments[0]))
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        observe(name, next(iter((*arguments, *named.values()))))
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)

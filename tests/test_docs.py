@@ -1,0 +1,56 @@
+"""The examples in the documents run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from quailora.testing import check_quantizer, check_solver
+
+ROOT = Path(__file__).parents[1]
+
+
+def examples(name):
+    """The Python blocks of a document."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_extending_example_is_a_conforming_quantizer():
+    """The example quantizer is defined, and passes the checks that the page calls."""
+    define, check = examples("docs/extending.md")[:2]
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    exec(define, namespace)
+    exec(check, namespace)
+    assert namespace["Sign"]().quantize(torch.ones(4, 64)).bits_per_weight == pytest.approx(1 + 32 / 64)
+
+
+def test_extending_example_for_solvers():
+    from quailora import Optimal
+
+    code = next(block for block in examples("docs/extending.md") if "check_solver" in block)
+    exec(code, {"MySolver": Optimal})
+
+
+def test_quickstart_layer_example():
+    code = next(block for block in examples("docs/quickstart.md") if "AlternatingLeastSquares" in block)
+    namespace = {"batches": [torch.randn(2, 100, 512)], "weight": torch.randn(64, 512)}
+    exec(code, namespace)
+    layer = namespace["layer"]
+    assert layer.error < layer.error_uncalibrated
+
+
+def test_readme_example_prints_what_it_says():
+    code = next(block for block in examples("README.md") if "Initializer" in block)
+    promised = re.findall(r"print\(.*\)\s+# (.*)", code)
+    printed: list[str] = []
+    exec(code, {"print": lambda *values: printed.append(" ".join(str(value) for value in values))})
+    assert promised
+    assert printed == promised
+
+
+def test_checks_are_importable_by_third_parties():
+    assert callable(check_quantizer)
+    assert callable(check_solver)

@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from .demo import demo
-from .errors import QuailoraError
+from .errors import ConfigurationError, QuailoraError
 from .evaluate import evaluate
 from .pipeline import init
 from .progress import console
@@ -49,20 +49,23 @@ SHORT_NAMES: dict[str, dict[str, type]] = {"quantizer": dict(QUANTIZERS), "solve
 
 
 class Parser(ArgumentParser):
-    """Spells options as people type them: `--sequence-length`, and `--overwrite` without a value."""
+    """Spells options as people type them: `--sequence-length 512 --targets q_proj v_proj --overwrite`."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add an argument with these spellings."""
+        if not args[0].startswith("--"):
+            return super().add_argument(*args, **kwargs)
         # jsonargparse copies this method into its argument groups, where this module's names are unknown.
         from jsonargparse import ActionYesNo
 
-        if len(args) != 1 or not args[0].startswith("--"):
-            return super().add_argument(*args, **kwargs)
         dashed = args[0].replace("_", "-")
         if kwargs.get("type") is bool:
             switch = {key: value for key, value in kwargs.items() if key != "type"}
             return super().add_argument(dashed, action=ActionYesNo, **switch)
-        return super().add_argument(*dict.fromkeys((dashed, args[0])), **kwargs)
+        if args[1:] == (f"{args[0]}+",):  # a list, which jsonargparse would take as YAML or item by item
+            listed: dict[str, Any] = {"help": kwargs.get("help"), "default": list(kwargs["default"])}
+            return super().add_argument(*dict.fromkeys((dashed, args[0])), type=str, nargs="+", **listed)
+        return super().add_argument(*dict.fromkeys((dashed, *args)), **kwargs)
 
 
 def expand_short_names(arguments: Sequence[str]) -> list[str]:
@@ -70,14 +73,29 @@ def expand_short_names(arguments: Sequence[str]) -> list[str]:
     expanded = list(arguments)
     for index, argument in enumerate(expanded):
         option, equals, value = argument.removeprefix("--").partition("=")
-        names = SHORT_NAMES.get(option.removesuffix(".help"))
-        if names is None or not argument.startswith("--"):
+        if option.removesuffix(".help") not in SHORT_NAMES or not argument.startswith("--"):
             continue
-        if equals and value in names:
-            expanded[index] = f"--{option}={class_path(names[value])}"
-        elif not equals and index + 1 < len(expanded) and expanded[index + 1] in names:
-            expanded[index + 1] = class_path(names[expanded[index + 1]])
+        if equals:
+            expanded[index] = f"--{option}={full_name(option, value)}"
+        elif index + 1 < len(expanded):
+            expanded[index + 1] = full_name(option, expanded[index + 1])
     return expanded
+
+
+def full_name(option: str, value: str) -> str:
+    """Return the class path of a short name; class names, paths and YAML are left for jsonargparse.
+
+    Raises:
+        ConfigurationError: if the value can be none of these.
+    """
+    names = SHORT_NAMES[option.removesuffix(".help")]
+    if value in names:
+        return class_path(names[value])
+    if value.islower() and value.isidentifier():
+        raise ConfigurationError(
+            f"Unknown {option} {value!r}. Expected one of {', '.join(names)}, or the import path of your own class."
+        )
+    return value
 
 
 def class_path(cls: type) -> str:

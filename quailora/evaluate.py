@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from json import loads
@@ -164,7 +164,7 @@ def evaluate(
     model: str,
     *,
     text: str | None = None,
-    text_fields: tuple[str, ...] = ("text",),
+    text_fields: Sequence[str] = ("text",),
     quantizer: Quantizer | None = None,
     adapter: str | None = None,
     calibration: str | None = None,
@@ -195,7 +195,7 @@ def evaluate(
     chosen = base_quantizer(quantizer, provenance)
     loaded = load_model(model, dtype, device)
     check_sequence_length(loaded.model, sequence_length)
-    texts = list(TextSource(text, text_fields).documents()) if text else [shipped_text("evaluate")]
+    texts = list(TextSource(text, tuple(text_fields)).documents()) if text else [shipped_text("evaluate")]
     ids = evaluation_windows(loaded.tokenizer, texts, windows, sequence_length)
     if len(ids) < windows:
         logger.warning("The text fills %d windows, not %d.", len(ids), windows)

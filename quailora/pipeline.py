@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -74,9 +74,9 @@ def init(
     rslora: bool = False,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
-    targets: str | list[str] = ALL_LINEAR,
+    targets: Sequence[str] = (ALL_LINEAR,),
     calibration: str | None = None,
-    calibration_fields: tuple[str, ...] = ("text",),
+    calibration_fields: Sequence[str] = ("text",),
     calibration_split: str = "train",
     samples: int = 16,
     sequence_length: int = 1024,
@@ -119,7 +119,9 @@ def init(
     folder = Path(out).expanduser()
     check_output(folder, overwrite)
     scaling = LoraScaling(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
-    source = Calibration(TextSource(calibration, calibration_fields, calibration_split), samples, sequence_length, seed)
+    source = Calibration(
+        TextSource(calibration, tuple(calibration_fields), calibration_split), samples, sequence_length, seed
+    )
     initializer = Initializer(quantizer, solver, rank, metric)
     phases = Phases()
     if calibration is None:

@@ -15,6 +15,7 @@ from quailora.calibration import shipped_text
 
 settings.register_profile("default", deadline=None, max_examples=25, print_blob=True, derandomize=True)
 settings.load_profile("default")
+torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
 
 @pytest.fixture

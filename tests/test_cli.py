@@ -213,7 +213,8 @@ def test_failure_loses_nothing(tmp_path):
         (["--calibration", "missing.txt"], "'missing.txt' does not exist"),
         (["--alpha", "0"], "Expected a positive lora_alpha"),
         (["--quantizer", "uniform", "--quantizer.bits", "9"], "Expected 2 to 8 bits, got 9"),
-        (["--solver", "nonsense"], "solver"),
+        (["--solver", "nonsense"], "Unknown solver 'nonsense'. Expected one of zero, svd, quailora, optimal"),
+        (["--quantizer", "Nonsense"], "quantizer"),
         (["--bogus", "1"], "bogus"),
     ],
 )
@@ -252,6 +253,19 @@ def test_evaluate_warns_about_another_base(run, tiny_llama, adapter, caplog):
     )
     assert status == 0
     assert "This adapter was made for NF4" in caplog.text
+
+
+def test_lists_are_typed_as_words(run, tiny_llama, tmp_path):
+    data = tmp_path / "data.jsonl"
+    record = {"prompt": "What is light? ", "response": "Light is what we see by. " * 200}
+    data.write_text(json.dumps(record), encoding="utf-8")
+    words = ["--calibration", data, "--calibration-fields", "prompt", "response", "--targets", "q_proj", "mlp.up_proj"]
+    status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", *FAST, *words)
+    assert status == 0, error
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == ["q_proj", "up_proj"]
+    sidecar = json.loads((tmp_path / "a" / "quailora.json").read_text(encoding="utf-8"))
+    assert sidecar["calibration"]["text"]["fields"] == ["prompt", "response"]
 
 
 def test_list_names_every_component(run):

@@ -30,7 +30,7 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def select_layers(model: Any, targets: str | Sequence[str] = ALL_LINEAR) -> dict[str, nn.Module]:
+def select_layers(model: Any, targets: Sequence[str] = (ALL_LINEAR,)) -> dict[str, nn.Module]:
     """Return the layers that carry an adapter.
 
     Args:
@@ -42,11 +42,9 @@ def select_layers(model: Any, targets: str | Sequence[str] = ALL_LINEAR) -> dict
         TargetError: if a target matches no linear layer.
     """
     layers = linear_layers(model)
-    if targets == ALL_LINEAR:
-        return layers
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
-        matches = {name for name in layers if matches_target(name, target)}
+        matches = {name for name in layers if target == ALL_LINEAR or matches_target(name, target)}
         if not matches:
             endings = ", ".join(sorted({ending(name) for name in layers}))
             raise TargetError(f"The target {target!r} matches no linear layer. Layers of this model end in: {endings}.")

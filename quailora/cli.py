@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, final
 
-from jsonargparse import ArgumentParser, auto_cli
+import yaml
+from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
 from rich.logging import RichHandler
 from rich.text import Text
 
@@ -82,6 +83,21 @@ def expand_short_names(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
+def expand_in_yaml(content: Any) -> Any:
+    """Do the same inside YAML: `quantizer: nf4`, and `quantizer: {class_path: nf4, init_args: {...}}`."""
+    if not isinstance(content, dict):
+        return content
+    expanded: dict[Any, Any] = {}
+    for key, value in content.items():
+        if key in SHORT_NAMES and isinstance(value, str):
+            expanded[key] = full_name(key, value)
+        elif key in SHORT_NAMES and isinstance(value, dict) and isinstance(value.get("class_path"), str):
+            expanded[key] = value | {"class_path": full_name(key, value["class_path"])}
+        else:
+            expanded[key] = expand_in_yaml(value)
+    return expanded
+
+
 def full_name(option: str, value: str) -> str:
     """Return the class path of a short name; class names, paths and YAML are left for jsonargparse.
 
@@ -111,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("quailora").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing optional kernel package is no news
     warnings.filterwarnings("ignore", category=FutureWarning)
+    load_yaml = get_loader("yaml")
+    set_loader("yaml", lambda text: expand_in_yaml(load_yaml(text)), exceptions=(yaml.YAMLError,))
     try:
         result = auto_cli(
             COMMANDS,
@@ -127,4 +145,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; nothing was written")
         return 130
+    finally:
+        set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
     return 0

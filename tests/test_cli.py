@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from quailora import GPTQ, NF4, Optimal, Quantizer, Solver
+from quailora import GPTQ, NF4, SVD, Optimal, Quantizer, Solver, Uniform
 from quailora.cli import expand_short_names, main
 from quailora.errors import ModelError
 from quailora.outputs import new_folder
@@ -114,6 +114,27 @@ def test_config_file_with_overrides(run, adapter, tiny_llama, tmp_path):
     assert config == first | {"rank": 3}
 
 
+@pytest.mark.parametrize(
+    "quantizer", ["uniform", {"class_path": "uniform", "init_args": {"bits": 3}}, {"class_path": "Uniform"}], ids=str
+)
+def test_short_names_in_a_file(run, tiny_llama, tmp_path, quantizer):
+    config = {"out": str(tmp_path / "a"), "quantizer": quantizer, "solver": "svd", "rank": 3, "targets": ["q_proj"]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    status, _, error = run("init", tiny_llama, *FAST[:4], "--config", tmp_path / "run.yaml")
+    assert status == 0, error
+    sidecar = json.loads((tmp_path / "a" / "quailora.json").read_text(encoding="utf-8"))
+    bits = 3 if "init_args" in quantizer else 4
+    assert build(Quantizer, sidecar["quantizer"]) == Uniform(bits=bits)
+    assert build(Solver, sidecar["solver"]) == SVD()
+
+
+def test_unknown_name_in_a_file(run, tiny_llama, tmp_path):
+    (tmp_path / "run.yaml").write_text("solver: nonsense\n", encoding="utf-8")
+    status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", "--config", tmp_path / "run.yaml")
+    assert status == 1
+    assert "Unknown solver 'nonsense'" in error
+
+
 def test_same_seed_same_bytes(run, adapter, tiny_llama, tmp_path):
     status, _, _ = run("init", tiny_llama, "--out", tmp_path / "again", *FAST)
     assert status == 0
@@ -166,8 +187,6 @@ def test_saved_base_is_what_the_adapter_was_made_for(run, tiny_llama, tmp_path):
     assert status == 0, error
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "base")
     original = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    from quailora import Uniform
-
     for name in ("q_proj", "k_proj"):
         weight = getattr(original.model.layers[0].self_attn, name).weight
         expected = Uniform().quantize(weight).dequantize()

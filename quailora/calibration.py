@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import CalibrationError, ConfigurationError
 
+_TEXT_SUFFIXES = {".json", ".jsonl", ".md", ".txt"}  # a name that ends so is that of a file, even where there is none
 _CHARACTERS_PER_TOKEN = 64  # how much text is read for each token that is needed; the windows are drawn from it
 
 
@@ -45,7 +46,8 @@ class TextSource:
             yield shipped_text("calibrate")
             return
         path = Path(self.source).expanduser()
-        if path.is_dir() or (not path.exists() and not path.suffix and not path.is_absolute()):
+        missing_file = path.suffix in _TEXT_SUFFIXES or path.is_absolute() or self.source.startswith((".", "~"))
+        if path.is_dir() or (not path.exists() and not missing_file):
             yield from self._from_data_set()
         elif not path.is_file():
             raise CalibrationError(
@@ -194,7 +196,10 @@ def evaluation_windows(
 
     Raises:
         CalibrationError: if the text does not fill one window.
+        ConfigurationError: if there is to be no window, or a window without a token to predict.
     """
+    if windows < 1 or sequence_length < 2:
+        raise ConfigurationError(f"Expected at least one window of two tokens, got {windows} x {sequence_length}.")
     tokens = tokenize(tokenizer, "\n\n".join(texts))
     available = min(windows, len(tokens) // sequence_length)
     if available == 0:

@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("[bold red]error:[/]", Text(str(error)), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
+        console.print("interrupted")
         return 130
     finally:
         set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))

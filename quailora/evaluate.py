@@ -70,32 +70,28 @@ def perplexity(
 @torch.no_grad()
 def quantize_in_place(
     model: Any, quantizer: Quantizer, statistics: Mapping[str, InputStatistics] | None = None
-) -> dict[str, Tensor]:
+) -> None:
     """Replace the weight of every linear layer but the output head by its quantized value.
 
     Args:
         model: a transformers model; its layers keep computing in the model's own dtype.
         quantizer: makes the new weights.
         statistics: inputs of each layer, for calibrated quantizers.
-
-    Returns:
-        The weights that were replaced, by layer.
     """
-    originals = {}
-    for name, module in track(linear_layers(model).items(), "Quantizing", total=len(linear_layers(model))):
+    layers = linear_layers(model)
+    for name, module in track(layers.items(), "Quantizing", total=len(layers)):
         weight = weight_of(name, module)
-        originals[name] = weight.clone()
         weight.copy_(quantizer.quantize(weight, statistics[name] if statistics else None).dequantize())
-    return originals
 
 
 @contextmanager
 def quantized(
     model: Any, quantizer: Quantizer, statistics: Mapping[str, InputStatistics] | None = None
 ) -> Iterator[None]:
-    """Quantize a model inside a `with` statement, and restore its weights at the end."""
-    originals = quantize_in_place(model, quantizer, statistics)
+    """Quantize a model inside a `with` statement, and restore its weights from a copy at the end."""
+    originals = {name: weight_of(name, module).clone() for name, module in linear_layers(model).items()}
     try:
+        quantize_in_place(model, quantizer, statistics)
         yield
     finally:
         with torch.no_grad():
@@ -190,6 +186,9 @@ def evaluate(
         dtype: dtype of the model; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
         json: file to write the result to.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     provenance = read_provenance(Path(adapter)) if adapter else {}
     chosen = base_quantizer(quantizer, provenance)
@@ -206,11 +205,11 @@ def evaluate(
         source = replace(recorded, text=TextSource(calibration)) if calibration else recorded
         statistics = collect_statistics(loaded.model, linear_layers(loaded.model), source.windows(loaded.tokenizer))
     results = {"full precision": perplexity(loaded.model, ids, "Full precision")}
-    with quantized(loaded.model, chosen, statistics):
-        results["quantized"] = perplexity(loaded.model, ids, "Quantized")
-        if adapter:
-            with adapted(loaded.model, Path(adapter)) as wrapped:
-                results["quantized + adapter"] = perplexity(wrapped, ids, "Quantized + adapter")
+    quantize_in_place(loaded.model, chosen, statistics)
+    results["quantized"] = perplexity(loaded.model, ids, "Quantized")
+    if adapter:
+        with adapted(loaded.model, Path(adapter)) as wrapped:
+            results["quantized + adapter"] = perplexity(wrapped, ids, "Quantized + adapter")
     evaluation = Evaluation(model, repr(chosen), adapter, results)
     if json:
         write_json(Path(json), asdict(evaluation) | {"text": text, "sequence_length": sequence_length})

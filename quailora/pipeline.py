@@ -189,13 +189,14 @@ def initialize_layers(
         QuailoraError: as the initializer does, with the layer's name in front.
     """
     for name, module in track(layers.items(), "Initializing", total=len(layers)):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed ^ zlib.crc32(name.encode()))
-            try:
-                own = replace(initializer, rank=scaling.rank_of(name))
-                yield name, own(weight_of(name, module), statistics[name])
-            except QuailoraError as error:
-                raise type(error)(f"Layer {name}: {error}") from error
+        own = replace(initializer, rank=scaling.rank_of(name))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed ^ zlib.crc32(name.encode()))
+                layer = own(weight_of(name, module), statistics[name])
+        except QuailoraError as error:
+            raise type(error)(f"Layer {name}: {error}") from error
+        yield name, layer
 
 
 def run_layers(

@@ -23,6 +23,13 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def device(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE of 300 tokens, trained on the shipped text."""

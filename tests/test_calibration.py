@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quailora.calibration import Calibration, TextSource, evaluation_windows, shipped_text, tokenize
-from quailora.errors import CalibrationError
+from quailora.errors import CalibrationError, ConfigurationError
 
 
 def windows(tokenizer, text=None, **settings):
@@ -73,6 +73,8 @@ def test_short_text_says_how_much_is_missing(tokenizer, tmp_path):
         windows(tokenizer, TextSource(str(path)))
     with pytest.raises(CalibrationError, match="a text of at least 100 tokens, got 0"):
         evaluation_windows(tokenizer, [""], 1, 100)
+    with pytest.raises(ConfigurationError, match="at least one window of two tokens, got 1 x 1"):
+        evaluation_windows(tokenizer, ["text"], 1, 1)
 
 
 def test_unreadable_sources_are_refused(tmp_path):

@@ -109,6 +109,13 @@ def test_dtype_of_the_checkpoint_or_as_asked(tiny_llama):
     assert load_model(str(tiny_llama), "bfloat16").model.dtype == torch.bfloat16
 
 
+def test_float16_checkpoints_become_float32_on_a_cpu(llama, tmp_path, tokenizer):
+    llama.half().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), device="cpu").model.dtype == torch.float32
+    assert load_model(str(tmp_path), "float16", "cpu").model.dtype == torch.float16
+
+
 def test_unreadable_models_are_refused(tmp_path, monkeypatch, llama):
     with pytest.raises(ModelError, match=r"Cannot load .* as a causal language model"):
         load_model(str(tmp_path))

@@ -47,7 +47,7 @@ def load_model(model: str, dtype: DtypeName = "auto", device: DeviceName = "auto
 
     Args:
         model: hub name, folder, `.gguf` file, or `demo`.
-        dtype: "auto" keeps the dtype of the checkpoint.
+        dtype: "auto" keeps the dtype of the checkpoint, but for float16 on a CPU, which becomes float32.
         device: "auto" is the GPU where there is one.
 
     Raises:
@@ -68,6 +68,9 @@ def load_model(model: str, dtype: DtypeName = "auto", device: DeviceName = "auto
         ) from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and dtype == "auto" and loaded.dtype == torch.float16:
+        logger.info("Computing in float32: float16 is many times slower on a CPU.")
+        loaded = loaded.float()
     return LoadedModel(loaded.eval().to(device), tokenizer, name)
 
 

@@ -175,30 +175,32 @@ def check_solver(solver: Solver, problem: Problem | None = None, quantizer: Quan
             error = case.weight - quantizer.quantize(case.weight, case.statistics).dequantize()
         error = error.to(torch.promote_types(error.dtype, torch.float32))
         objective = Objective(error, Gram(case.statistics.second_moment))
+        floor = 1e-9 * objective.value_at_zero + indefiniteness(error, case.statistics.second_moment)
         full = min(error.shape)
         previous = objective.value_at_zero
         for rank in sorted({1, 2, max(1, full // 2), full} & set(range(1, full + 1))):
-            solution = solver.solve(error, objective.metric, rank)
-            _check_solution(solver, solution, objective, rank, f"{solver!r}, rank {rank}, {case.label}")
-            slack = rounding(previous, objective.value_at_zero, error.dtype, 64) + 1e-9 * objective.value_at_zero
             where = f"{solver!r}, rank {rank}, {case.label}"
-            assert solution.error <= previous + slack, (
-                f"a higher rank is worse ({solution.error} > {previous}): {where}"
-            )
+            solution = solver.solve(error, objective.metric, rank)
+            _check_solution(solver, solution, objective, rank, floor, where)
+            slack = rounding(previous, objective.value_at_zero, error.dtype, 64) + floor
+            raised = f"a higher rank is worse ({solution.error} > {previous}): {where}"
+            assert solution.error <= previous + slack, raised
             previous = solution.error
 
 
-def _check_solution(solver: Solver, solution: LowRank, objective: Objective, rank: int, where: str) -> None:
+def _check_solution(
+    solver: Solver, solution: LowRank, objective: Objective, rank: int, floor: float, where: str
+) -> None:
     error, total = objective.error, objective.value_at_zero
     assert solution.lora_A.shape == (rank, error.shape[1]), f"lora_A has shape {tuple(solution.lora_A.shape)}: {where}"
     assert solution.lora_B.shape == (error.shape[0], rank), f"lora_B has shape {tuple(solution.lora_B.shape)}: {where}"
     measured = objective.metric.energy(error.double() - solution.lora_B.double() @ solution.lora_A.double())
-    moment = objective.metric.product(torch.eye(error.shape[1], dtype=torch.float64))
-    tolerance = 1e-9 * total + 1e-6 * measured + indefiniteness(error, moment)
+    tolerance = 1e-6 * measured + floor
     assert abs(measured - solution.error) <= tolerance, f"reports {solution.error}, achieves {measured}: {where}"
     slack = rounding(measured, total, error.dtype) + tolerance
     assert measured <= total + slack, f"worse than no correction ({measured} > {total}): {where}"
 
+    moment = objective.metric.product(torch.eye(error.shape[1], dtype=torch.float64))
     optimum = optimal_error(error, moment, rank)
     assert measured >= optimum - tolerance, f"below the optimum ({measured} < {optimum}): {where}"
     if solver.calibrated:

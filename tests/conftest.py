@@ -13,7 +13,8 @@ from hypothesis import settings
 
 from quailora.calibration import shipped_text
 
-settings.register_profile("default", deadline=None, max_examples=25, print_blob=True, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=50, print_blob=True, derandomize=True)
+settings.register_profile("stress", parent=settings.get_profile("default"), max_examples=600, derandomize=False)
 settings.load_profile("default")
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 

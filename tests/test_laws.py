@@ -31,7 +31,7 @@ def test_solver_laws(solver, problem):
 
 @each_solver
 @each_quantizer
-@settings(max_examples=4)
+@settings(max_examples=8)
 @given(problem=problems())
 def test_solver_laws_on_quantization_errors(quantizer, solver, problem):
     """Laws 2 and 3 on the error of every quantizer."""
@@ -39,7 +39,6 @@ def test_solver_laws_on_quantization_errors(quantizer, solver, problem):
 
 
 @pytest.mark.parametrize("solver", CALIBRATED, ids=repr)
-@settings(max_examples=40)
 @given(problem=problems(), quantizer=st.sampled_from([row[0] for row in QUANTIZERS]), data=st.data())
 def test_calibrated_error_never_exceeds_uncalibrated_error(solver, problem, quantizer, data):
     """Law 2, through the front door: optimum <= calibrated <= uncalibrated <= no correction."""

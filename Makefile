@@ -2,8 +2,6 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-# On a few shared cores OpenMP's spinning threads cost more than they gain.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-slow check bench docs clean
 

@@ -7,20 +7,21 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def print_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], justify: Literal["left", "right"] = "right"
 ) -> None:
     """Print a table on standard output; `justify` is for the columns after the first, which are mostly numbers."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for index, column in enumerate(header):
         table.add_column(column, justify=justify if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console()
     # Off a terminal rich assumes 80 columns and would cut long names.
-    Console(width=None if console.is_terminal else 140).print(table)
+    Console(width=None if console.is_terminal else 140).print(Text(title), table, soft_wrap=False)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ from strategies import problems
 
 from quailora import FP4, GPTQ, NF4, Gram, InputStatistics, Int8, Uniform
 from quailora.errors import CalibrationError, NumericalError
-from quailora.quantizers import gptq
+from quailora.quantizers import fourbit, gptq
 from quailora.quantizers.packing import pack, unpack
 from quailora.testing import make_problem
 
@@ -31,7 +31,10 @@ def test_four_bit_equals_bitsandbytes_layer(quant_type, double_quantization, dty
     ).to("cpu")
     expected = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
     quantizer = {"nf4": NF4, "fp4": FP4}[quant_type](double_quantization=double_quantization)
-    torch.testing.assert_close(quantizer.quantize(weight).dequantize(), expected, rtol=0, atol=0)
+    stored = quantizer.quantize(weight)
+    assert isinstance(stored, fourbit.FourBitWeight)
+    torch.testing.assert_close(stored.codes, parameter.data, rtol=0, atol=0)
+    torch.testing.assert_close(stored.dequantize(), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -40,7 +40,7 @@ def leading_subspace(
     return basis @ leading if tall else leading
 
 
-def balanced_factors(
+def product_svd(
     lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]
 ) -> tuple[Float[Tensor, "out_features rank"], Float[Tensor, " rank"], Float[Tensor, "rank in_features"]]:
     """Return the singular value decomposition `(U, s, Vh)` of `lora_B @ lora_A` without forming the product.

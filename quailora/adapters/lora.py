@@ -78,7 +78,6 @@ def write_lora(
     *,
     target_modules: Sequence[str],
     base_model: str,
-    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -92,7 +91,6 @@ def write_lora(
         scaling: ranks and alphas; the ranks must be those of the corrections.
         target_modules: what PEFT wraps; explicit names, since `all-linear` finds nothing on some quantized layers.
         base_model: hub name or folder of the base.
-        metadata: more entries for the header of the safetensors file.
 
     Raises:
         ValueError: if a correction's rank is not the one that the scaling states.
@@ -125,7 +123,7 @@ def write_lora(
     # PEFT's own `save_pretrained` writes the same content, but its sets in an order that changes from run to run.
     content = config.to_dict() | {"target_modules": sorted(target_modules)}
     write_json(folder / "adapter_config.json", content)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", **(metadata or {})})
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def plain_number(value: float) -> int | float:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigurationError, NumericalError
-from ..linalg import balanced_factors
+from ..linalg import product_svd
 from ..metrics import Metric, Objective
 
 Factors = tuple[Float[Tensor, "out_features rank"], Float[Tensor, "rank in_features"]]
@@ -123,7 +123,7 @@ def finish(
         history: passed on.
     """
     dtype = torch.promote_types(objective.error.dtype, torch.float32)
-    left, singular, right = balanced_factors(factors[0].double(), factors[1].double())
+    left, singular, right = product_svd(factors[0].double(), factors[1].double())
     root = singular.sqrt()
     lora_B, lora_A = (left * root).to(dtype), (root[:, None] * right).to(dtype)
 

@@ -11,6 +11,7 @@ from typing import Literal, final
 from jaxtyping import Float
 from torch import Tensor
 
+from .errors import ConfigurationError
 from .statistics import InputStatistics
 
 
@@ -137,3 +138,9 @@ class Objective:
         cross = ((lora_B.T @ self.product) * lora_A).sum()
         square = (self.metric.product(lora_A) * (lora_B.T @ lora_B @ lora_A)).sum()
         return max(0.0, self.value_at_zero - 2 * cross.item() + square.item())
+
+
+def check_damping(damping: float) -> None:
+    """Raise a `ConfigurationError` for a negative damping; called when a solver or quantizer is made."""
+    if damping < 0:
+        raise ConfigurationError(f"Expected a damping of at least 0, got {damping}.")

@@ -170,18 +170,20 @@ def check_solver(solver: Solver, problem: Problem | None = None, quantizer: Quan
         AssertionError: naming the law and the case.
     """
     for case in [problem] if problem else standard_problems():
-        error = case.weight
+        error, statistics = case.weight, case.statistics
+        moment = statistics.second_moment
         if quantizer is not None:
-            error = case.weight - quantizer.quantize(case.weight, case.statistics).dequantize()
+            error = case.weight - quantizer.quantize(case.weight, statistics).dequantize()
         error = error.to(torch.promote_types(error.dtype, torch.float32))
-        objective = Objective(error, Gram(case.statistics.second_moment))
-        floor = 1e-9 * objective.value_at_zero + indefiniteness(error, case.statistics.second_moment)
+        objective = Objective(error, Gram(moment))
+        floor = 1e-9 * objective.value_at_zero + indefiniteness(error, moment)
         full = min(error.shape)
         previous = objective.value_at_zero
         for rank in sorted({1, 2, max(1, full // 2), full} & set(range(1, full + 1))):
             where = f"{solver!r}, rank {rank}, {case.label}"
             solution = solver.solve(error, objective.metric, rank)
-            _check_solution(solver, solution, objective, rank, floor, where)
+            assert solution.rank == rank, f"returns rank {solution.rank}: {where}"
+            _check_solution(solver, solution, objective, optimal_error(error, moment, rank), floor, where)
             slack = rounding(previous, objective.value_at_zero, error.dtype, 64) + floor
             raised = f"a higher rank is worse ({solution.error} > {previous}): {where}"
             assert solution.error <= previous + slack, raised
@@ -189,9 +191,9 @@ def check_solver(solver: Solver, problem: Problem | None = None, quantizer: Quan
 
 
 def _check_solution(
-    solver: Solver, solution: LowRank, objective: Objective, rank: int, floor: float, where: str
+    solver: Solver, solution: LowRank, objective: Objective, optimum: float, floor: float, where: str
 ) -> None:
-    error, total = objective.error, objective.value_at_zero
+    error, total, rank = objective.error, objective.value_at_zero, solution.rank
     assert solution.lora_A.shape == (rank, error.shape[1]), f"lora_A has shape {tuple(solution.lora_A.shape)}: {where}"
     assert solution.lora_B.shape == (error.shape[0], rank), f"lora_B has shape {tuple(solution.lora_B.shape)}: {where}"
     measured = objective.metric.energy(error.double() - solution.lora_B.double() @ solution.lora_A.double())
@@ -200,8 +202,6 @@ def _check_solution(
     slack = rounding(measured, total, error.dtype) + tolerance
     assert measured <= total + slack, f"worse than no correction ({measured} > {total}): {where}"
 
-    moment = objective.metric.product(torch.eye(error.shape[1], dtype=torch.float64))
-    optimum = optimal_error(error, moment, rank)
     assert measured >= optimum - tolerance, f"below the optimum ({measured} < {optimum}): {where}"
     if solver.calibrated:
         uncalibrated = SVD().solve(error, objective.metric, rank).error

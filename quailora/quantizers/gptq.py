@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import ConfigurationError
 from ..linalg import safe_cholesky
-from ..metrics import Gram
+from ..metrics import Gram, check_damping
 from ..statistics import InputStatistics
 from .base import Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
@@ -55,8 +54,7 @@ class GPTQ(Quantizer):
 
     def __post_init__(self) -> None:
         check_bits_and_group(self.bits, self.group_size)
-        if self.damping < 0:
-            raise ConfigurationError(f"Expected a damping of at least 0, got {self.damping}.")
+        check_damping(self.damping)
 
     def encode(self, weight: Matrix, statistics: InputStatistics | None) -> GridWeight:  # noqa: D102
         assert statistics is not None  # `quantize` has checked it

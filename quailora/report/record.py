@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any, final
 
 from ..initializer import LayerInitialization
+from ..models.layers import ending
 
 _PACKAGES = ("quailora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 
@@ -81,7 +82,7 @@ def by_ending(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
     """Return the layers grouped by the last part of their names, such as `q_proj`."""
     groups: dict[str, list[LayerRecord]] = {}
     for layer in layers:
-        groups.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+        groups.setdefault(ending(layer.name), []).append(layer)
     return groups
 
 

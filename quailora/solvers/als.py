@@ -8,8 +8,8 @@ from typing import ClassVar, final
 import torch
 
 from ..errors import ConfigurationError
-from ..metrics import Objective
-from .base import Factors, LowRank, Solver, check_damping, finish
+from ..metrics import Objective, check_damping
+from .base import Factors, LowRank, Solver, finish
 from .svd import uncalibrated_factors
 
 

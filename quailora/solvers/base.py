@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import ConfigurationError, NumericalError
+from ..errors import NumericalError
 from ..linalg import product_svd
 from ..metrics import Metric, Objective
 
@@ -103,12 +103,6 @@ def check_rank(rank: int, shape: tuple[int, ...]) -> None:
             f"Expected a rank from 1 to {min(shape)} for a layer of shape {tuple(shape)}, got {rank}. "
             "Lower the rank, or give such layers their own with rank_pattern."
         )
-
-
-def check_damping(damping: float) -> None:
-    """Raise a `ConfigurationError` for a negative damping; called when a solver is made."""
-    if damping < 0:
-        raise ConfigurationError(f"Expected a damping of at least 0, got {damping}.")
 
 
 def finish(

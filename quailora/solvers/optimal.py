@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..linalg import leading_subspace
-from ..metrics import Objective
-from .base import LowRank, Solver, check_damping, finish
+from ..metrics import Objective, check_damping
+from .base import LowRank, Solver, finish
 from .svd import SVD
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quailora import GPTQ, NF4, SVD, AlternatingLeastSquares, Gram, InputStatistics, Int8, Optimal, Uniform
-from quailora.metrics import Objective
+from quailora.objective import Objective
 from quailora.testing import make_problem
 
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048)]

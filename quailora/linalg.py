@@ -11,35 +11,6 @@ from torch import Tensor
 from .errors import NumericalError, NumericalWarning
 
 
-def leading_subspace(
-    error: Float[Tensor, "out_features in_features"],
-    product: Float[Tensor, "out_features in_features"],
-    rank: int,
-) -> Float[Tensor, "out_features rank"]:
-    """Return an orthonormal basis `U` of the `rank` leading eigenvectors of `E H E^T`.
-
-    `U U^T E` is then the best rank-`rank` approximation of `E` in the metric `H` (Eckart-Young for `E L`, where
-    `L L^T = H`). Neither a square root nor an inverse of `H` is needed, so `H` may be singular. A tall `E` is first
-    reduced to the range of `E` by a thin QR, so the eigenproblem has the size of the shorter side.
-
-    Args:
-        error: `E`, in float64.
-        product: `E H`, in float64.
-        rank: number of directions, at most `min(out_features, in_features)`.
-
-    Returns:
-        The basis, most important direction first.
-    """
-    tall = error.shape[0] > error.shape[1]
-    if tall:
-        basis, error = torch.linalg.qr(error)
-        product = basis.T @ product
-    moment = product @ error.T
-    vectors: Tensor = torch.linalg.eigh((moment + moment.T) / 2).eigenvectors
-    leading = vectors[:, -rank:].flip(1)
-    return basis @ leading if tall else leading
-
-
 def product_svd(
     lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]
 ) -> tuple[Float[Tensor, "out_features rank"], Float[Tensor, " rank"], Float[Tensor, "rank in_features"]]:

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .metrics import Gram, Objective
+from .metrics import Gram
+from .objective import Objective
 from .quantizers import Quantizer
 from .solvers import SVD, LowRank, Solver
 from .statistics import InputStatistics

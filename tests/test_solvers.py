@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quailora import NF4, SVD, AlternatingLeastSquares, Diagonal, Gram, Identity, InputStatistics, Optimal, Zero
 from quailora.errors import ConfigurationError, NumericalError
-from quailora.metrics import Objective
+from quailora.objective import Objective
 from quailora.testing import make_problem, optimal_error
 
 
@@ -159,9 +159,9 @@ def test_objective_value_equals_the_dense_computation(seed, rank):
 
 def test_damping_adds_to_the_diagonal():
     moment = make_problem(4, 6).statistics.second_moment
-    damped = Gram(moment).damped(0.5).product(torch.eye(6))
+    damped = Gram(moment).damped(0.5).product(torch.eye(6, dtype=torch.float64))
     torch.testing.assert_close(damped, moment + 0.5 * moment.diagonal().mean() * torch.eye(6, dtype=torch.float64))
-    powers = Diagonal(moment.diagonal()).damped(0.5).product(torch.ones(1, 6))
+    powers = Diagonal(moment.diagonal()).damped(0.5).product(torch.ones(1, 6, dtype=torch.float64))
     torch.testing.assert_close(powers[0], moment.diagonal() + 0.5 * moment.diagonal().mean())
 
 

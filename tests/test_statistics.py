@@ -41,14 +41,14 @@ def test_save_and_load(tmp_path, generator):
     statistics.save(tmp_path / "statistics.safetensors")
     loaded = InputStatistics.load(tmp_path / "statistics.safetensors")
     assert loaded.tokens == 50
-    torch.testing.assert_close(loaded.total, statistics.total, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.second_moment, statistics.second_moment, rtol=0, atol=0)
 
 
 def test_foreign_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CalibrationError, match=r"Expected tensors 'total' and 'tokens' .* got \['weight'\]"):
+    with pytest.raises(CalibrationError, match=r"Expected tensors 'second_moment' and 'tokens' .* got \['weight'\]"):
         InputStatistics.load(tmp_path / "other.safetensors")
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar, final
 import torch
 
 from ..errors import ConfigurationError
-from ..metrics import Objective, check_damping
-from .base import Factors, LowRank, Solver, finish
-from .svd import uncalibrated_factors
+from ..metrics import Identity, check_damping
+from ..objective import Objective
+from .base import LowRank, Solver, finish
 
 
 @final
@@ -47,17 +47,13 @@ class AlternatingLeastSquares(Solver):
             raise ConfigurationError(f"Expected a number of iterations of at least 0, got {self.iterations}.")
 
     def minimise(self, objective: Objective, rank: int) -> LowRank:  # noqa: D102
-        dtype = torch.promote_types(objective.error.dtype, torch.float32)
-        error = objective.error.to(dtype)
-        product = objective.metric.damped(self.damping).product(error) if self.damping else objective.product
-        product = product.to(dtype)
-
-        start = uncalibrated_factors(objective, rank)
-        best: Factors = start
-        history = [objective.value(*start)]
-        lora_A = start[1].to(dtype)
+        error = objective.error.to(torch.promote_types(objective.error.dtype, torch.float32))
+        metric = objective.metric.damped(self.damping)
+        lora_B, lora_A = best = objective.projection(objective.subspace(rank, Identity()))
+        history = [objective.value(lora_B, lora_A)]
+        lora_A = lora_A.to(error.dtype)
         for _ in range(self.iterations):
-            lora_B = torch.linalg.qr(product @ lora_A.T).Q
+            lora_B = torch.linalg.qr(error @ metric.product(lora_A).T).Q
             lora_A = lora_B.T @ error
             history.append(objective.value(lora_B, lora_A))
             if history[-1] <= min(history):

@@ -13,11 +13,8 @@ from torch import Tensor
 
 from ..errors import NumericalError
 from ..linalg import product_svd
-from ..metrics import Metric, Objective
-
-Factors = tuple[Float[Tensor, "out_features rank"], Float[Tensor, "rank in_features"]]
-"""`(lora_B, lora_A)`, in any scaling between the two."""
-
+from ..metrics import Metric
+from ..objective import Factors, Objective
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -34,6 +31,8 @@ class LowRank:
         error: achieved `tr((E - C) H (E - C)^T)` of exactly these factors, in the metric the solver was given.
         energies: energy of each direction of the correction, `eig(C H C^T)`, descending. At the optimum these are the
             captured energies, and they add up to what the correction gains.
+        bound: no correction of this rank has a smaller error than this; 0 where the solver does not know. See
+            `Subspace.upper` for when it holds.
         iterations: rounds that were run; 0 for direct solvers.
         history: error after each round, starting with round 0, for iterative solvers.
     """
@@ -42,6 +41,7 @@ class LowRank:
     lora_B: Float[Tensor, "out_features rank"]
     error: float
     energies: Float[Tensor, " rank"]
+    bound: float = 0.0
     iterations: int = 0
     history: tuple[float, ...] = ()
 
@@ -106,13 +106,19 @@ def check_rank(rank: int, shape: tuple[int, ...]) -> None:
 
 
 def finish(
-    objective: Objective, factors: Factors, *, iterations: int = 0, history: tuple[float, ...] = ()
+    objective: Objective,
+    factors: Factors,
+    *,
+    slack: float | None = None,
+    iterations: int = 0,
+    history: tuple[float, ...] = (),
 ) -> LowRank:
     """Balance factors, cast them to the dtype they are stored in, and measure the error of what is left.
 
     Args:
         objective: the problem that was solved.
         factors: `(lora_B, lora_A)`, any float dtype.
+        slack: how far the error may be above the optimum, where that is known.
         iterations: passed on.
         history: passed on.
     """
@@ -130,6 +136,8 @@ def finish(
         lora_B = torch.where(spent, 0, lora_B)
 
     left_r = torch.linalg.qr(lora_B.double()).R
-    square = left_r @ (objective.metric.product(lora_A) @ lora_A.double().T) @ left_r.T
+    square = left_r @ (objective.metric.product(lora_A.double()) @ lora_A.double().T) @ left_r.T
     energies = torch.linalg.eigvalsh((square + square.T) / 2).flip(0).clamp(min=0)
-    return LowRank(lora_A, lora_B, objective.value(lora_B, lora_A), energies, iterations, history)
+    error = objective.value(lora_B, lora_A)
+    bound = 0.0 if slack is None else max(0.0, error - slack)
+    return LowRank(lora_A, lora_B, error, energies, bound, iterations, history)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..linalg import leading_subspace
-from ..metrics import Objective
-from .base import Factors, LowRank, Solver, finish
+from ..metrics import Identity
+from ..objective import TOLERANCE, Objective, check_tolerance
+from .base import LowRank, Solver, finish
 
 
 @final
@@ -15,19 +15,23 @@ from .base import Factors, LowRank, Solver, finish
 class SVD(Solver):
     """`min ||E - C||_F` over `rank(C) <= r`: the best correction that knows nothing of the inputs.
 
-    Equivalent to the truncated `torch.linalg.svd(E)`, computed as an eigenproblem of the shorter side in float64.
+    Equivalent to the truncated `torch.linalg.svd(E)`, by `Objective.subspace`.
     It is the uncalibrated objective of QuAILoRA (eq. 2), LoRC (Yao et al., 2023, arXiv 2303.08302) and one step of
     LoftQ (Li et al., 2023, arXiv 2310.08659). In any metric it is at least as good as no correction, because it only
     projects the error's output side, but it can be far from the optimum there.
+
+    Attributes:
+        tolerance: how far above the optimum the result may be where it is found by iteration, as a share of the
+            optimum and of the gain. Small problems are solved densely, to rounding.
     """
+
+    tolerance: float = TOLERANCE
 
     calibrated: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        check_tolerance(self.tolerance)
+
     def minimise(self, objective: Objective, rank: int) -> LowRank:  # noqa: D102
-        return finish(objective, uncalibrated_factors(objective, rank))
-
-
-def uncalibrated_factors(objective: Objective, rank: int) -> Factors:
-    """Return the best factors in the Frobenius norm, float64: `U_r` and `U_r^T E`."""
-    basis = leading_subspace(objective.error64, objective.error64, rank)
-    return basis, basis.T @ objective.error64
+        found = objective.subspace(rank, Identity(), self.tolerance)
+        return finish(objective, objective.projection(found))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..metrics import Objective
+from ..objective import Objective
 from .base import LowRank, Solver, finish
 
 

@@ -1,0 +1,124 @@
+"""The problem that every solver gets, and what its solvers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .errors import ConfigurationError
+from .metrics import Metric
+from .subspace import Subspace, dense_subspace, krylov_subspace, worth_iterating
+
+TOLERANCE = 1e-3
+"""How far above the optimum an iterative solution may be, by default: relative to it, and to what it gains."""
+
+Factors = tuple[Float[Tensor, "out_features rank"], Float[Tensor, "rank in_features"]]
+"""`(lora_B, lora_A)`, in any scaling between the two."""
+
+_BLOCK = 32  # columns that a round of the iteration adds: fewer need more rounds, more need more columns
+_ROWS = 1024  # rows of the error that are in float64 at a time
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """`min tr((E - C) H (E - C)^T)` over `C = lora_B @ lora_A` of a given rank.
+
+    What several solvers need is computed once: the value at `C = 0`, and leading directions by metric.
+
+    Attributes:
+        error: `E = W - Q`, any float dtype.
+        metric: `H`.
+    """
+
+    error: Float[Tensor, "out_features in_features"]
+    metric: Metric
+    _found: dict[Metric, tuple[float, Subspace]] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def value_at_zero(self) -> float:
+        """`tr(E H E^T)`: the error without any correction."""
+        return self.metric.energy(self.error)
+
+    def value(self, lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]) -> float:
+        """Return `tr((E - C) H (E - C)^T)` at `C = lora_B @ lora_A`: squared, total over outputs, per token.
+
+        Expanded as `tr(E H E^T) - 2 tr(C H E^T) + tr(C H C^T)`, so that no dense `E - C` is formed. The last two are
+        computed in float64, where their cancellation costs about 1e-16 of the error without correction.
+        """
+        lora_B, lora_A = lora_B.double(), lora_A.double()
+        rows = zip(torch.split(lora_B, _ROWS), torch.split(self.error, _ROWS), strict=True)
+        projected = sum((part.T @ error.double() for part, error in rows), torch.zeros_like(lora_A))
+        projected = lora_B.T @ lora_B @ lora_A - 2 * projected
+        return max(0.0, self.value_at_zero + (self.metric.product(lora_A) * projected).sum().item())
+
+    def subspace(self, rank: int, metric: Metric | None = None, tolerance: float = TOLERANCE) -> Subspace:
+        """Return the leading eigenvectors `U` of `E H E^T`: `U U^T E` is the best correction of its rank in `H`.
+
+        (Eckart-Young for `E L`, where `L L^T = H`.) Neither a square root nor an inverse of `H` is needed, so `H` may
+        be singular. Where the shorter side of `E` is long against the rank, block Krylov iteration finds them by thin
+        products with `E`, `H` and `E^T`; otherwise, and where that does not converge, it is one dense eigenproblem
+        of the shorter side in float64. Whatever was found for a metric is reused for every lower rank, and starts
+        the search for a higher one.
+
+        Args:
+            rank: number of directions, at most `min(out_features, in_features)`.
+            metric: `H`, where it is not that of this objective.
+            tolerance: how far above the optimum an iterative solution may be, as a share of the optimum and of what it
+                gains.
+        """
+        metric = metric or self.metric
+        reached, known = self._found.get(metric, (torch.inf, None))
+        if known is None or known.rank < rank or reached > tolerance:
+            known = self._search(rank, metric, tolerance, known)
+            self._found[metric] = tolerance, known
+        return known.leading(rank)
+
+    def projection(self, found: Subspace) -> Factors:
+        """Return the correction `U U^T E` of the directions found, as `(U, U^T E)`."""
+        return found.basis, found.basis.T @ self.error.to(found.basis.dtype)
+
+    def bound(self, rank: int) -> float:
+        """Return an error that no correction of this rank goes below: the optimum, less what iteration left open."""
+        found = self.subspace(rank)
+        return max(0.0, self.value(*self.projection(found)) - found.slack)
+
+    def _search(self, rank: int, metric: Metric, tolerance: float, known: Subspace | None) -> Subspace:
+        error = self.error.to(torch.promote_types(self.error.dtype, torch.float32))
+        if worth_iterating(min(error.shape), rank):
+            generator = torch.Generator(error.device).manual_seed(0)
+            random = torch.randn(_BLOCK, error.shape[1], generator=generator, dtype=error.dtype, device=error.device)
+            start = error @ metric.product(random).T  # half a product, and no column wasted on a random direction
+            if known is not None:
+                start = torch.cat([known.basis.to(error.dtype), start], 1)
+            found = krylov_subspace(
+                lambda block: error @ metric.product(block.T @ error).T,
+                start,
+                rank,
+                limit=min(error.shape) // 2,
+                tolerance=tolerance,
+            )
+            if found is not None:
+                return found
+        basis, reduced = self._reduced
+        found = dense_subspace(metric.product(reduced) @ reduced.T, rank)
+        return found if basis is None else found.rotated(basis)
+
+    @cached_property
+    def _reduced(self) -> tuple[Float[Tensor, "out_features side"] | None, Float[Tensor, "side in_features"]]:
+        """The error in float64, and where it is tall in a basis of its range (thin QR), so that its side is short."""
+        if self.error.shape[0] <= self.error.shape[1]:
+            return None, self.error.double()
+        basis, reduced = torch.linalg.qr(self.error.double())
+        return basis, reduced
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raise a `ConfigurationError` unless a tolerance is positive; called when a solver is made."""
+    if tolerance <= 0:
+        raise ConfigurationError(f"Expected a tolerance above 0, got {tolerance}.")

@@ -1,0 +1,161 @@
+"""Leading eigenvectors of a positive semidefinite matrix: dense, or by randomised block Krylov iteration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Apply = Callable[[Tensor], Tensor]
+"""`Y -> M Y` for a symmetric positive semidefinite `M`, in the dtype of `Y`."""
+
+_STALLED = 64  # machine epsilons of the captured energy, below which a slack that does not fall is rounding
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """Leading eigenvectors of a symmetric positive semidefinite `M`, and how far from the truth they can be.
+
+    Attributes:
+        basis: orthonormal columns, most important first.
+        energies: energy of each column, `diag(U^T M U)`, float64, descending; never above the true eigenvalue.
+        upper: bound from above on each true eigenvalue, float64: the energies themselves after a dense solution.
+            After an iteration it is a bound unless some direction orthogonal to those found carries more energy than
+            the least of them.
+        applications: columns that `M` was applied to; 0 for a dense solution.
+    """
+
+    basis: Float[Tensor, "rows rank"]
+    energies: Float[Tensor, " rank"]
+    upper: Float[Tensor, " rank"]
+    applications: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return len(self.energies)
+
+    @property
+    def slack(self) -> float:
+        """How much energy the best subspace of this rank may capture beyond this one."""
+        return (self.upper.sum() - self.energies.sum()).item()
+
+    def leading(self, rank: int) -> Subspace:
+        """Return the first directions alone."""
+        return Subspace(self.basis[:, :rank], self.energies[:rank], self.upper[:rank], self.applications)
+
+    def rotated(self, rows: Float[Tensor, "more rows"]) -> Subspace:
+        """Return the subspace in the coordinates that it was reduced from."""
+        return Subspace(rows @ self.basis, self.energies, self.upper, self.applications)
+
+
+def worth_iterating(side: int, rank: int) -> bool:
+    """Return whether iteration should beat a dense eigenproblem of this size.
+
+    On a flat spectrum about `3 * rank + 256` directions are searched; beyond half of all of them, dense is faster.
+    """
+    return side >= 2 * (3 * rank + 256)
+
+
+def dense_subspace(moment: Float[Tensor, "rows rows"], rank: int) -> Subspace:
+    """Return the leading eigenvectors of a matrix by LAPACK, in the dtype of the matrix."""
+    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    energies = values[-rank:].flip(0).clamp(min=0).double()
+    return Subspace(vectors[:, -rank:].flip(1), energies, energies)
+
+
+@torch.no_grad()
+def krylov_subspace(
+    apply: Apply,
+    start: Float[Tensor, "rows columns"],
+    rank: int,
+    *,
+    limit: int,
+    tolerance: float,
+) -> Subspace | None:
+    """Return the `rank` leading eigenvectors of an operator that is known by its products alone.
+
+    Block Lanczos with full reorthogonalisation and Rayleigh-Ritz on all blocks (Musco and Musco, 2015,
+    arXiv 1504.05477). On a flat spectrum, such as that of a quantization error, it needs far fewer products than
+    subspace iteration, because no block is thrown away.
+
+    Stops when `slack` is at most `tolerance` times the captured energy, and times what the search has met beyond the
+    leading directions, which is no more than what no correction of this rank can capture. Also stops when rounding
+    keeps the slack from falling further.
+
+    Massive directions do no harm in float32. Rounding errors of a product point along them, so orthogonalisation
+    against the basis, which holds them from the first round on, takes the errors away.
+
+    Args:
+        apply: the operator.
+        start: first columns to search; need not be orthonormal. Each later round searches as many.
+        rank: number of directions.
+        limit: number of directions to search at most.
+        tolerance: see above.
+
+    Returns:
+        The subspace, or None if the limit was reached.
+    """
+    cursor = basis = torch.linalg.qr(start).Q
+    projected = start.new_zeros(0, 0, dtype=torch.float64)
+    check, slack = rank + 2 * start.shape[1], math.inf
+    while basis.shape[1] <= limit:
+        image = apply(cursor)
+        overlap = basis.T @ image
+        projected = _grown(projected, overlap.double())
+        cursor, coupling = torch.linalg.qr(image - basis @ overlap)
+        if basis.shape[1] >= check:
+            check = int(1.1 * check)
+            found = _ritz(basis, projected, coupling.double(), rank)
+            captured = found.energies.sum().item()
+            beyond = projected.trace().item() - captured
+            before, slack = slack, found.slack
+            stalled = slack >= before and slack <= _STALLED * torch.finfo(start.dtype).eps * captured
+            if slack <= tolerance * min(captured, beyond) or stalled:
+                return found
+        cursor = torch.linalg.qr(cursor - basis @ (basis.T @ cursor)).Q
+        basis = torch.cat([basis, cursor], 1)
+    return None
+
+
+def _grown(
+    projected: Float[Tensor, "known known"], overlap: Float[Tensor, "searched columns"]
+) -> Float[Tensor, "searched searched"]:
+    """Border `V^T M V` by the row and column of the last block."""
+    searched, known = len(overlap), len(projected)
+    grown = overlap.new_zeros(searched, searched)
+    grown[:known, :known] = projected
+    grown[:, known:] = overlap
+    grown[known:, :known] = overlap[:known].T
+    return grown
+
+
+def _ritz(
+    basis: Float[Tensor, "rows searched"],
+    projected: Float[Tensor, "searched searched"],
+    coupling: Float[Tensor, "columns columns"],
+    rank: int,
+) -> Subspace:
+    """Take the leading directions of the searched space, and bound the true eigenvalues from above.
+
+    In the basis of the Ritz vectors and their complement `M` is `[[T, R^T], [R, D]]`, with `T` the energies and `R`
+    the residuals. Replacing `D` by a multiple of the identity that is at least its norm can only raise eigenvalues.
+    """
+    values, vectors = torch.linalg.eigh(projected)
+    columns, known = len(coupling), len(projected)
+    leading = vectors[:, -rank:].flip(1)
+    energies = values[-rank:].flip(0).clamp(min=0)
+    residual = coupling @ leading[known - columns :]
+    bordered = torch.zeros(rank + columns, rank + columns, dtype=values.dtype, device=values.device)
+    bordered[:rank, :rank] = energies.diag()
+    bordered[rank:, :rank] = residual
+    bordered[:rank, rank:] = residual.T
+    bordered[rank:, rank:].diagonal().fill_(energies[-1])
+    upper = torch.linalg.eigvalsh(bordered).flip(0)[:rank]
+    return Subspace(basis @ leading.to(basis.dtype), energies, torch.maximum(upper, energies), known)

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from .errors import CalibrationError, ConfigurationError
+
+CalibrationDtype = Literal["auto", "model", "bfloat16"]
 
 _TEXT_SUFFIXES = {".json", ".jsonl", ".md", ".txt"}  # a name that ends so is that of a file, even where there is none
 _CHARACTERS_PER_TOKEN = 64  # how much text is read for each token that is needed; the windows are drawn from it
@@ -132,12 +134,15 @@ class Calibration:
         samples: number of windows.
         sequence_length: tokens in a window.
         seed: seed of the draw.
+        dtype: arithmetic of the pass: "auto" is bfloat16 on a CPU that multiplies in it, else that of the model;
+            "model" is always that of the model.
     """
 
     text: TextSource = TextSource()
     samples: int = 16
     sequence_length: int = 1024
     seed: int = 0
+    dtype: CalibrationDtype = "auto"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.sequence_length < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,17 +16,16 @@ from .adapters.lora import LoraScaling
 from .calibration import Calibration, evaluation_windows, shipped_text
 from .evaluate import Perplexity, adapted, perplexity, quantized
 from .initializer import Initializer
+from .layerwise import Method, run_methods
 from .models.capture import collect_statistics
 from .models.layers import linear_layers
 from .models.load import LoadedModel, load_model
 from .outputs import write_json
-from .pipeline import run_layers, write_adapter
+from .pipeline import write_adapter
 from .quantizers import NF4, Int8
 from .report.record import LayerRecord
 from .report.tables import print_table
 from .solvers import SVD, AlternatingLeastSquares, Optimal, Solver
-
-logger = logging.getLogger("quailora")
 
 SOLVERS: dict[str, Solver] = {"SVD": SVD(), "QuAILoRA": AlternatingLeastSquares(), "Optimal": Optimal()}
 
@@ -101,26 +99,26 @@ def compare(
     """
     model = loaded.model
     layers = linear_layers(model)
-    statistics = collect_statistics(model, layers, calibration.windows(loaded.tokenizer))
+    statistics = collect_statistics(model, layers, calibration.windows(loaded.tokenizer), calibration.dtype)
     results = {"full precision": perplexity(model, windows, "Full precision")}
     with quantized(model, Int8()):
         results["int8"] = perplexity(model, windows, "int8")
-    records: dict[str, list[LayerRecord]] = {}
-    adapters: dict[str, Path] = {}
-    for rank in ranks:
-        for label, solver in SOLVERS.items():
-            name = f"nf4 + {label} r{rank}"
-            logger.info("%s ...", name)
-            scaling = LoraScaling(rank)
-            records[name], corrections = run_layers(layers, statistics, Initializer(NF4(), solver, rank), scaling)
-            adapters[name] = folder / f"{label.lower()}-r{rank}"
-            adapters[name].mkdir(parents=True, exist_ok=True)
-            write_adapter(adapters[name], loaded, layers, corrections, scaling)
+    methods = {
+        f"nf4 + {label} r{rank}": Method(Initializer(NF4(), solver), LoraScaling(rank))
+        for rank in ranks
+        for label, solver in SOLVERS.items()
+    }
+    adapters = {name: folder / name.removeprefix("nf4 + ").lower().replace(" ", "-") for name in methods}
+    solved = run_methods(layers, statistics, methods)
+    for name, result in solved.items():
+        adapters[name].mkdir(parents=True, exist_ok=True)
+        write_adapter(adapters[name], loaded, layers, result.corrections, methods[name].scaling)
     with quantized(model, NF4()):
         results["nf4"] = perplexity(model, windows, "nf4")
         for name, adapter in adapters.items():
             with adapted(model, adapter) as wrapped:
                 results[name] = perplexity(wrapped, windows, name)
+    records = {name: result.records for name, result in solved.items()}
     comparison = Comparison(title, results, records)
     write_json(folder / "results.json", results_as_data(comparison))
     return comparison

@@ -203,7 +203,8 @@ def evaluate(
     if chosen.calibrated:
         recorded = Calibration.from_dict(provenance["calibration"]) if provenance else Calibration()
         source = replace(recorded, text=TextSource(calibration)) if calibration else recorded
-        statistics = collect_statistics(loaded.model, linear_layers(loaded.model), source.windows(loaded.tokenizer))
+        seen = source.windows(loaded.tokenizer)
+        statistics = collect_statistics(loaded.model, linear_layers(loaded.model), seen, source.dtype)
     results = {"full precision": perplexity(loaded.model, ids, "Full precision")}
     quantize_in_place(loaded.model, chosen, statistics)
     results["quantized"] = perplexity(loaded.model, ids, "Quantized")

@@ -99,7 +99,9 @@ class Gram(Metric):
         return self.second_moment.float()
 
     def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
-        return matrix @ (self.second_moment.double() if matrix.dtype == torch.float64 else self.single)
+        if matrix.dtype == torch.float64:
+            return matrix @ self.second_moment.double()
+        return (self.single @ matrix.T).T  # H is symmetric, and BLAS is faster with the thin factor on the right
 
     def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:
         """Return `tr(M H M^T)`; in float32 with the loudest channels in float64 where the metric is wide.

@@ -46,16 +46,24 @@ class Objective:
         return self.metric.energy(self.error)
 
     def value(self, lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]) -> float:
-        """Return `tr((E - C) H (E - C)^T)` at `C = lora_B @ lora_A`: squared, total over outputs, per token.
+        """Return `tr((E - C) H (E - C)^T)` at `C = lora_B @ lora_A`: squared, total over outputs, per token."""
+        return self.measure(lora_B, lora_A)[0]
 
-        Expanded as `tr(E H E^T) - 2 tr(C H E^T) + tr(C H C^T)`, so that no dense `E - C` is formed. The last two are
-        computed in float64, where their cancellation costs about 1e-16 of the error without correction.
+    def measure(
+        self, lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]
+    ) -> tuple[float, Float[Tensor, "rank rank"]]:
+        """Return the value at `C = lora_B @ lora_A`, and `lora_A H lora_A^T`, from which energies follow.
+
+        The value is expanded as `tr(E H E^T) - 2 tr(C H E^T) + tr(C H C^T)`, so that no dense `E - C` is formed. The
+        last two are computed in float64, where their cancellation costs about 1e-16 of the error without correction.
         """
         lora_B, lora_A = lora_B.double(), lora_A.double()
         rows = zip(torch.split(lora_B, _ROWS), torch.split(self.error, _ROWS), strict=True)
         projected = sum((part.T @ error.double() for part, error in rows), torch.zeros_like(lora_A))
-        projected = lora_B.T @ lora_B @ lora_A - 2 * projected
-        return max(0.0, self.value_at_zero + (self.metric.product(lora_A) * projected).sum().item())
+        weighted = self.metric.product(lora_A)
+        gram = weighted @ lora_A.T
+        change = ((lora_B.T @ lora_B) * gram).sum() - 2 * (projected * weighted).sum()
+        return max(0.0, self.value_at_zero + change.item()), gram
 
     def subspace(self, rank: int, metric: Metric | None = None, tolerance: float = TOLERANCE) -> Subspace:
         """Return the leading eigenvectors `U` of `E H E^T`: `U U^T E` is the best correction of its rank in `H`.
@@ -97,7 +105,7 @@ class Objective:
             if known is not None:
                 start = torch.cat([known.basis.to(error.dtype), start], 1)
             found = krylov_subspace(
-                lambda block: error @ metric.product(block.T @ error).T,
+                lambda block: error @ metric.product((error.T @ block).T).T,
                 start,
                 rank,
                 limit=min(error.shape) // 2,

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import logging
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
-import torch
 import yaml
 from torch import nn
 
 from .adapters.card import model_card
 from .adapters.lora import LoraScaling, write_lora
-from .calibration import Calibration, TextSource
-from .errors import QuailoraError, TargetError
+from .calibration import Calibration, CalibrationDtype, TextSource
+from .errors import TargetError
 from .evaluate import quantize_in_place
-from .initializer import Initializer, LayerInitialization
+from .initializer import Initializer
+from .layerwise import Method, run_methods
 from .metrics import MetricName
 from .models.capture import collect_statistics
 from .models.layers import ALL_LINEAR, explicit_targets, linear_layers, select_layers, weight_of
 from .models.load import DeviceName, DtypeName, LoadedModel, check_sequence_length, load_model
 from .outputs import check_output, new_folder, write_json
-from .progress import track
 from .quantizers import NF4, Quantizer
 from .report.phases import Phases
-from .report.record import LayerRecord, build_report, versions
+from .report.record import build_report, versions
 from .report.settings import describe
 from .report.tables import print_table
 from .solvers import AlternatingLeastSquares, LowRank, Solver
-from .statistics import InputStatistics
 
 logger = logging.getLogger("quailora")
 
@@ -81,6 +78,7 @@ def init(
     samples: int = 16,
     sequence_length: int = 1024,
     seed: int = 0,
+    calibration_dtype: CalibrationDtype = "auto",
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     save_base: bool = False,
@@ -107,6 +105,8 @@ def init(
         samples: number of calibration windows.
         sequence_length: tokens in a calibration window.
         seed: seed of the draw of windows and of untrained directions.
+        calibration_dtype: arithmetic of the calibration pass, which never changes the weights: "auto" is bfloat16 on a
+            CPU that multiplies in it, else that of the model; "model" is always that of the model.
         dtype: dtype of the model; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
         save_base: also write the dequantized base, for quantizers that stock transformers cannot load.
@@ -119,9 +119,8 @@ def init(
     folder = Path(out).expanduser()
     check_output(folder, overwrite)
     scaling = LoraScaling(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
-    source = Calibration(
-        TextSource(calibration, tuple(calibration_fields), calibration_split), samples, sequence_length, seed
-    )
+    text = TextSource(calibration, tuple(calibration_fields), calibration_split)
+    source = Calibration(text, samples, sequence_length, seed, calibration_dtype)
     initializer = Initializer(quantizer, solver, rank, metric)
     phases = Phases()
     if calibration is None:
@@ -136,18 +135,21 @@ def init(
             windows = source.windows(loaded.tokenizer)
         with phases.measure("calibrate"):
             watched = linear_layers(loaded.model) if save_base else layers
-            statistics = collect_statistics(loaded.model, watched, windows)
+            statistics = collect_statistics(loaded.model, watched, windows, source.dtype)
         with phases.measure("initialize"):
-            records, corrections = run_layers(layers, statistics, initializer, scaling, seed)
+            result = run_methods(layers, statistics, {"init": Method(initializer, scaling)}, seed)["init"]
         with phases.measure("write"):
-            write_adapter(partial, loaded, layers, corrections, scaling)
+            write_adapter(partial, loaded, layers, result.corrections, scaling)
             if save_base:
                 quantize_in_place(loaded.model, quantizer, statistics)
                 loaded.model.save_pretrained(partial / "base")
                 loaded.tokenizer.save_pretrained(partial / "base")
-        report = build_report(settings, phases.entries, records, windows.numel())
+        tokens = windows.numel()
+        report = build_report(settings, phases.entries, result.records, tokens)
         write_provenance(partial, settings, report, initializer, source, loaded.name)
-        card = model_card(initializer, records, model=model, base_model=loaded.name, calibration_tokens=windows.numel())
+        card = model_card(
+            initializer, result.records, model=model, base_model=loaded.name, calibration_tokens=windows.numel()
+        )
         (partial / "README.md").write_text(card, encoding="utf-8")
     return InitResult(folder, report)
 
@@ -167,51 +169,6 @@ def check_scaling(layers: Mapping[str, nn.Module], scaling: LoraScaling) -> None
             f"{len(small)} of {len(layers)} layers cannot carry the rank they were given: {', '.join(small[:5])}"
             f"{', ...' if len(small) > 5 else ''}. Lower the rank, or give these layers their own with rank_pattern."
         )
-
-
-def initialize_layers(
-    layers: Mapping[str, nn.Module],
-    statistics: Mapping[str, InputStatistics],
-    initializer: Initializer,
-    scaling: LoraScaling,
-    seed: int = 0,
-) -> Iterator[tuple[str, LayerInitialization]]:
-    """Yield each layer's name and initialization, in the order of the model.
-
-    Args:
-        layers: modules by name.
-        statistics: inputs of each layer.
-        initializer: what to do with a layer; its rank is replaced by the layer's own.
-        scaling: rank of each layer.
-        seed: seed of untrained directions; each layer draws from its own generator, whatever came before.
-
-    Raises:
-        QuailoraError: as the initializer does, with the layer's name in front.
-    """
-    for name, module in track(layers.items(), "Initializing", total=len(layers)):
-        own = replace(initializer, rank=scaling.rank_of(name))
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed ^ zlib.crc32(name.encode()))
-                layer = own(weight_of(name, module), statistics[name])
-        except QuailoraError as error:
-            raise type(error)(f"Layer {name}: {error}") from error
-        yield name, layer
-
-
-def run_layers(
-    layers: Mapping[str, nn.Module],
-    statistics: Mapping[str, InputStatistics],
-    initializer: Initializer,
-    scaling: LoraScaling,
-    seed: int = 0,
-) -> tuple[list[LayerRecord], dict[str, LowRank]]:
-    """Initialize all layers and keep what the adapter and the report need; see `initialize_layers`."""
-    records, corrections = [], {}
-    for name, layer in initialize_layers(layers, statistics, initializer, scaling, seed):
-        records.append(LayerRecord.of(name, layer, statistics[name].tokens))
-        corrections[name] = layer.low_rank
-    return records, corrections
 
 
 def write_adapter(

@@ -168,7 +168,11 @@ class InputStatistics:
 
 
 def self_product(matrix: Float[Tensor, "tokens in_features"]) -> Float[Tensor, "in_features in_features"]:
-    """Return `X^T X` in the dtype of `X`, exactly symmetric: only blocks up to the diagonal are multiplied, the others are mirrored."""
+    """Return `X^T X` in the dtype of `X`, exactly symmetric.
+
+    Only blocks up to the diagonal are multiplied; the others are mirrored. Products with `out` are not autocast, so a
+    model that computes in bfloat16 around this one does not round them.
+    """
     columns = matrix.shape[1]
     product = matrix.new_empty(columns, columns)
     size = max(_LEAST_BLOCK, -(-columns // _BLOCKS))

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from quailora import NF4, SVD, Initializer, LowRank, Zero
 from quailora.adapters.lora import LoraScaling, write_lora
 from quailora.evaluate import quantize_in_place
+from quailora.layerwise import Method, run_methods
 from quailora.models.capture import collect_statistics
 from quailora.models.layers import explicit_targets, linear_layers, select_layers, weight_of
-from quailora.pipeline import run_layers
 
 SCALINGS = [
     LoraScaling(4),
@@ -55,8 +55,8 @@ def ids(generator):
 def initialize(model, ids, scaling, solver=SVD(), targets="all-linear"):  # noqa: B008
     layers = select_layers(model, targets)
     statistics = collect_statistics(model, layers, ids)
-    _, corrections = run_layers(layers, statistics, Initializer(NF4(), solver), scaling)
-    return layers, corrections
+    result = run_methods(layers, statistics, {"only": Method(Initializer(NF4(), solver), scaling)})["only"]
+    return layers, result.corrections
 
 
 def reload(model, folder, layers, corrections, scaling):

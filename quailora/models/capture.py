@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from ..calibration import CalibrationDtype
 from ..errors import CalibrationError
 from ..progress import track
 from ..statistics import InputStatistics
@@ -21,7 +22,10 @@ _PROBE_TOKENS = 8
 
 @torch.no_grad()
 def collect_statistics(
-    model: Any, layers: Mapping[str, nn.Module], windows: Int[Tensor, "samples sequence_length"]
+    model: Any,
+    layers: Mapping[str, nn.Module],
+    windows: Int[Tensor, "samples sequence_length"],
+    dtype: CalibrationDtype = "auto",
 ) -> dict[str, InputStatistics]:
     """Return the statistics of each layer's inputs, from one pass of the full-precision model.
 
@@ -32,6 +36,7 @@ def collect_statistics(
         model: a transformers causal language model.
         layers: the layers to watch, by name.
         windows: token ids.
+        dtype: arithmetic of the pass; see `Calibration`.
 
     Raises:
         CalibrationError: if a layer is never run.
@@ -50,6 +55,7 @@ def collect_statistics(
     with ExitStack() as hooks:
         for name in dict.fromkeys(leaders.values()):
             hooks.enter_context(watch(name, layers[name], observe))
+        hooks.enter_context(arithmetic(model, dtype))
         per_pass = max(1, _TOKENS_PER_PASS // windows.shape[1])
         for batch in track(torch.split(windows, per_pass), "Calibrating"):
             body(input_ids=batch.to(device), use_cache=False)
@@ -61,6 +67,25 @@ def collect_statistics(
             "Leave them out of the targets, or calibrate on more text."
         )
     return {name: collected[leader] for name, leader in leaders.items()}
+
+
+def arithmetic(model: Any, dtype: CalibrationDtype) -> AbstractContextManager[Any]:
+    """Return the context that the calibration pass runs in: autocast to bfloat16, or none.
+
+    Autocast rounds weights and activations inside each product and keeps the rest, the residual stream among it, in
+    the model's own dtype. The weights themselves stay as they are.
+    """
+    device = next(model.parameters()).device.type
+    wanted = dtype == "bfloat16" or (
+        dtype == "auto" and model.dtype == torch.float32 and device == "cpu" and has_bfloat16()
+    )
+    return torch.autocast(device, torch.bfloat16) if wanted else nullcontext()
+
+
+def has_bfloat16() -> bool:
+    """Return whether this CPU multiplies in bfloat16, and torch can tell."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def shared_inputs(body: Any, layers: Mapping[str, nn.Module], probe: Int[Tensor, "1 tokens"]) -> dict[str, str]:

@@ -135,9 +135,9 @@ def finish(
         lora_A = torch.where(spent[:, None], fresh, lora_A)
         lora_B = torch.where(spent, 0, lora_B)
 
+    error, gram = objective.measure(lora_B, lora_A)
     left_r = torch.linalg.qr(lora_B.double()).R
-    square = left_r @ (objective.metric.product(lora_A.double()) @ lora_A.double().T) @ left_r.T
+    square = left_r @ gram @ left_r.T
     energies = torch.linalg.eigvalsh((square + square.T) / 2).flip(0).clamp(min=0)
-    error = objective.value(lora_B, lora_A)
     bound = 0.0 if slack is None else max(0.0, error - slack)
     return LowRank(lora_A, lora_B, error, energies, bound, iterations, history)

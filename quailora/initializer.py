@@ -139,11 +139,11 @@ class Initializer:
         check_rank(self.rank, objective.error.shape)
         if layer.statistics is None or self.metric == "gram":
             low_rank = self.solver.minimise(objective, self.rank)
-            error = low_rank.error
+            error, bound = low_rank.error, low_rank.bound
         else:
             other = Objective(objective.error, METRICS[self.metric](layer.statistics))
             low_rank = self.solver.minimise(other, self.rank)
-            error = objective.value(low_rank.lora_B, low_rank.lora_A)
+            error, bound = objective.value(low_rank.lora_B, low_rank.lora_A), 0.0
         uncalibrated = objective.projection(objective.subspace(self.rank, Identity()))
         return LayerInitialization(
             quantized=layer.quantized,
@@ -152,5 +152,5 @@ class Initializer:
             error_none=objective.value_at_zero,
             error_uncalibrated=objective.value(*uncalibrated),
             error=error,
-            error_optimal=objective.bound(self.rank),
+            error_optimal=bound or objective.bound(self.rank),
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import ConfigurationError
 from .statistics import InputStatistics
 
-_EXACT_WIDTH = 1024  # up to here energies are computed in float64 throughout
+_EXACT_WIDTH = 256  # up to here energies are computed in float64 throughout
 _LOUD = 64  # channels that stay in float64 in wider layers
 _BLOCKS = 8  # blocks of a symmetric form: 9/16 of the work of a general product
 
@@ -35,6 +35,13 @@ class Metric(ABC):
     @abstractmethod
     def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:
         """Return `tr(M H M^T)`, to about 1e-7 of it for float32, 1e-15 for float64."""
+
+    @abstractmethod
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:
+        """Return `M H^(1/2)` where `H` is diagonal: `M` itself for the identity, else in float64. None otherwise.
+
+        A quantization error keeps its nearly flat spectrum under such a root; under that of a Gram it decays.
+        """
 
     @abstractmethod
     def mean_power(self) -> float:
@@ -57,6 +64,9 @@ class Identity(Metric):
     def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
         return squared_norm(matrix)
 
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+        return matrix
+
     def mean_power(self) -> float:  # noqa: D102
         return 1.0
 
@@ -77,6 +87,9 @@ class Diagonal(Metric):
 
     def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
         return (matrix.double().square().sum(0) @ self.second_moment.double()).item()
+
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+        return matrix.double() * self.second_moment.double().sqrt()
 
     def mean_power(self) -> float:  # noqa: D102
         return self.second_moment.mean().item()
@@ -119,6 +132,10 @@ class Gram(Metric):
         among_loud = symmetric_form(mass, self.second_moment[loud][:, loud].double())
         return max(0.0, symmetric_form(quiet, self.single) + 2 * cross + among_loud)
 
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+        del matrix
+        return None
+
     def mean_power(self) -> float:  # noqa: D102
         return self.second_moment.diagonal().mean().item()
 
@@ -141,6 +158,10 @@ class Damped(Metric):
 
     def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
         return self.inner.energy(matrix) + self.ridge * squared_norm(matrix)
+
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+        del matrix
+        return None
 
     def mean_power(self) -> float:  # noqa: D102
         return self.inner.mean_power() + self.ridge

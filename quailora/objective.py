@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import ConfigurationError
 from .metrics import Metric
-from .subspace import Subspace, dense_subspace, krylov_subspace, worth_iterating
+from .subspace import Subspace, dense_subspace, krylov_subspace, left_singular_subspace, worth_iterating
 
 TOLERANCE = 1e-3
 """How far above the optimum an iterative solution may be, by default: relative to it, and to what it gains."""
@@ -21,7 +21,6 @@ Factors = tuple[Float[Tensor, "out_features rank"], Float[Tensor, "rank in_featu
 """`(lora_B, lora_A)`, in any scaling between the two."""
 
 _BLOCK = 32  # columns that a round of the iteration adds: fewer need more rounds, more need more columns
-_ROWS = 1024  # rows of the error that are in float64 at a time
 
 
 @final
@@ -58,11 +57,9 @@ class Objective:
         last two are computed in float64, where their cancellation costs about 1e-16 of the error without correction.
         """
         lora_B, lora_A = lora_B.double(), lora_A.double()
-        rows = zip(torch.split(lora_B, _ROWS), torch.split(self.error, _ROWS), strict=True)
-        projected = sum((part.T @ error.double() for part, error in rows), torch.zeros_like(lora_A))
         weighted = self.metric.product(lora_A)
         gram = weighted @ lora_A.T
-        change = ((lora_B.T @ lora_B) * gram).sum() - 2 * (projected * weighted).sum()
+        change = ((lora_B.T @ lora_B) * gram).sum() - 2 * ((lora_B.T @ self._error64) * weighted).sum()
         return max(0.0, self.value_at_zero + change.item()), gram
 
     def subspace(self, rank: int, metric: Metric | None = None, tolerance: float = TOLERANCE) -> Subspace:
@@ -71,7 +68,7 @@ class Objective:
         (Eckart-Young for `E L`, where `L L^T = H`.) Neither a square root nor an inverse of `H` is needed, so `H` may
         be singular. Where the shorter side of `E` is long against the rank, block Krylov iteration finds them by thin
         products with `E`, `H` and `E^T`; otherwise, and where that does not converge, it is one dense eigenproblem
-        of the shorter side in float64. Whatever was found for a metric is reused for every lower rank, and starts
+        of the shorter side. Whatever was found for a metric is reused for every lower rank, and starts
         the search for a higher one.
 
         Args:
@@ -98,7 +95,8 @@ class Objective:
 
     def _search(self, rank: int, metric: Metric, tolerance: float, known: Subspace | None) -> Subspace:
         error = self.error.to(torch.promote_types(self.error.dtype, torch.float32))
-        if worth_iterating(min(error.shape), rank):
+        side, rooted = min(error.shape), metric.rooted(error)
+        if worth_iterating(side, rank, decaying=rooted is None):
             generator = torch.Generator(error.device).manual_seed(0)
             random = torch.randn(_BLOCK, error.shape[1], generator=generator, dtype=error.dtype, device=error.device)
             start = error @ metric.product(random).T  # half a product, and no column wasted on a random direction
@@ -108,22 +106,22 @@ class Objective:
                 lambda block: error @ metric.product((error.T @ block).T).T,
                 start,
                 rank,
-                limit=min(error.shape) // 2,
+                limit=side // 2,
                 tolerance=tolerance,
             )
             if found is not None:
                 return found
-        basis, reduced = self._reduced
-        found = dense_subspace(metric.product(reduced) @ reduced.T, rank)
-        return found if basis is None else found.rotated(basis)
+        if rooted is not None:
+            return left_singular_subspace(rooted, rank)
+        exact = self._error64  # a spectrum that decays can fall below float32's rounding of its largest value
+        if error.shape[0] <= error.shape[1]:
+            return dense_subspace(metric.product(exact) @ exact.T, rank)
+        basis, reduced = torch.linalg.qr(exact)  # a tall error in a basis of its range, so that the problem is short
+        return dense_subspace(metric.product(reduced) @ reduced.T, rank).rotated(basis)
 
     @cached_property
-    def _reduced(self) -> tuple[Float[Tensor, "out_features side"] | None, Float[Tensor, "side in_features"]]:
-        """The error in float64, and where it is tall in a basis of its range (thin QR), so that its side is short."""
-        if self.error.shape[0] <= self.error.shape[1]:
-            return None, self.error.double()
-        basis, reduced = torch.linalg.qr(self.error.double())
-        return basis, reduced
+    def _error64(self) -> Float[Tensor, "out_features in_features"]:
+        return self.error.double()
 
 
 def check_tolerance(tolerance: float) -> None:

@@ -55,19 +55,28 @@ class Subspace:
         return Subspace(rows @ self.basis, self.energies, self.upper, self.applications)
 
 
-def worth_iterating(side: int, rank: int) -> bool:
+def worth_iterating(side: int, rank: int, *, decaying: bool) -> bool:
     """Return whether iteration should beat a dense eigenproblem of this size.
 
-    On a flat spectrum about `3 * rank + 256` directions are searched; beyond half of all of them, dense is faster.
+    It can while it searches less than half of all directions. Measured on the errors of quantized models: about
+    `2 * rank + 128` directions are needed where the spectrum decays, `3 * rank + 192` where it is flat.
     """
-    return side >= 2 * (3 * rank + 256)
+    return side >= 2 * (2 * rank + 128 if decaying else 3 * rank + 192)
 
 
 def dense_subspace(moment: Float[Tensor, "rows rows"], rank: int) -> Subspace:
-    """Return the leading eigenvectors of a matrix by LAPACK, in the dtype of the matrix."""
+    """Return the leading eigenvectors of a symmetric positive semidefinite matrix by LAPACK, in its dtype."""
     values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
     energies = values[-rank:].flip(0).clamp(min=0).double()
     return Subspace(vectors[:, -rank:].flip(1), energies, energies)
+
+
+def left_singular_subspace(matrix: Float[Tensor, "rows columns"], rank: int) -> Subspace:
+    """Return the leading left singular vectors of `F`, the eigenvectors of `F F^T`, by way of its shorter side."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        return dense_subspace(matrix @ matrix.T, rank)
+    right = dense_subspace(matrix.T @ matrix, rank)
+    return Subspace(torch.linalg.qr(matrix @ right.basis).Q, right.energies, right.upper)
 
 
 @torch.no_grad()
@@ -104,7 +113,7 @@ def krylov_subspace(
     """
     cursor = basis = torch.linalg.qr(start).Q
     projected = start.new_zeros(0, 0, dtype=torch.float64)
-    check, slack = rank + 2 * start.shape[1], math.inf
+    check, slack = max(rank + 2 * start.shape[1], 2 * rank + start.shape[1]), math.inf
     while basis.shape[1] <= limit:
         image = apply(cursor)
         overlap = basis.T @ image

@@ -64,3 +64,22 @@ def safe_cholesky(matrix: Float[Tensor, "n n"], max_tries: int = 6) -> Float[Ten
         f"Expected a positive semidefinite matrix, but Cholesky failed even after adding {jitter:.3g} to the diagonal. "
         "Check that the calibration inputs are finite, or raise the damping."
     )
+
+
+def triangular_inverse(lower: Float[Tensor, "n n"], block: int = 256) -> Float[Tensor, "n n"]:
+    """Return the inverse of a lower triangular matrix, block row by block row.
+
+    A third of the work of `torch.linalg.solve_triangular` with an identity, and most of it in matrix products.
+
+    Args:
+        lower: lower triangular, with no zero on the diagonal.
+        block: rows at a time.
+    """
+    inverse = torch.zeros_like(lower)
+    for start in range(0, len(lower), block):
+        stop = min(start + block, len(lower))
+        corner = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
+        corner = torch.linalg.solve_triangular(lower[start:stop, start:stop], corner, upper=False)
+        inverse[start:stop, start:stop] = corner
+        inverse[start:stop, :start] = -corner @ (lower[start:stop, :start] @ inverse[:start, :start])
+    return inverse

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import ConfigurationError
 from .metrics import Metric
-from .subspace import Subspace, dense_subspace, krylov_subspace, left_singular_subspace, worth_iterating
+from .subspace import KrylovSearch, Subspace, dense_subspace, left_singular_subspace, worth_iterating
 
 TOLERANCE = 1e-3
 """How far above the optimum an iterative solution may be, by default: relative to it, and to what it gains."""
@@ -38,6 +38,7 @@ class Objective:
     error: Float[Tensor, "out_features in_features"]
     metric: Metric
     _found: dict[Metric, tuple[float, Subspace]] = field(default_factory=dict, init=False, repr=False)
+    _searches: dict[Metric, KrylovSearch] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def value_at_zero(self) -> float:
@@ -68,8 +69,8 @@ class Objective:
         (Eckart-Young for `E L`, where `L L^T = H`.) Neither a square root nor an inverse of `H` is needed, so `H` may
         be singular. Where the shorter side of `E` is long against the rank, block Krylov iteration finds them by thin
         products with `E`, `H` and `E^T`; otherwise, and where that does not converge, it is one dense eigenproblem
-        of the shorter side. Whatever was found for a metric is reused for every lower rank, and starts
-        the search for a higher one.
+        of the shorter side. Whatever was found for a metric serves every lower rank, and the search for a
+        higher one goes on from there.
 
         Args:
             rank: number of directions, at most `min(out_features, in_features)`.
@@ -80,8 +81,8 @@ class Objective:
         metric = metric or self.metric
         reached, known = self._found.get(metric, (torch.inf, None))
         if known is None or known.rank < rank or reached > tolerance:
-            known = self._search(rank, metric, tolerance, known)
-            self._found[metric] = tolerance, known
+            known = self._search(rank, metric, tolerance) or self._dense(rank, metric)
+            self._found[metric] = tolerance if known.applications else 0.0, known
         return known.leading(rank)
 
     def projection(self, found: Subspace) -> Factors:
@@ -93,31 +94,31 @@ class Objective:
         found = self.subspace(rank)
         return max(0.0, self.value(*self.projection(found)) - found.slack)
 
-    def _search(self, rank: int, metric: Metric, tolerance: float, known: Subspace | None) -> Subspace:
-        error = self.error.to(torch.promote_types(self.error.dtype, torch.float32))
-        side, rooted = min(error.shape), metric.rooted(error)
-        if worth_iterating(side, rank, decaying=rooted is None):
+    def _search(self, rank: int, metric: Metric, tolerance: float) -> Subspace | None:
+        error = self._working
+        side = min(error.shape)
+        if not worth_iterating(side, rank, decaying=metric.rooted(error[:1]) is None):
+            return None
+        if metric not in self._searches:
             generator = torch.Generator(error.device).manual_seed(0)
             random = torch.randn(_BLOCK, error.shape[1], generator=generator, dtype=error.dtype, device=error.device)
             start = error @ metric.product(random).T  # half a product, and no column wasted on a random direction
-            if known is not None:
-                start = torch.cat([known.basis.to(error.dtype), start], 1)
-            found = krylov_subspace(
-                lambda block: error @ metric.product((error.T @ block).T).T,
-                start,
-                rank,
-                limit=side // 2,
-                tolerance=tolerance,
-            )
-            if found is not None:
-                return found
+            self._searches[metric] = KrylovSearch(lambda at: error @ metric.product((error.T @ at).T).T, start)
+        return self._searches[metric].find(rank, tolerance=tolerance, limit=side // 2)
+
+    def _dense(self, rank: int, metric: Metric) -> Subspace:
+        rooted = metric.rooted(self._working)
         if rooted is not None:
             return left_singular_subspace(rooted, rank)
         exact = self._error64  # a spectrum that decays can fall below float32's rounding of its largest value
-        if error.shape[0] <= error.shape[1]:
+        if exact.shape[0] <= exact.shape[1]:
             return dense_subspace(metric.product(exact) @ exact.T, rank)
         basis, reduced = torch.linalg.qr(exact)  # a tall error in a basis of its range, so that the problem is short
         return dense_subspace(metric.product(reduced) @ reduced.T, rank).rotated(basis)
+
+    @cached_property
+    def _working(self) -> Float[Tensor, "out_features in_features"]:
+        return self.error.to(torch.promote_types(self.error.dtype, torch.float32))
 
     @cached_property
     def _error64(self) -> Float[Tensor, "out_features in_features"]:

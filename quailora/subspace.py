@@ -1,4 +1,4 @@
-"""Leading eigenvectors of a positive semidefinite matrix: dense, or by randomised block Krylov iteration."""
+"""Leading eigenvectors of a positive semidefinite matrix: dense, or by randomised block Krylov search."""
 
 from __future__ import annotations
 
@@ -79,92 +79,90 @@ def left_singular_subspace(matrix: Float[Tensor, "rows columns"], rank: int) -> 
     return Subspace(torch.linalg.qr(matrix @ right.basis).Q, right.energies, right.upper)
 
 
-@torch.no_grad()
-def krylov_subspace(
-    apply: Apply,
-    start: Float[Tensor, "rows columns"],
-    rank: int,
-    *,
-    limit: int,
-    tolerance: float,
-) -> Subspace | None:
-    """Return the `rank` leading eigenvectors of an operator that is known by its products alone.
+@final
+class KrylovSearch:
+    """A search for the leading eigenvectors of an operator `M` that is known by its products alone.
 
     Block Lanczos with full reorthogonalisation and Rayleigh-Ritz on all blocks (Musco and Musco, 2015,
     arXiv 1504.05477). On a flat spectrum, such as that of a quantization error, it needs far fewer products than
-    subspace iteration, because no block is thrown away.
-
-    Stops when `slack` is at most `tolerance` times the captured energy, and times what the search has met beyond the
-    leading directions, which is no more than what no correction of this rank can capture. Also stops when rounding
-    keeps the slack from falling further.
+    subspace iteration, because no block is thrown away. Nor is one when more directions or a tighter tolerance are
+    asked for later: the search goes on from where it was.
 
     Massive directions do no harm in float32. Rounding errors of a product point along them, so orthogonalisation
     against the basis, which holds them from the first round on, takes the errors away.
-
-    Args:
-        apply: the operator.
-        start: first columns to search; need not be orthonormal. Each later round searches as many.
-        rank: number of directions.
-        limit: number of directions to search at most.
-        tolerance: see above.
-
-    Returns:
-        The subspace, or None if the limit was reached.
     """
-    cursor = basis = torch.linalg.qr(start).Q
-    projected = start.new_zeros(0, 0, dtype=torch.float64)
-    check, slack = max(rank + 2 * start.shape[1], 2 * rank + start.shape[1]), math.inf
-    while basis.shape[1] <= limit:
-        image = apply(cursor)
-        overlap = basis.T @ image
-        projected = _grown(projected, overlap.double())
-        cursor, coupling = torch.linalg.qr(image - basis @ overlap)
-        if basis.shape[1] >= check:
-            check = int(1.1 * check)
-            found = _ritz(basis, projected, coupling.double(), rank)
-            captured = found.energies.sum().item()
-            beyond = projected.trace().item() - captured
-            before, slack = slack, found.slack
-            stalled = slack >= before and slack <= _STALLED * torch.finfo(start.dtype).eps * captured
-            if slack <= tolerance * min(captured, beyond) or stalled:
-                return found
-        cursor = torch.linalg.qr(cursor - basis @ (basis.T @ cursor)).Q
-        basis = torch.cat([basis, cursor], 1)
-    return None
+
+    def __init__(self, apply: Apply, start: Float[Tensor, "rows block"]) -> None:
+        """Prepare a search; `start` are the first columns to search, and each round searches as many."""
+        self._apply = apply
+        self._basis = start.new_zeros(len(start), 0)
+        self._projected = start.new_zeros(0, 0, dtype=torch.float64)
+        self._cursor = torch.linalg.qr(start).Q
+        self._coupling = start.new_zeros(0, 0)
+        self._block = start.shape[1]
+
+    @torch.no_grad()
+    def find(self, rank: int, *, tolerance: float, limit: int) -> Subspace | None:
+        """Return the `rank` leading eigenvectors.
+
+        Stops when `slack` is at most `tolerance` times the captured energy, and times what the search has met beyond
+        the leading directions, which is no more than what no correction of this rank can capture. Also stops when
+        rounding keeps the slack from falling further.
+
+        Args:
+            rank: number of directions.
+            tolerance: see above.
+            limit: number of directions to search at most.
+
+        Returns:
+            The subspace, or None if the limit was reached.
+        """
+        check, slack = max(rank + 2 * self._block, 2 * rank + self._block), math.inf
+        while True:
+            if self._basis.shape[1] >= check:
+                check = int(1.1 * check)
+                found = self._ritz(rank)
+                captured = found.energies.sum().item()
+                beyond = self._projected.trace().item() - captured
+                before, slack = slack, found.slack
+                stalled = slack >= before and slack <= _STALLED * torch.finfo(self._basis.dtype).eps * captured
+                if slack <= tolerance * min(captured, beyond) or stalled:
+                    return found
+            if self._basis.shape[1] + self._block > limit:
+                return None
+            self._grow()
+
+    def _grow(self) -> None:
+        """Search one more block: take the cursor into the basis, and what `M` makes of it for the next cursor."""
+        image = self._apply(self._cursor)
+        self._basis = torch.cat([self._basis, self._cursor], 1)
+        overlap = self._basis.T @ image
+        self._projected = _bordered(self._projected, overlap.double())
+        cursor, self._coupling = torch.linalg.qr(image - self._basis @ overlap)
+        self._cursor = torch.linalg.qr(cursor - self._basis @ (self._basis.T @ cursor)).Q
+
+    def _ritz(self, rank: int) -> Subspace:
+        """Take the leading directions of the searched space, and bound the true eigenvalues from above.
+
+        In the basis of the Ritz vectors and their complement `M` is `[[T, R^T], [R, D]]`, with `T` the energies and `R`
+        the residuals. Replacing `D` by a multiple of the identity that is at least its norm can only raise eigenvalues.
+        """
+        values, vectors = torch.linalg.eigh(self._projected)
+        leading = vectors[:, -rank:].flip(1)
+        energies = values[-rank:].flip(0).clamp(min=0)
+        residual = self._coupling.double() @ leading[-self._block :]
+        corner = energies[-1].expand(self._block).diag()
+        enclosing = _bordered(energies.diag(), torch.cat([residual.T, corner]))
+        upper = torch.linalg.eigvalsh(enclosing).flip(0)[:rank]
+        basis = self._basis @ leading.to(self._basis.dtype)
+        return Subspace(basis, energies, torch.maximum(upper, energies), self._basis.shape[1])
 
 
-def _grown(
-    projected: Float[Tensor, "known known"], overlap: Float[Tensor, "searched columns"]
-) -> Float[Tensor, "searched searched"]:
-    """Border `V^T M V` by the row and column of the last block."""
-    searched, known = len(overlap), len(projected)
-    grown = overlap.new_zeros(searched, searched)
-    grown[:known, :known] = projected
-    grown[:, known:] = overlap
-    grown[known:, :known] = overlap[:known].T
-    return grown
-
-
-def _ritz(
-    basis: Float[Tensor, "rows searched"],
-    projected: Float[Tensor, "searched searched"],
-    coupling: Float[Tensor, "columns columns"],
-    rank: int,
-) -> Subspace:
-    """Take the leading directions of the searched space, and bound the true eigenvalues from above.
-
-    In the basis of the Ritz vectors and their complement `M` is `[[T, R^T], [R, D]]`, with `T` the energies and `R`
-    the residuals. Replacing `D` by a multiple of the identity that is at least its norm can only raise eigenvalues.
-    """
-    values, vectors = torch.linalg.eigh(projected)
-    columns, known = len(coupling), len(projected)
-    leading = vectors[:, -rank:].flip(1)
-    energies = values[-rank:].flip(0).clamp(min=0)
-    residual = coupling @ leading[known - columns :]
-    bordered = torch.zeros(rank + columns, rank + columns, dtype=values.dtype, device=values.device)
-    bordered[:rank, :rank] = energies.diag()
-    bordered[rank:, :rank] = residual
-    bordered[:rank, rank:] = residual.T
-    bordered[rank:, rank:].diagonal().fill_(energies[-1])
-    upper = torch.linalg.eigvalsh(bordered).flip(0)[:rank]
-    return Subspace(basis @ leading.to(basis.dtype), energies, torch.maximum(upper, energies), known)
+def _bordered(inner: Float[Tensor, "known known"], last: Float[Tensor, "all columns"]) -> Float[Tensor, "all all"]:
+    """Return the symmetric matrix with this leading block and these last columns."""
+    known = len(inner)
+    whole = last.new_zeros(len(last), len(last))
+    whole[:known, :known] = inner
+    whole[:, known:] = last
+    whole[known:, :known] = last[:known].T
+    return whole

@@ -7,6 +7,7 @@ import torch
 from helpers import QUANTIZERS, each_quantizer
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import load_auto_gptq, run_auto_gptq
 from strategies import problems
 
 from quailora import FP4, GPTQ, NF4, Gram, InputStatistics, Int8, Uniform
@@ -122,12 +123,12 @@ def test_gptq_blocks_do_not_change_the_result(monkeypatch):
     """Lazy updates over blocks equal updates over all columns at once."""
     problem = make_problem(16, 256, "decaying")
     small_blocks = GPTQ(bits=4, group_size=16).quantize(problem.weight, problem.statistics).dequantize()
-    working = problem.weight.clone()
+    working = problem.weight.T.contiguous()
     moment = problem.statistics.second_moment
-    factor = gptq.inverse_factor(moment, 0.01 * moment.diagonal().median().item()).float()
+    factor = gptq.inverse_factor(moment, 0.01 * moment.diagonal().median().item())
     monkeypatch.setattr(gptq, "BLOCK", 256)
     codes, grid = gptq.sweep(working, factor, 4, False, 16)
-    one_block = grid.at(torch.arange(256) // 16).decode(codes)
+    one_block = grid.at(torch.arange(256) // 16).decode(codes.T)
     assert ((small_blocks - one_block).abs() > 1e-6).float().mean() < 0.01
 
 
@@ -191,3 +192,27 @@ def test_bad_arguments_are_refused():
         Uniform().quantize(torch.ones(4, 4), InputStatistics(5))
     with pytest.raises(NumericalError, match="Expected scales that fit float16"):
         Uniform(bits=2).quantize(torch.full((2, 2), 1e9))
+
+
+@pytest.mark.parametrize("kind", ["generic", "decaying", "massive channel"])
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        GPTQ(bits=4, group_size=128, damping_scale="mean"),
+        GPTQ(bits=3, group_size=64, symmetric=True, damping_scale="mean"),
+        GPTQ(bits=4, group_size=None, symmetric=True, damping_scale="mean"),
+        GPTQ(bits=2, group_size=32, activation_order=True, damping_scale="mean"),
+        GPTQ(bits=4, group_size=32, activation_order=True, static_groups=True, damping_scale="mean"),
+    ],
+    ids=repr,
+)
+def test_gptq_gives_the_codes_of_auto_gptq(quantizer, kind, monkeypatch):
+    oracle = load_auto_gptq(double=True)
+    if oracle is None:
+        pytest.skip("the wheel of auto-gptq is not installed")
+    problem = make_problem(96, 256, kind)
+    moment = problem.statistics.second_moment
+    expected = run_auto_gptq(oracle, problem.weight, moment, quantizer, monkeypatch)
+    found = quantizer.quantize(problem.weight, problem.statistics).dequantize().double()
+    same = (found - expected).abs() <= 1e-6 * expected.abs().max()
+    assert same.double().mean() >= 0.999

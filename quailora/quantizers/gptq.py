@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -10,17 +10,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..linalg import safe_cholesky
-from ..metrics import Gram, check_damping
+from ..linalg import safe_cholesky, triangular_inverse
+from ..metrics import METRICS, check_damping
 from ..statistics import InputStatistics
 from .base import Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
 from .uniform import Uniform
 
-BLOCK = 128
-"""Columns between two updates of all the rest, at most."""
+BLOCK, STRETCH = 128, 32
+"""Columns that get feedback before all the rest do, and at once, at most."""
 
 Matrix = Float[Tensor, "out_features in_features"]
+Square = Float[Tensor, "in_features in_features"]
 
 
 @final
@@ -58,26 +59,24 @@ class GPTQ(Quantizer):
 
     def encode(self, weight: Matrix, statistics: InputStatistics | None) -> GridWeight:  # noqa: D102
         assert statistics is not None  # `quantize` has checked it
-        moment = statistics.second_moment.to(weight.device)
         group_size = self.group_size or weight.shape[1]
-        order = torch.arange(weight.shape[1], device=weight.device)
-        if self.activation_order:
-            order = moment.diagonal().argsort(descending=True, stable=True)
-        working = weight.float()[:, order]
-        factor = inverse_factor(moment[order][:, order], self._damping_of(moment)).float()
+        order, factor = statistics.once((GPTQ, self._factor_key), lambda: self._factor(statistics.second_moment))
+        full = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        columns = full.float().T.contiguous() if order is None else full.float().T[order]
 
         static = None
         group_index = None
-        if self.activation_order and self.static_groups:
-            static = Grid.fit(split_groups(weight.float(), group_size), self.bits, self.symmetric)
-        elif self.activation_order:
+        if order is not None and self.static_groups:
+            static = Grid.fit(split_groups(full.float(), group_size), self.bits, self.symmetric)
+        elif order is not None:
             group_index = torch.empty_like(order, dtype=torch.int32)
             group_index[order] = consecutive_groups(len(order), group_size, order.device).int()
-        columns_static = None if static is None else static.at(order // group_size)
-        codes, grid = sweep(working, factor, self.bits, self.symmetric, group_size, columns_static)
+        columns_static = None if order is None or static is None else static.at(order // group_size)
+        codes, grid = sweep(columns, factor, self.bits, self.symmetric, group_size, columns_static)
+        codes = codes if order is None else codes[order.argsort()]
 
         result = GridWeight.store(
-            codes[:, order.argsort()],
+            codes.T,
             grid if static is None else static,
             symmetric=self.symmetric,
             group_size=group_size,
@@ -85,50 +84,57 @@ class GPTQ(Quantizer):
             group_index=group_index,
         )
         nearest = Uniform(self.bits, self.group_size, self.symmetric).encode(weight, None)
-        metric = Gram(moment)
-        return min(result, nearest, key=lambda candidate: metric.energy(weight.double() - candidate.dequantize().double()))
+        metric = METRICS["gram"](statistics)
+        return min(result, nearest, key=lambda found: metric.energy(full - found.dequantize().to(full.dtype)))
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102
         return None
 
-    def _damping_of(self, moment: Float[Tensor, "in_features in_features"]) -> float:
-        live = moment.diagonal()[moment.diagonal() > 0]
-        if len(live) == 0:
-            return 1.0
-        return self.damping * (live.mean() if self.damping_scale == "mean" else live.median()).item()
+    @property
+    def _factor_key(self) -> tuple[object, ...]:
+        return self.activation_order, self.damping, self.damping_scale
+
+    def _factor(self, moment: Square) -> tuple[Int[Tensor, " in_features"] | None, Square]:
+        """Return the order of rounding, None for left to right, and `inverse_factor` in that order."""
+        power = moment.diagonal()
+        live = power[power > 0]
+        damping = 1.0
+        if len(live):
+            damping = self.damping * (live.mean() if self.damping_scale == "mean" else live.median()).item()
+        if not self.activation_order:
+            return None, inverse_factor(moment, damping)
+        order = power.argsort(descending=True, stable=True)
+        return order, inverse_factor(moment[order][:, order], damping)
 
 
-def inverse_factor(
-    moment: Float[Tensor, "in_features in_features"], damping: float
-) -> Float[Tensor, "in_features in_features"]:
-    """Return the upper triangular `U` with `U^T U = (H + damping * I)^-1`.
+def inverse_factor(moment: Square, damping: float) -> Square:
+    """Return the upper triangular `U` with `U^T U = (H + damping * I)^-1`, in float32.
 
     With `J` the reversal of rows and columns and `J H J = L L^T`, the matrix `R = J L J` is upper triangular and
-    `H = R R^T`, so `U = R^-1`: one Cholesky factorisation and one triangular inverse.
+    `H = R R^T`, so `U = R^-1`: one Cholesky factorisation, in float64 because a massive channel makes `H` nearly
+    singular against its largest entry, and one triangular inverse.
     """
-    damped = moment.clone()
+    damped = moment.flip(0, 1)
     damped.diagonal().add_(damping)
-    root = safe_cholesky(damped.flip(0, 1)).flip(0, 1)
-    identity = torch.eye(len(root), dtype=root.dtype, device=root.device)
-    factor: Tensor = torch.linalg.solve_triangular(root, identity, upper=True)
-    return factor
+    return triangular_inverse(safe_cholesky(damped).float()).flip(0, 1)
 
 
 def sweep(
-    weight: Matrix,
-    factor: Float[Tensor, "in_features in_features"],
+    columns: Float[Tensor, "in_features out_features"],
+    factor: Square,
     bits: int,
     symmetric: bool,
     group_size: int,
     static: Grid | None = None,
-) -> tuple[Matrix, Grid]:
-    """Round the columns of `weight` from left to right with error feedback.
+) -> tuple[Float[Tensor, "in_features out_features"], Grid]:
+    """Round columns of a weight in turn, with error feedback to those that follow.
 
-    Updates to later columns are applied at once inside a block and in one product beyond it. Blocks end where groups
-    end (or divide a group), so each group's grid is fitted to weights that all updates have reached.
+    Feedback is given at three ranges: at once up to the end of a short stretch, by one product to the end of the block
+    when the stretch ends, and by one product to all the rest when the block ends. Stretches and blocks end where groups
+    end (or divide a group), so each group's grid is fitted to weights that all feedback has reached.
 
     Args:
-        weight: columns in the order of rounding; overwritten.
+        columns: the transposed weight, in the order of rounding; overwritten.
         factor: `U` of `inverse_factor`, in the same order.
         bits: width of a code.
         symmetric: as in `Grid.fit`.
@@ -136,30 +142,32 @@ def sweep(
         static: grid of each column; fitted on the way, one for each run of `group_size` columns, if it is missing.
 
     Returns:
-        Codes, and the grid of each group (the static grid, if there is one).
+        Codes, transposed as the weight, and the grid of each group (the static grid, if there is one).
     """
-    block = group_size * (BLOCK // group_size) if group_size <= BLOCK else math.gcd(group_size, BLOCK)
-    codes = torch.empty_like(weight)
+    count = len(columns)
+    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    scales = factor.diagonal().tolist()
     fitted: list[Grid] = []
-    for start in range(0, weight.shape[1], block):
-        stop = min(start + block, weight.shape[1])
-        scaled_errors = torch.empty_like(weight[:, start:stop])
-        for column in range(start, stop):
-            if static is None and column % group_size == 0:
-                fitted.append(Grid.fit(weight[:, column : column + group_size], bits, symmetric))
-            grid = fitted[-1] if static is None else static.at(_column(column, weight.device))
-            value = weight[:, column].clone()
-            code = grid.encode(value) if static is None else grid.encode(value[:, None])[:, 0]
-            level = grid.decode(code) if static is None else grid.decode(code[:, None])[:, 0]
-            codes[:, column] = code
-            error = (value - level) / factor[column, column]
-            weight[:, column:stop] -= error[:, None] * factor[column, column:stop]
-            scaled_errors[:, column - start] = error
-        weight[:, stop:] -= scaled_errors @ factor[start:stop, stop:]
+    run = 1 if static is not None or group_size >= count else group_size  # whose grids are fitted on the way
+    for start, stop in cut(0, count, run, BLOCK):
+        for first, last in cut(start, stop, run, STRETCH):
+            for column in range(first, last):
+                value = columns[column]
+                if static is None and column % group_size == 0:
+                    fitted.append(Grid.fit(columns[column : column + group_size].T, bits, symmetric))
+                grid = fitted[-1] if static is None else static.column(column)
+                codes[column] = code = grid.encode(value)
+                errors[column] = error = (value - grid.decode(code)) / scales[column]
+                columns[column + 1 : last].addr_(factor[column, column + 1 : last], error, alpha=-1)
+            columns[last:stop].addmm_(factor[first:last, last:stop].T, errors[first:last], alpha=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
     if static is not None:
         return codes, static
     return codes, Grid(torch.stack([g.scale for g in fitted], 1), torch.stack([g.zero_point for g in fitted], 1), bits)
 
 
-def _column(column: int, device: torch.device) -> Int[Tensor, " 1"]:
-    return torch.tensor([column], device=device)
+def cut(start: int, stop: int, run: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Cut a range into pieces of at most `limit` that are whole runs, or divide a run."""
+    width = run * (limit // run) or next(width for width in range(limit, 0, -1) if run % width == 0)
+    for first in range(start, stop, width):
+        yield first, min(first + width, stop)

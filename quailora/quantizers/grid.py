@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from ..errors import ConfigurationError, NumericalError
@@ -61,9 +61,17 @@ class Grid:
         """Return the level of each code."""
         return (codes - self.zero_point) * self.scale
 
+    def over_groups(self) -> Grid:
+        """Return the grid for weights that `split_groups` has reshaped."""
+        return Grid(self.scale[..., None], self.zero_point[..., None], self.bits)
+
+    def column(self, column: int) -> Grid:
+        """Return the grid of one column."""
+        return Grid(self.scale[:, column], self.zero_point[:, column], self.bits)
+
     def at(self, groups: Int[Tensor, " columns"]) -> Grid:
         """Return the grid of each column, given the group of each column."""
-        return Grid(self.scale[:, groups], self.zero_point[:, groups], self.bits)
+        return Grid(self.scale.index_select(1, groups), self.zero_point.index_select(1, groups), self.bits)
 
 
 @final
@@ -130,11 +138,12 @@ class GridWeight(QuantizedWeight):
             zero_point = torch.full_like(scale, 2.0 ** (self.bits - 1))
         else:
             zero_point = unpack(self.zero_point, self.bits, tuple(scale.shape)).float()
-        groups = self.group_index
-        if groups is None:
-            groups = consecutive_groups(self.columns, self.group_size, scale.device)
-        codes = unpack(self.codes, self.bits, self.shape).float()
-        return Grid(scale, zero_point, self.bits).at(groups.long()).decode(codes).to(self.dtype)
+        grid = Grid(scale, zero_point, self.bits)
+        codes = unpack(self.codes, self.bits, self.shape)
+        if self.group_index is not None:
+            return grid.at(self.group_index.long()).decode(codes.float()).to(self.dtype)
+        levels = grid.over_groups().decode(split_groups(codes, self.group_size).float())
+        return join_groups(levels, self.columns).to(self.dtype)
 
 
 def consecutive_groups(columns: int, group_size: int, device: torch.device) -> Int[Tensor, " columns"]:
@@ -143,11 +152,18 @@ def consecutive_groups(columns: int, group_size: int, device: torch.device) -> I
 
 
 def split_groups(
-    weight: Float[Tensor, "out_features in_features"], group_size: int
-) -> Float[Tensor, "out_features groups group"]:
+    weight: Shaped[Tensor, "out_features in_features"], group_size: int
+) -> Shaped[Tensor, "out_features groups group"]:
     """Reshape to groups of columns; a short last group is filled with zeros, which a range with zero ignores."""
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group_size))
     return padded.view(len(weight), -1, group_size)
+
+
+def join_groups(
+    weight: Shaped[Tensor, "out_features groups group"], columns: int
+) -> Shaped[Tensor, "out_features in_features"]:
+    """Undo `split_groups`."""
+    return weight.flatten(1)[:, :columns]
 
 
 def check_bits_and_group(bits: int, group_size: int | None) -> None:

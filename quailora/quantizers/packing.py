@@ -5,19 +5,28 @@ from __future__ import annotations
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from torch.nn import functional
 
 
 def pack(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " packed"]:
-    """Pack codes below `2**bits`, lowest bit first, row-major, into `ceil(numel * bits / 8)` bytes."""
-    planes = torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    stream = (codes.reshape(-1, 1) >> planes & 1).flatten()
-    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
-    return (stream << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    """Pack codes below `2**bits`, lowest bit first, row-major, into `ceil(numel * bits / 8)` bytes.
+
+    Eight codes at a time: they fill the lowest `bits` bytes of one little-endian 64-bit word.
+    """
+    count = codes.numel()
+    eights = functional.pad(codes.flatten(), (0, -count % 8)).view(-1, 8)
+    words = torch.zeros(len(eights), dtype=torch.int64, device=codes.device)
+    for place in range(8):
+        words |= eights[:, place].long() << bits * place
+    return words.view(torch.uint8).view(-1, 8)[:, :bits].flatten()[: -(-count * bits // 8)].contiguous()
 
 
 def unpack(packed: UInt8[Tensor, " packed"], bits: int, shape: tuple[int, ...]) -> UInt8[Tensor, "*shape"]:
     """Undo `pack`."""
-    stream = (packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1).flatten()
-    stream = stream[: bits * torch.Size(shape).numel()].view(-1, bits)
-    planes = torch.arange(bits, device=packed.device, dtype=torch.uint8)
-    return (stream << planes).sum(1, dtype=torch.uint8).view(shape)
+    count = torch.Size(shape).numel()
+    rows = functional.pad(packed, (0, -len(packed) % bits)).view(-1, bits)
+    words = functional.pad(rows, (0, 8 - bits)).view(torch.int64)
+    codes = torch.empty(len(words), 8, dtype=torch.uint8, device=packed.device)
+    for place in range(8):
+        codes[:, place] = (words[:, 0] >> bits * place) & (2**bits - 1)
+    return codes.flatten()[:count].view(shape)

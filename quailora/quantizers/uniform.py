@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..statistics import InputStatistics
 from .base import Quantizer
-from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
+from .grid import Grid, GridWeight, check_bits_and_group, join_groups, split_groups
 
 
 @final
@@ -39,9 +39,9 @@ class Uniform(Quantizer):
     ) -> GridWeight:
         del statistics
         group_size = self.group_size or weight.shape[1]
-        working = weight.float()
-        grid = Grid.fit(split_groups(working, group_size), self.bits, self.symmetric)
-        codes = grid.at(consecutive_groups(weight.shape[1], group_size, weight.device)).encode(working)
+        grouped = split_groups(weight.float(), group_size)
+        grid = Grid.fit(grouped, self.bits, self.symmetric)
+        codes = join_groups(grid.over_groups().encode(grouped), weight.shape[1])
         return GridWeight.store(codes, grid, symmetric=self.symmetric, group_size=group_size, dtype=weight.dtype)
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102

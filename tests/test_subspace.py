@@ -1,0 +1,136 @@
+"""The Krylov search against dense eigenvalues: what it captures, what it certifies, when it gives up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quailora import NF4, AlternatingLeastSquares, Gram, Optimal
+from quailora import objective as objective_module
+from quailora.errors import ConfigurationError
+from quailora.metrics import Diagonal, Identity, Metric
+from quailora.objective import Objective
+from quailora.subspace import KrylovSearch
+from quailora.testing import make_problem, optimal_error
+
+KINDS = ["generic", "decaying", "rank-deficient", "massive channel"]
+
+
+@pytest.fixture(autouse=True)
+def always_iterate(monkeypatch):
+    """Also at sizes where a dense eigenproblem would be chosen."""
+    monkeypatch.setattr(objective_module, "worth_iterating", lambda *_, **__: True)
+
+
+def quantization_error(out_features: int, in_features: int, kind: str, seed: int = 0):
+    problem = make_problem(out_features, in_features, kind, seed=seed)
+    error = problem.weight - NF4().quantize(problem.weight).dequantize()
+    return error, Gram(problem.statistics.second_moment)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(400, 500), (500, 400)])
+@pytest.mark.parametrize("rank", [4, 24])
+def test_within_tolerance_of_the_optimum_and_certified(kind, shape, rank):
+    """In float32: error at most a thousandth above the optimum, and the certificate is neither broken nor loose."""
+    error, metric = quantization_error(*shape, kind)
+    objective = Objective(error, metric)
+    found = objective.subspace(rank)
+    assert found.applications > 0
+    assert found.basis.dtype == torch.float32
+    optimum = optimal_error(error, metric.second_moment, rank)
+    achieved = Optimal().minimise(objective, rank)
+    measured = metric.energy(error.double() - achieved.lora_B.double() @ achieved.lora_A.double())
+    assert achieved.error == pytest.approx(measured, rel=1e-5)
+    assert measured <= 1.001 * optimum
+    assert objective.value_at_zero - measured >= 0.999 * (objective.value_at_zero - optimum)
+    assert achieved.bound <= optimum * (1 + 1e-5)
+    assert achieved.bound >= 0.997 * optimum
+
+
+@pytest.mark.parametrize("metric", [Identity(), Diagonal(torch.rand(400, generator=torch.Generator().manual_seed(0)))])
+def test_flat_spectra_are_found_too(metric: Metric, generator):
+    """The spectrum of a quantization error itself hardly decays: at least 99.9 % of the attainable gain."""
+    weight = torch.randn(400, 400, generator=generator)
+    error = weight - NF4().quantize(weight).dequantize()
+    objective = Objective(error, metric)
+    found = objective.subspace(16)
+    values = torch.linalg.svdvals(metric.rooted(error.double()))[:16] ** 2
+    assert found.applications > 0
+    assert found.energies.sum() >= 0.999 * values.sum()
+    assert (found.upper >= values * (1 - 1e-5)).all()
+
+
+@given(seed=st.integers(0, 99), kind=st.sampled_from(KINDS), rank=st.integers(1, 12))
+@settings(max_examples=25)
+def test_energies_and_bounds_enclose_the_eigenvalues(seed, kind, rank):
+    error, metric = quantization_error(220, 240, kind, seed)
+    found = Objective(error.double(), metric).subspace(rank)
+    values = torch.linalg.eigvalsh(error.double() @ metric.second_moment @ error.T.double()).flip(0)[:rank]
+    slack = 1e-9 * values[0]
+    assert (found.energies <= values + slack).all()
+    assert (found.upper >= values - slack).all()
+    torch.testing.assert_close(found.basis.T @ found.basis, torch.eye(rank, dtype=torch.float64))
+
+
+def test_float64_errors_stay_in_float64():
+    error, metric = quantization_error(400, 500, "massive channel")
+    single = Objective(error, metric).subspace(8)
+    double = Objective(error.double(), metric).subspace(8)
+    assert double.basis.dtype == torch.float64
+    torch.testing.assert_close(single.energies, double.energies, rtol=1e-4, atol=1e-6 * single.energies[0].item())
+
+
+def test_lower_ranks_are_free_and_higher_ones_go_on():
+    error, metric = quantization_error(400, 500, "decaying")
+    objective = Objective(error, metric)
+    high = objective.subspace(24)
+    low = objective.subspace(6)
+    torch.testing.assert_close(low.basis, high.basis[:, :6], rtol=0, atol=0)
+
+    higher = objective.subspace(40)
+    fresh = Objective(error, metric).subspace(40)
+    assert higher.applications == fresh.applications
+    torch.testing.assert_close(higher.energies, fresh.energies)
+
+
+def test_a_tighter_tolerance_searches_on():
+    error, metric = quantization_error(400, 400, "generic")
+    objective = Objective(error, metric)
+    loose = objective.subspace(8, tolerance=0.1)
+    tight = objective.subspace(8, tolerance=1e-5)
+    assert tight.slack < loose.slack
+    assert objective.subspace(8, tolerance=0.1).slack == tight.slack
+
+
+def test_a_search_that_finds_too_little_falls_back_to_dense():
+    """Rank 100 of 220 directions cannot converge within half of them."""
+    error, metric = quantization_error(220, 240, "generic")
+    found = Objective(error, metric).subspace(100)
+    assert found.applications == 0
+    assert found.slack == 0
+
+
+def test_rounding_ends_the_search_where_there_is_nothing_left(generator):
+    """A planted error of rank 3, searched for 8 directions: the rest is rounding, and the search says so early."""
+    error = torch.randn(300, 3, generator=generator) @ torch.randn(3, 300, generator=generator)
+    search = KrylovSearch(lambda at: error @ (error.T @ at), torch.randn(300, 32, generator=generator))
+    found = search.find(8, tolerance=1e-3, limit=150)
+    assert found is not None
+    assert found.energies[3:].sum() <= 1e-5 * found.energies[0]
+
+
+@pytest.mark.parametrize("solver", [Optimal(), AlternatingLeastSquares(iterations=300)], ids=repr)
+def test_one_massive_channel_in_float32(solver):
+    """One channel 3000 times larger: within 0.1 % of the optimum in float64 for every calibrated solver."""
+    error, metric = quantization_error(300, 400, "massive channel")
+    solution = solver.solve(error, metric, 12)
+    measured = metric.energy(error.double() - solution.lora_B.double() @ solution.lora_A.double())
+    assert measured <= 1.001 * optimal_error(error, metric.second_moment, 12)
+
+
+def test_tolerances_must_be_positive():
+    with pytest.raises(ConfigurationError, match=r"tolerance above 0, got 0\.0"):
+        Optimal(tolerance=0.0)

@@ -97,10 +97,15 @@ class InputStatistics:
                 raise NumericalError(
                     "Expected finite calibration inputs, got NaN or infinity. Try another model dtype."
                 )
-            self._add(product, len(chunk))
+            self.add(product, len(chunk))
 
-    def _add(self, product: Float[Tensor, "in_features in_features"], tokens: int) -> None:
-        """Average the sum of `x x^T` over some more tokens in, in place."""
+    def add(self, product: Float[Tensor, "in_features in_features"], tokens: int) -> None:
+        """Add tokens of which only the sum of `x x^T` is known.
+
+        Args:
+            product: the sum over these tokens, symmetric.
+            tokens: how many they are; none change nothing.
+        """
         if tokens:
             self.tokens += tokens
             self._mean.mul_(1 - tokens / self.tokens).add_(product, alpha=1 / self.tokens)
@@ -133,7 +138,7 @@ class InputStatistics:
         merged = InputStatistics(self.in_features, self._mean.device)
         for part in (self, other):
             if part.tokens:
-                merged._add(part.second_moment.to(self._mean.device) * part.tokens, part.tokens)
+                merged.add(part.second_moment.to(self._mean.device) * part.tokens, part.tokens)
         return merged
 
     def to(self, device: torch.device | str) -> InputStatistics:

@@ -144,7 +144,9 @@ def check_quantizer(quantizer: Quantizer, problem: Problem | None = None, *, ide
     for case in [problem] if problem else standard_problems():
         weight, statistics = case.weight, case.statistics
         where = f"{quantizer!r} on {case.label}, {weight.dtype}"
+        before = weight.clone()
         quantized = quantizer.quantize(weight, statistics)
+        torch.testing.assert_close(weight, before, rtol=0, atol=0, msg=f"changes the weight in place: {where}")
         restored = quantized.dequantize()
         assert restored.shape == weight.shape == quantized.shape, f"dequantize changes the shape: {where}"
         assert restored.dtype == weight.dtype, f"dequantize changes the dtype: {where}"

@@ -127,9 +127,11 @@ def test_gptq_blocks_do_not_change_the_result(monkeypatch):
     moment = problem.statistics.second_moment
     factor = gptq.inverse_factor(moment, 0.01 * moment.diagonal().median().item())
     monkeypatch.setattr(gptq, "BLOCK", 256)
-    codes, grid = gptq.sweep(working, factor, 4, False, 16)
+    codes, grid, loss = gptq.sweep(working, factor, 4, False, 16)
     one_block = grid.at(torch.arange(256) // 16).decode(codes.T)
     assert ((small_blocks - one_block).abs() > 1e-6).float().mean() < 0.01
+    damped = Gram(moment).damped(0.01 * (moment.diagonal().median() / moment.diagonal().mean()).item())
+    assert loss == pytest.approx(damped.energy(problem.weight - one_block), rel=1e-4)
 
 
 @pytest.mark.parametrize("quantizer", CALIBRATED, ids=repr)

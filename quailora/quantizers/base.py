@@ -52,7 +52,7 @@ class Quantizer(ABC):
 
     Laws:
 
-    - `quantize(w).dequantize()` has `w`'s shape and dtype and is finite.
+    - `quantize(w).dequantize()` has `w`'s shape and dtype and is finite; `w` is not changed.
     - Where the scheme is idempotent, quantizing `quantize(w).dequantize()` again changes nothing.
     - A quantizer with `calibrated = True` is never worse than rounding to nearest on the same grid, in the metric
       of the statistics it is given.

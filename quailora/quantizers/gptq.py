@@ -15,7 +15,9 @@ from ..metrics import METRICS, check_damping
 from ..statistics import InputStatistics
 from .base import Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
-from .uniform import Uniform
+from .uniform import nearest
+
+_TIE = 1e-4  # share of the loss by which the sweep has to be better than rounding to nearest, against float32's errors
 
 BLOCK, STRETCH = 128, 32
 """Columns that get feedback before all the rest do, and at once, at most."""
@@ -60,9 +62,11 @@ class GPTQ(Quantizer):
     def encode(self, weight: Matrix, statistics: InputStatistics | None) -> GridWeight:  # noqa: D102
         assert statistics is not None  # `quantize` has checked it
         group_size = self.group_size or weight.shape[1]
-        order, factor = statistics.once((GPTQ, self._factor_key), lambda: self._factor(statistics.second_moment))
+        moment = statistics.second_moment
+        damping, order, factor = statistics.once((GPTQ, self._factor_key), lambda: self._factor(moment))
         full = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        columns = full.float().T.contiguous() if order is None else full.float().T[order]
+        columns = full.float().T
+        columns = columns.clone(memory_format=torch.contiguous_format) if order is None else columns[order]
 
         static = None
         group_index = None
@@ -72,20 +76,26 @@ class GPTQ(Quantizer):
             group_index = torch.empty_like(order, dtype=torch.int32)
             group_index[order] = consecutive_groups(len(order), group_size, order.device).int()
         columns_static = None if order is None or static is None else static.at(order // group_size)
-        codes, grid = sweep(columns, factor, self.bits, self.symmetric, group_size, columns_static)
-        codes = codes if order is None else codes[order.argsort()]
+        codes, grid, loss = sweep(columns, factor, self.bits, self.symmetric, group_size, columns_static)
 
         result = GridWeight.store(
-            codes.T,
+            codes.T if order is None else codes.T[:, order.argsort()],
             grid if static is None else static,
             symmetric=self.symmetric,
             group_size=group_size,
             dtype=weight.dtype,
             group_index=group_index,
         )
-        nearest = Uniform(self.bits, self.group_size, self.symmetric).encode(weight, None)
-        metric = METRICS["gram"](statistics)
-        return min(result, nearest, key=lambda found: metric.energy(full - found.dequantize().to(full.dtype)))
+
+        # The loss is that of the damped metric. Near a tie, rounding to nearest is as good, and certain to be.
+        plain, plain_grid = nearest(full.float(), self.bits, self.symmetric, group_size)
+        plain_energy = METRICS["gram"](statistics).energy(full - plain_grid.decode_groups(plain, group_size))
+        energy = loss - damping * (full - result.dequantize()).square().sum(dtype=torch.float64).item()
+        if energy + _TIE * loss < plain_energy:
+            return result
+        return GridWeight.store(
+            plain, plain_grid, symmetric=self.symmetric, group_size=group_size, dtype=weight.dtype
+        )
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102
         return None
@@ -94,17 +104,17 @@ class GPTQ(Quantizer):
     def _factor_key(self) -> tuple[object, ...]:
         return self.activation_order, self.damping, self.damping_scale
 
-    def _factor(self, moment: Square) -> tuple[Int[Tensor, " in_features"] | None, Square]:
-        """Return the order of rounding, None for left to right, and `inverse_factor` in that order."""
+    def _factor(self, moment: Square) -> tuple[float, Int[Tensor, " in_features"] | None, Square]:
+        """Return the damping, the order of rounding (None: left to right), and `inverse_factor` in that order."""
         power = moment.diagonal()
         live = power[power > 0]
         damping = 1.0
         if len(live):
             damping = self.damping * (live.mean() if self.damping_scale == "mean" else live.median()).item()
         if not self.activation_order:
-            return None, inverse_factor(moment, damping)
+            return damping, None, inverse_factor(moment, damping)
         order = power.argsort(descending=True, stable=True)
-        return order, inverse_factor(moment[order][:, order], damping)
+        return damping, order, inverse_factor(moment[order][:, order], damping)
 
 
 def inverse_factor(moment: Square, damping: float) -> Square:
@@ -126,7 +136,7 @@ def sweep(
     symmetric: bool,
     group_size: int,
     static: Grid | None = None,
-) -> tuple[Float[Tensor, "in_features out_features"], Grid]:
+) -> tuple[Float[Tensor, "in_features out_features"], Grid, float]:
     """Round columns of a weight in turn, with error feedback to those that follow.
 
     Feedback is given at three ranges: at once up to the end of a short stretch, by one product to the end of the block
@@ -142,7 +152,8 @@ def sweep(
         static: grid of each column; fitted on the way, one for each run of `group_size` columns, if it is missing.
 
     Returns:
-        Codes, transposed as the weight, and the grid of each group (the static grid, if there is one).
+        Codes, transposed as the weight; the grid of each group (the static grid, if there is one); and the loss
+        `tr(E (H + damping * I) E^T)` of what rounding has done.
     """
     count = len(columns)
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
@@ -161,9 +172,10 @@ def sweep(
                 columns[column + 1 : last].addr_(factor[column, column + 1 : last], error, alpha=-1)
             columns[last:stop].addmm_(factor[first:last, last:stop].T, errors[first:last], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    loss = errors.square().sum(dtype=torch.float64).item()  # the errors are E U^-1
     if static is not None:
-        return codes, static
-    return codes, Grid(torch.stack([g.scale for g in fitted], 1), torch.stack([g.zero_point for g in fitted], 1), bits)
+        return codes, static, loss
+    return codes, Grid(torch.stack([g.scale for g in fitted], 1), torch.stack([g.zero_point for g in fitted], 1), bits), loss
 
 
 def cut(start: int, stop: int, run: int, limit: int) -> Iterator[tuple[int, int]]:

@@ -65,6 +65,12 @@ class Grid:
         """Return the grid for weights that `split_groups` has reshaped."""
         return Grid(self.scale[..., None], self.zero_point[..., None], self.bits)
 
+    def decode_groups(
+        self, codes: Float[Tensor, "out_features in_features"], group_size: int
+    ) -> Float[Tensor, "out_features in_features"]:
+        """Return the level of each code, where groups are consecutive columns."""
+        return join_groups(self.over_groups().decode(split_groups(codes, group_size)), codes.shape[1])
+
     def column(self, column: int) -> Grid:
         """Return the grid of one column."""
         return Grid(self.scale[:, column], self.zero_point[:, column], self.bits)
@@ -139,11 +145,10 @@ class GridWeight(QuantizedWeight):
         else:
             zero_point = unpack(self.zero_point, self.bits, tuple(scale.shape)).float()
         grid = Grid(scale, zero_point, self.bits)
-        codes = unpack(self.codes, self.bits, self.shape)
+        codes = unpack(self.codes, self.bits, self.shape).float()
         if self.group_index is not None:
-            return grid.at(self.group_index.long()).decode(codes.float()).to(self.dtype)
-        levels = grid.over_groups().decode(split_groups(codes, self.group_size).float())
-        return join_groups(levels, self.columns).to(self.dtype)
+            return grid.at(self.group_index.long()).decode(codes).to(self.dtype)
+        return grid.decode_groups(codes, self.group_size).to(self.dtype)
 
 
 def consecutive_groups(columns: int, group_size: int, device: torch.device) -> Int[Tensor, " columns"]:

@@ -39,10 +39,17 @@ class Uniform(Quantizer):
     ) -> GridWeight:
         del statistics
         group_size = self.group_size or weight.shape[1]
-        grouped = split_groups(weight.float(), group_size)
-        grid = Grid.fit(grouped, self.bits, self.symmetric)
-        codes = join_groups(grid.over_groups().encode(grouped), weight.shape[1])
+        codes, grid = nearest(weight.float(), self.bits, self.symmetric, group_size)
         return GridWeight.store(codes, grid, symmetric=self.symmetric, group_size=group_size, dtype=weight.dtype)
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102
         return None
+
+
+def nearest(
+    weight: Float[Tensor, "out_features in_features"], bits: int, symmetric: bool, group_size: int
+) -> tuple[Float[Tensor, "out_features in_features"], Grid]:
+    """Return the codes of the nearest levels, and the grid of each group of consecutive columns."""
+    grouped = split_groups(weight, group_size)
+    grid = Grid.fit(grouped, bits, symmetric)
+    return join_groups(grid.over_groups().encode(grouped), weight.shape[1]), grid

@@ -21,6 +21,7 @@ check: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json benchmarks/results.json
+	$(BIN)/python benchmarks/report.py benchmarks/results.json docs/performance.md docs/growth.svg
 
 docs: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -14,8 +14,6 @@ from torch import Tensor
 Apply = Callable[[Tensor], Tensor]
 """`Y -> M Y` for a symmetric positive semidefinite `M`, in the dtype of `Y`."""
 
-_STALLED = 64  # machine epsilons of the captured energy, below which a slack that does not fall is rounding
-
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -100,6 +98,7 @@ class KrylovSearch:
         self._cursor = torch.linalg.qr(start).Q
         self._coupling = start.new_zeros(0, 0)
         self._block = start.shape[1]
+        self._generator = torch.Generator(start.device).manual_seed(0)
 
     @torch.no_grad()
     def find(self, rank: int, *, tolerance: float, limit: int) -> Subspace | None:
@@ -125,8 +124,9 @@ class KrylovSearch:
                 captured = found.energies.sum().item()
                 beyond = self._projected.trace().item() - captured
                 before, slack = slack, found.slack
-                stalled = slack >= before and slack <= _STALLED * torch.finfo(self._basis.dtype).eps * captured
-                if slack <= tolerance * min(captured, beyond) or stalled:
+                rounding = torch.finfo(self._basis.dtype).eps * captured
+                stalled = slack >= before and slack <= 64 * rounding
+                if slack <= max(tolerance * min(captured, beyond), 0.1 * rounding) or stalled:
                     return found
             if self._basis.shape[1] + self._block > limit:
                 return None
@@ -139,7 +139,18 @@ class KrylovSearch:
         overlap = self._basis.T @ image
         self._projected = _bordered(self._projected, overlap.double())
         cursor, self._coupling = torch.linalg.qr(image - self._basis @ overlap)
-        self._cursor = torch.linalg.qr(cursor - self._basis @ (self._basis.T @ cursor)).Q
+        self._cursor = self._fresh(cursor)
+
+    def _fresh(self, cursor: Float[Tensor, "rows block"]) -> Float[Tensor, "rows block"]:
+        """Orthonormalise unit columns against the basis; those with nothing new in them become random directions."""
+        cursor = cursor - self._basis @ (self._basis.T @ cursor)
+        spent = cursor.norm(dim=0) < 0.5
+        if spent.any():
+            random = torch.randn(cursor.shape, generator=self._generator, dtype=cursor.dtype, device=cursor.device)
+            cursor = torch.where(spent, random, cursor)
+            cursor = cursor - self._basis @ (self._basis.T @ cursor)
+        orthonormal: Tensor = torch.linalg.qr(cursor).Q
+        return orthonormal
 
     def _ritz(self, rank: int) -> Subspace:
         """Take the leading directions of the searched space, and bound the true eigenvalues from above.

@@ -7,7 +7,9 @@ import torch
 
 from quailora import InputStatistics
 from quailora.errors import CalibrationError, NumericalError, NumericalWarning
-from quailora.linalg import safe_cholesky
+from quailora.linalg import safe_cholesky, triangular_inverse
+from quailora.metrics import METRICS
+from quailora.statistics import self_product
 
 
 def test_nothing_is_lost_over_a_million_tokens(generator):
@@ -79,3 +81,51 @@ def test_safe_cholesky_repairs_rounding_and_says_so(generator):
 def test_safe_cholesky_gives_up_on_a_negative_matrix():
     with pytest.raises(NumericalError, match="failed even after adding"):
         safe_cholesky(-torch.eye(3))
+
+
+def test_triangular_inverse_over_several_blocks(generator):
+    lower = torch.randn(70, 70, generator=generator, dtype=torch.float64).tril() + 10 * torch.eye(70)
+    inverse = triangular_inverse(lower, block=16)
+    torch.testing.assert_close(inverse @ lower, torch.eye(70, dtype=torch.float64))
+    torch.testing.assert_close(inverse, inverse.tril(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("columns", [1, 100, 192, 193, 500, 900])
+def test_self_product_is_the_product_and_exactly_symmetric(columns, generator):
+    matrix = torch.randn(60, columns, generator=generator)
+    product = self_product(matrix)
+    torch.testing.assert_close(product, matrix.T @ matrix, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product, product.T, rtol=0, atol=0)
+
+
+def test_what_depends_on_the_inputs_is_computed_once(generator):
+    """Until more inputs come, or it is freed."""
+    statistics = InputStatistics.from_inputs(torch.randn(50, 8, generator=generator))
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return len(calls)
+
+    assert [statistics.once("key", compute), statistics.once("key", compute)] == [1, 1]
+    assert statistics.once(("key", 0.1), compute) == 2
+    statistics.forget()
+    assert statistics.once("key", compute) == 3
+    statistics.update(torch.ones(1, 8))
+    assert statistics.once("key", compute) == 4
+
+
+def test_the_second_moment_is_not_copied(generator):
+    statistics = InputStatistics.from_inputs(torch.randn(50, 8, generator=generator))
+    assert statistics.second_moment is statistics.second_moment
+    assert METRICS["gram"](statistics) is METRICS["gram"](statistics)
+
+
+def test_sums_of_products_from_elsewhere(generator):
+    inputs = torch.randn(50, 8, generator=generator)
+    statistics = InputStatistics(8)
+    statistics.add(inputs[:20].T @ inputs[:20], 20)
+    statistics.add(inputs[20:].T @ inputs[20:], 30)
+    statistics.add(torch.zeros(8, 8), 0)
+    assert statistics.tokens == 50
+    torch.testing.assert_close(statistics.second_moment, InputStatistics.from_inputs(inputs).second_moment)

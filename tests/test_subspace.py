@@ -122,6 +122,22 @@ def test_rounding_ends_the_search_where_there_is_nothing_left(generator):
     assert found.energies[3:].sum() <= 1e-5 * found.energies[0]
 
 
+@pytest.mark.parametrize("entries", [0, 1, 5, 40])
+def test_errors_of_few_entries_are_removed(entries, generator):
+    """Where products have nothing new in them, the basis stays orthonormal and no energy is counted twice."""
+    error = torch.zeros(300, 280)
+    error[torch.arange(entries), torch.arange(entries)] = torch.rand(entries, generator=generator) + 0.5
+    objective = Objective(error, Gram(make_problem(1, 280, "generic").statistics.second_moment))
+    found = objective.subspace(48)
+    assert found.applications > 0
+    torch.testing.assert_close(found.basis.T @ found.basis, torch.eye(48), rtol=1e-4, atol=1e-4)
+    assert found.energies.sum().item() == pytest.approx(objective.value_at_zero, rel=1e-5)
+    solution = Optimal().minimise(objective, 48)
+    left = objective.metric.energy(error.double() - solution.dense().double())
+    assert left <= 1e-9 * objective.value_at_zero
+    assert solution.error == pytest.approx(left, abs=1e-7 * objective.value_at_zero)
+
+
 @pytest.mark.parametrize("solver", [Optimal(), AlternatingLeastSquares(iterations=300)], ids=repr)
 def test_one_massive_channel_in_float32(solver):
     """One channel 3000 times larger: within 0.1 % of the optimum in float64 for every calibrated solver."""

@@ -1,0 +1,64 @@
+"""Several methods over all layers at once, against each by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from quailora import GPTQ, NF4, SVD, AlternatingLeastSquares, Initializer, InputStatistics, Optimal, Zero
+from quailora.adapters.lora import LoraScaling
+from quailora.errors import NumericalError
+from quailora.layerwise import Method, run_methods
+
+METHODS = {
+    "low": Method(Initializer(NF4(), Optimal()), LoraScaling(2)),
+    "high": Method(Initializer(NF4(), Optimal()), LoraScaling(6, rank_pattern={"b": 4})),
+    "svd": Method(Initializer(NF4(), SVD(), metric="diagonal"), LoraScaling(3)),
+    "als": Method(Initializer(GPTQ(), AlternatingLeastSquares()), LoraScaling(4)),
+    "zero": Method(Initializer(NF4(), Zero()), LoraScaling(4)),
+}
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    return {name: nn.Linear(24, 16) for name in ("a", "b", "c")}
+
+
+@pytest.fixture
+def statistics(generator):
+    shared = InputStatistics.from_inputs(torch.randn(99, 24, generator=generator))
+    return {"a": shared, "b": shared, "c": InputStatistics.from_inputs(torch.randn(99, 24, generator=generator))}
+
+
+def test_methods_together_equal_each_alone(layers, statistics):
+    together = run_methods(layers, statistics, METHODS, seed=3)
+    for name, method in METHODS.items():
+        alone = run_methods(layers, statistics, {name: method}, seed=3)[name]
+        assert [record.name for record in together[name].records] == ["a", "b", "c"]
+        for layer, correction in alone.corrections.items():
+            found = together[name].corrections[layer]
+            assert found.rank == method.scaling.rank_of(layer)
+            torch.testing.assert_close(found.dense(), correction.dense(), rtol=1e-4, atol=1e-6)
+            if name == "zero":
+                torch.testing.assert_close(found.lora_A, correction.lora_A, rtol=0, atol=0)
+        for one, other in zip(together[name].records, alone.records, strict=True):
+            assert one.error == pytest.approx(other.error, rel=1e-5)
+            assert one.error_optimal == pytest.approx(other.error_optimal, rel=1e-5)
+
+
+def test_a_layer_is_quantized_once_for_all_methods_and_its_work_is_freed(layers, statistics, monkeypatch):
+    calls = []
+    original = NF4.encode
+    monkeypatch.setattr(NF4, "encode", lambda self, *arguments: calls.append(1) or original(self, *arguments))
+    run_methods(layers, statistics, METHODS)
+    assert len(calls) == len(layers)
+    assert all(inputs.once("gram", lambda: "freed") == "freed" for inputs in statistics.values())
+
+
+def test_the_layer_that_fails_is_named(layers, statistics):
+    with torch.no_grad():
+        layers["b"].weight[0, 0] = torch.nan
+    with pytest.raises(NumericalError, match="Layer b: Expected finite weights"):
+        run_methods(layers, statistics, METHODS)

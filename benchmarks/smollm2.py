@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from quailora.calibration import Calibration, TextSource, evaluation_windows
+from quailora.calibration import Calibration, CalibrationDtype, TextSource, evaluation_windows
 from quailora.demo import compare
 from quailora.models.load import load_model
 from quailora.report.tables import markdown_table
@@ -28,6 +28,7 @@ def main(
     windows: int = 10,
     ranks: tuple[int, ...] = (16, 64),
     model: str = "demo",
+    calibration_dtype: CalibrationDtype = "auto",
 ) -> None:
     """Print the table.
 
@@ -41,11 +42,12 @@ def main(
         windows: evaluation windows of 2048 tokens.
         ranks: ranks of the adapters.
         model: the model.
+        calibration_dtype: arithmetic of the calibration pass, as in `quailora init`.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     loaded = load_model(model)
     texts = list(TextSource(text).documents())
-    source = Calibration(TextSource(calibration, fields), samples, sequence_length)
+    source = Calibration(TextSource(calibration, fields), samples, sequence_length, dtype=calibration_dtype)
     title = f"{samples} x {sequence_length} tokens of {Path(calibration).name}, {windows} x 2048 of {Path(text).name}"
     ids = evaluation_windows(loaded.tokenizer, texts, windows, 2048)
     comparison = compare(loaded, source, ids, Path(out), title=title, ranks=ranks)

@@ -30,11 +30,11 @@ class Metric(ABC):
 
     @abstractmethod
     def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
-        """Return `M H`, computed in the dtype of `M`."""
+        """Return `M H`, computed in the dtype of `M`: float32 or float64."""
 
     @abstractmethod
     def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:
-        """Return `tr(M H M^T)`, to about 1e-7 of it for float32, 1e-15 for float64."""
+        """Return `tr(M H M^T)`, to about 1e-7 of it for float32 and half types, 1e-15 for float64."""
 
     @abstractmethod
     def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:
@@ -125,6 +125,7 @@ class Gram(Metric):
         width = len(self.second_moment)
         if matrix.dtype == torch.float64 or width <= _EXACT_WIDTH:
             return symmetric_form(matrix.double(), self.second_moment.double())
+        matrix = matrix.float()
         loud = self.second_moment.diagonal().topk(_LOUD).indices
         mass = matrix[:, loud].double()
         quiet = matrix.index_fill(1, loud, 0)

@@ -41,6 +41,8 @@ def test_energies(metric, dense, generator):
     expected = (matrix.double() @ dense * matrix.double()).sum().item()
     assert metric.energy(matrix) == pytest.approx(expected, rel=1e-7)
     assert metric.energy(matrix.double()) == pytest.approx(expected, rel=1e-12)
+    half = matrix.bfloat16()
+    assert metric.energy(half) == pytest.approx(metric.energy(half.double()), rel=1e-7)
     assert metric.mean_power() == pytest.approx(dense.diagonal().mean().item())
 
 

@@ -28,7 +28,7 @@ class LayerRecord:
         error_none: without correction.
         error_uncalibrated: with the plain SVD.
         error: with this adapter.
-        error_optimal: the least for this rank.
+        error_optimal: the least for this rank; in wide layers a certified bound just below it.
         relative_error: `error / tr(W H W^T)`.
         iterations: rounds that the solver ran.
     """

@@ -141,20 +141,24 @@ def plot(results: Results, path: str) -> None:
     for label, found in lines.items():
         by_width.loglog([shape[0] for shape in square], [row["seconds"] for row in found], "o-", label=label)
     by_width.set(xlabel="width of a square layer", ylabel="seconds", title="rank 64")
-    by_width.legend()
     for shape in ([2048, 2048], [4096, 4096]):
         for solver in ("Optimal", "SVD"):
             found = [row for row in results.all("test_solver", solver) if row["shape"] == shape]
             by_rank.loglog([row["rank"] for row in found], [row["seconds"] for row in found], "o-",
                            label=f"{solver}, {size(shape)}")  # fmt: skip
     by_rank.set(xlabel="rank", title="calibrated and uncalibrated")
-    by_rank.legend()
     for width in (576, 2048, 4096):
         found = [row for row in results.all("test_statistics") if row["width"] == width]
         times = [row["seconds"] for row in found]
         by_tokens.loglog([row["tokens"] for row in found], times, "o-", label=f"width {width}")
     by_tokens.set(xlabel="tokens", title="statistics of one input")
-    by_tokens.legend()
+    widths = [shape[0] for shape in square]
+    tokens = sorted({row["tokens"] for row in results.all("test_statistics")})
+    ranks = sorted({row["rank"] for row in results.all("test_solver")})
+    for axes, values in ((by_width, widths), (by_rank, ranks), (by_tokens, tokens)):
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.minorticks_off()
+        axes.legend(fontsize="small")
     figure.savefig(path, metadata={"Date": None})
 
 

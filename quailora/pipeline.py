@@ -147,9 +147,7 @@ def init(
         tokens = windows.numel()
         report = build_report(settings, phases.entries, result.records, tokens)
         write_provenance(partial, settings, report, initializer, source, loaded.name)
-        card = model_card(
-            initializer, result.records, model=model, base_model=loaded.name, calibration_tokens=windows.numel()
-        )
+        card = model_card(initializer, result.records, model=model, base_model=loaded.name, calibration_tokens=tokens)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return InitResult(folder, report)
 

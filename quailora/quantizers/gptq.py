@@ -62,20 +62,21 @@ class GPTQ(Quantizer):
     def encode(self, weight: Matrix, statistics: InputStatistics | None) -> GridWeight:  # noqa: D102
         assert statistics is not None  # `quantize` has checked it
         group_size = self.group_size or weight.shape[1]
+        statistics = statistics.to(weight.device)
         moment = statistics.second_moment
         damping, order, factor = statistics.once((GPTQ, self._factor_key), lambda: self._factor(moment))
         full = weight.to(torch.promote_types(weight.dtype, torch.float32))
         columns = full.float().T
         columns = columns.clone(memory_format=torch.contiguous_format) if order is None else columns[order]
 
-        static = None
+        static, columns_static = None, None
         group_index = None
         if order is not None and self.static_groups:
             static = Grid.fit(split_groups(full.float(), group_size), self.bits, self.symmetric)
+            columns_static = static.at(order // group_size)
         elif order is not None:
             group_index = torch.empty_like(order, dtype=torch.int32)
             group_index[order] = consecutive_groups(len(order), group_size, order.device).int()
-        columns_static = None if order is None or static is None else static.at(order // group_size)
         codes, grid, loss = sweep(columns, factor, self.bits, self.symmetric, group_size, columns_static)
 
         result = GridWeight.store(

@@ -19,9 +19,9 @@ from quailora import NF4, Initializer, Optimal
 from quailora.adapters.lora import LoraScaling
 from quailora.calibration import Calibration, TextSource
 from quailora.layerwise import Method, run_methods
-from quailora.models.capture import collect_statistics
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
+from quailora.models.stream import Block, collect_statistics
 from quailora.report.tables import markdown_table
 
 
@@ -76,7 +76,8 @@ def main(
         statistics = measure("calibration pass", lambda: collect_statistics(loaded.model, layers, windows))
         for rank in ranks:
             method = {"optimal": Method(Initializer(NF4(), Optimal()), LoraScaling(rank))}
-            run = partial(run_methods, layers, statistics, method)
+            block = Block(0, layers, dict(statistics), {name: windows.numel() for name in layers})
+            run = partial(run_methods, [block], method)
             measure(f"everything after it, rank {rank}", run)
     plain = seconds["plain forward pass"]
     rows = [[name, f"{took:.1f}", f"{took / plain:.2f}"] for name, took in seconds.items()]

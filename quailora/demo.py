@@ -17,14 +17,14 @@ from .calibration import Calibration, evaluation_windows, shipped_text
 from .evaluate import Perplexity, adapted, perplexity, quantized
 from .initializer import Initializer
 from .layerwise import Method, run_methods
-from .models.capture import collect_statistics
 from .models.layers import linear_layers
 from .models.load import LoadedModel, load_model
+from .models.stream import Walk
 from .outputs import write_json
-from .pipeline import write_adapter
 from .quantizers import NF4, Int8
 from .report.record import LayerRecord
 from .report.tables import print_table
+from .results import write_adapter
 from .solvers import SVD, AlternatingLeastSquares, Optimal, Solver
 
 SOLVERS: dict[str, Solver] = {"SVD": SVD(), "QuAILoRA": AlternatingLeastSquares(), "Optimal": Optimal()}
@@ -99,7 +99,7 @@ def compare(
     """
     model = loaded.model
     layers = linear_layers(model)
-    statistics = collect_statistics(model, layers, calibration.windows(loaded.tokenizer), calibration.dtype)
+    walk = Walk(model, layers, calibration.windows(loaded.tokenizer), dtype=calibration.dtype)
     results = {"full precision": perplexity(model, windows, "Full precision")}
     with quantized(model, Int8()):
         results["int8"] = perplexity(model, windows, "int8")
@@ -109,7 +109,7 @@ def compare(
         for label, solver in SOLVERS.items()
     }
     adapters = {name: folder / name.removeprefix("nf4 + ").lower().replace(" ", "-") for name in methods}
-    solved = run_methods(layers, statistics, methods)
+    solved = run_methods(walk, methods, len(layers))
     for name, result in solved.items():
         adapters[name].mkdir(parents=True, exist_ok=True)
         write_adapter(adapters[name], loaded, layers, result.corrections, methods[name].scaling)

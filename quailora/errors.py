@@ -33,5 +33,17 @@ class OutputExistsError(QuailoraError, FileExistsError):
     """The output folder already holds a result, and overwriting was not asked for."""
 
 
+class StorageError(QuailoraError, OSError):
+    """A file cannot be written."""
+
+
+class ResumeError(QuailoraError, RuntimeError):
+    """A folder holds the state of another run, or of one that is still going on."""
+
+
+class DistributedError(QuailoraError, RuntimeError):
+    """Another process of the same run ended."""
+
+
 class NumericalWarning(UserWarning):
     """The computation went on after a numerical repair; the message says how large the repair was."""

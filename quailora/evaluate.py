@@ -18,15 +18,15 @@ from torch.nn import functional
 
 from .calibration import Calibration, TextSource, evaluation_windows, shipped_text
 from .errors import ModelError
-from .models.capture import collect_statistics
-from .models.layers import linear_layers, weight_of
+from .layerwise import layers_of
+from .models.layers import linear_layers
 from .models.load import DeviceName, DtypeName, check_sequence_length, load_model
+from .models.stream import Walk
 from .outputs import write_json
 from .progress import track
 from .quantizers import NF4, Quantizer
 from .report.settings import build
 from .report.tables import print_table
-from .statistics import InputStatistics
 
 logger = logging.getLogger("quailora")
 
@@ -68,35 +68,34 @@ def perplexity(
 
 
 @torch.no_grad()
-def quantize_in_place(
-    model: Any, quantizer: Quantizer, statistics: Mapping[str, InputStatistics] | None = None
-) -> None:
+def quantize_in_place(model: Any, quantizer: Quantizer, walk: Walk | None = None) -> None:
     """Replace the weight of every linear layer but the output head by its quantized value.
 
     Args:
         model: a transformers model; its layers keep computing in the model's own dtype.
         quantizer: makes the new weights.
-        statistics: inputs of each layer, for calibrated quantizers.
+        walk: through this model's linear layers, on full-precision inputs, for calibrated quantizers.
     """
     layers = linear_layers(model)
-    for name, module in track(layers.items(), "Quantizing", total=len(layers)):
-        weight = weight_of(name, module)
-        weight.copy_(quantizer.quantize(weight, statistics[name] if statistics else None).dequantize())
+    if walk is None:
+        for layer in track(layers.values(), "Quantizing", total=len(layers)):
+            layer.weight.copy_(quantizer.quantize(layer.weight).dequantize())
+        return
+    for block, layer in track(layers_of(walk), "Quantizing", total=len(layers)):
+        layer.weight.copy_(quantizer.quantize(layer.weight, block.statistics[layer.name]).dequantize())
 
 
 @contextmanager
-def quantized(
-    model: Any, quantizer: Quantizer, statistics: Mapping[str, InputStatistics] | None = None
-) -> Iterator[None]:
+def quantized(model: Any, quantizer: Quantizer) -> Iterator[None]:
     """Quantize a model inside a `with` statement, and restore its weights from a copy at the end."""
-    originals = {name: weight_of(name, module).clone() for name, module in linear_layers(model).items()}
+    originals = {name: layer.weight.clone() for name, layer in linear_layers(model).items()}
     try:
-        quantize_in_place(model, quantizer, statistics)
+        quantize_in_place(model, quantizer)
         yield
     finally:
         with torch.no_grad():
-            for name, module in linear_layers(model).items():
-                weight_of(name, module).copy_(originals[name])
+            for name, layer in linear_layers(model).items():
+                layer.weight.copy_(originals[name])
 
 
 @contextmanager
@@ -199,14 +198,14 @@ def evaluate(
     if len(ids) < windows:
         logger.warning("The text fills %d windows, not %d.", len(ids), windows)
 
-    statistics = None
+    walk = None
     if chosen.calibrated:
         recorded = Calibration.from_dict(provenance["calibration"]) if provenance else Calibration()
         source = replace(recorded, text=TextSource(calibration)) if calibration else recorded
         seen = source.windows(loaded.tokenizer)
-        statistics = collect_statistics(loaded.model, linear_layers(loaded.model), seen, source.dtype)
+        walk = Walk(loaded.model, linear_layers(loaded.model), seen, dtype=source.dtype)
     results = {"full precision": perplexity(loaded.model, ids, "Full precision")}
-    quantize_in_place(loaded.model, chosen, statistics)
+    quantize_in_place(loaded.model, chosen, walk)
     results["quantized"] = perplexity(loaded.model, ids, "Quantized")
     if adapter:
         with adapted(loaded.model, Path(adapter)) as wrapped:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
-from torch import nn
 
 from .adapters.lora import LoraScaling
 from .errors import QuailoraError
 from .initializer import Initializer, LayerInitialization
-from .models.layers import weight_of
+from .models.layers import Layer
+from .models.stream import Block
 from .progress import track
 from .report.record import LayerRecord
 from .solvers import LowRank
@@ -49,68 +50,72 @@ class MethodResult:
 
 
 def run_methods(
-    layers: Mapping[str, nn.Module],
-    statistics: Mapping[str, InputStatistics],
-    methods: Mapping[str, Method],
-    seed: int = 0,
+    blocks: Iterable[Block], methods: Mapping[str, Method], total: int | None = None, seed: int = 0
 ) -> dict[str, MethodResult]:
-    """Initialize all layers by each method; see `initialize_layers`."""
-    results = {name: MethodResult() for name in methods}
-    for layer_name, method_name, layer in initialize_layers(layers, statistics, methods, seed):
-        results[method_name].records.append(LayerRecord.of(layer_name, layer, statistics[layer_name].tokens))
-        results[method_name].corrections[layer_name] = layer.low_rank
-    return results
-
-
-def initialize_layers(
-    layers: Mapping[str, nn.Module],
-    statistics: Mapping[str, InputStatistics],
-    methods: Mapping[str, Method],
-    seed: int = 0,
-) -> Iterator[tuple[str, str, LayerInitialization]]:
-    """Yield each layer's name, each method's name and the initialization, in the order of the model.
+    """Initialize all layers by each method.
 
     A layer is quantized once for each quantizer; solvers and ranks share what they find, highest rank first. What
     depends on the inputs alone is kept while consecutive layers have the same inputs.
 
     Args:
-        layers: modules by name.
-        statistics: inputs of each layer.
+        blocks: a `Walk`, or blocks with their statistics.
         methods: what to do, by name.
+        total: number of layers, for the progress bar.
         seed: seed of untrained directions; each layer and method draws from its own generator, whatever came before.
 
     Raises:
         QuailoraError: as the initializer does, with the layer's name in front.
     """
-    previous: InputStatistics | None = None
-    for name, module in track(layers.items(), "Initializing", total=len(layers)):
-        inputs = statistics[name]
-        if previous is not None and previous is not inputs:
+    results = {name: MethodResult() for name in methods}
+    for block, layer in track(layers_of(blocks), "Initializing", total):
+        inputs = block.statistics[layer.name]
+        for name, result in initialize_layer(layer, inputs, methods, seed):
+            results[name].records.append(LayerRecord.of(layer.name, result, block.tokens[layer.name]))
+            results[name].corrections[layer.name] = result.low_rank
+    return results
+
+
+def layers_of(blocks: Iterable[Block]) -> Iterator[tuple[Block, Layer]]:
+    """Yield each layer with its block; statistics are freed when their last layer has been."""
+    for block in blocks:
+        previous: InputStatistics | None = None
+        for name, layer in block.layers.items():
+            inputs = block.statistics[name]
+            if previous is not None and previous is not inputs:
+                previous.forget()
+            previous = inputs
+            yield block, layer
+            del block.statistics[name], inputs
+            block.held_out.pop(name, None)
+        if previous is not None:
             previous.forget()
-        previous = inputs
-        try:
-            for method, layer in _initialize(weight_of(name, module), inputs, ranked(name, methods), name, seed):
-                yield name, method, layer
-        except QuailoraError as error:
-            raise type(error)(f"Layer {name}: {error}") from error
-    if previous is not None:
-        previous.forget()
 
 
-def ranked(layer: str, methods: Mapping[str, Method]) -> dict[str, Initializer]:
-    """Return the initializer of each method with the layer's own rank, highest rank first."""
-    own = {name: replace(method.initializer, rank=method.scaling.rank_of(layer)) for name, method in methods.items()}
+def initialize_layer(
+    layer: Layer, inputs: InputStatistics, methods: Mapping[str, Method], seed: int
+) -> Iterator[tuple[str, LayerInitialization]]:
+    """Yield each method's name and the initialization of one layer; see `run_methods`."""
+    prepared = {}
+    try:
+        for name, initializer in ranked(layer.group, methods).items():
+            with seeded(layer.name, seed):
+                if initializer.quantizer not in prepared:
+                    prepared[initializer.quantizer] = initializer.quantize(layer.weight, inputs)
+                result = initializer.correct(prepared[initializer.quantizer])
+            yield name, result
+    except QuailoraError as error:
+        raise type(error)(f"Layer {layer.name}: {error}") from error
+
+
+def ranked(group: str, methods: Mapping[str, Method]) -> dict[str, Initializer]:
+    """Return the initializer of each method with the rank of a layer or of a group of experts, highest rank first."""
+    own = {name: replace(method.initializer, rank=method.scaling.rank_of(group)) for name, method in methods.items()}
     return dict(sorted(own.items(), key=lambda item: -item[1].rank))
 
 
-def _initialize(
-    weight: torch.Tensor, inputs: InputStatistics, initializers: Mapping[str, Initializer], name: str, seed: int
-) -> Iterator[tuple[str, LayerInitialization]]:
-    prepared = {}
-    for method, initializer in initializers.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed ^ zlib.crc32(name.encode()))
-            if initializer.quantizer not in prepared:
-                prepared[initializer.quantizer] = initializer.quantize(weight, inputs)
-            layer = initializer.correct(prepared[initializer.quantizer])
-        yield method, layer
+@contextmanager
+def seeded(layer: str, seed: int) -> Iterator[None]:
+    """Seed torch's generator for one layer inside a `with` statement, whatever came before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed ^ zlib.crc32(layer.encode()))
+        yield

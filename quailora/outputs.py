@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputExistsError
+from torch import Tensor
+
+from .errors import OutputExistsError, StorageError
 
 RESULTS = (
     "adapter_config.json",
@@ -76,8 +78,35 @@ def restore_permissions(path: Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name that becomes `path` when the body ends without error, and is removed otherwise.
+
+    Raises:
+        StorageError: if it cannot be written, for example because the disk is full.
+    """
+    from safetensors import SafetensorError
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(
+            f"Cannot write {path}: {error}. Make room, then run the same command again; what is finished is kept."
+        ) from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name and rename it when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with complete_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file under a temporary name and rename it when it is complete."""
+    from safetensors.torch import save_file
+
+    with complete_file(path) as partial:
+        save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})

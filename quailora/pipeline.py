@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
-import yaml
-from torch import nn
-
-from .adapters.card import model_card
-from .adapters.lora import LoraScaling, write_lora
+from . import distributed
+from .adapters.lora import LoraScaling
 from .calibration import Calibration, CalibrationDtype, TextSource
-from .errors import TargetError
-from .evaluate import quantize_in_place
+from .checkpoint import locked, open_checkpoint
+from .errors import ConfigurationError, TargetError
+from .fingerprint import fingerprint
 from .initializer import Initializer
-from .layerwise import Method, run_methods
+from .layerwise import Method
 from .metrics import MetricName
-from .models.capture import collect_statistics
-from .models.layers import ALL_LINEAR, explicit_targets, linear_layers, select_layers, weight_of
-from .models.load import DeviceName, DtypeName, LoadedModel, check_sequence_length, load_model
-from .outputs import check_output, new_folder, write_json
+from .models.layers import ALL_LINEAR, Layer, base_layers, select_layers
+from .models.load import DeviceName, DtypeName, check_sequence_length, load_model
+from .models.stream import InputsOf, Walk
+from .outputs import check_output, new_folder
 from .quantizers import NF4, Quantizer
 from .report.phases import Phases
-from .report.record import build_report, versions
 from .report.settings import describe
 from .report.tables import print_table
-from .solvers import AlternatingLeastSquares, LowRank, Solver
+from .results import Results
+from .runs import Run
+from .solvers import AlternatingLeastSquares, Solver
 
 logger = logging.getLogger("quailora")
+
+Offload = Literal["auto", "always", "never"]
+
+_HARMLESS = {"out", "overwrite", "fresh", "offload", "allow_pickle", "device"}
+"""Settings that change no layer."""
 
 
 @final
@@ -40,14 +45,16 @@ class InitResult:
 
     Attributes:
         out: folder of the adapter.
-        report: content of its `report.json`.
+        report: content of its `report.json`; None in all but the first of several processes.
     """
 
     out: Path
-    report: Mapping[str, Any]
+    report: Mapping[str, Any] | None
 
     def show(self) -> None:
-        """Print a summary."""
+        """Print a summary; only the first of several processes has one."""
+        if self.report is None:
+            return
         share = self.report["mean_error_share"]
         rows = [
             ["quantized, no correction", "100.00 %"],
@@ -81,8 +88,12 @@ def init(
     calibration_dtype: CalibrationDtype = "auto",
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
+    inputs: InputsOf = "full",
+    offload: Offload = "auto",
+    allow_pickle: bool = False,
     save_base: bool = False,
     overwrite: bool = False,
+    fresh: bool = False,
 ) -> InitResult:
     """Write a LoRA adapter that makes the quantized model behave like the full-precision one.
 
@@ -109,8 +120,14 @@ def init(
             CPU that multiplies in it, else that of the model; "model" is always that of the model.
         dtype: dtype of the model; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
+        inputs: whose inputs layers are fitted to: "full" are those of the full-precision model, as in the paper;
+            "quantized" those of the network as quantized and corrected up to the layer's block; "asymmetric" brings
+            the output on the latter close to the full-precision output on the former.
+        offload: "always" leaves the weights on disk and holds one block in memory at a time.
+        allow_pickle: accept a checkpoint in PyTorch's pickle format, which can run any code while it is read.
         save_base: also write the dequantized base, for quantizers that stock transformers cannot load.
         overwrite: replace a result that is in the folder.
+        fresh: forget what an unfinished run with this output folder has done, instead of going on from it.
 
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
@@ -121,47 +138,63 @@ def init(
     scaling = LoraScaling(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
     text = TextSource(calibration, tuple(calibration_fields), calibration_split)
     source = Calibration(text, samples, sequence_length, seed, calibration_dtype)
-    initializer = Initializer(quantizer, solver, rank, metric)
+    method = Method(Initializer(quantizer, solver, rank, metric), scaling)
     phases = Phases()
     if calibration is None:
         logger.warning("Calibrating on the text that ships with quailora; pass --calibration for text like your task.")
 
-    with new_folder(folder, overwrite) as partial:
+    with ExitStack() as held:
+        held.enter_context(distributed.process_group())
+        work = folder.with_name(f"{folder.name}.partial")
+        if distributed.rank() == 0:
+            held.enter_context(locked(work))
         with phases.measure("load"):
-            loaded = load_model(model, dtype, device)
+            on_disk = work / "offload" if offload == "always" else None
+            loaded = load_model(model, dtype, device, offload=on_disk, allow_pickle=allow_pickle)
             check_sequence_length(loaded.model, sequence_length)
             layers = select_layers(loaded.model, targets)
             check_scaling(layers, scaling)
+            check_experts(layers, save_base)
             windows = source.windows(loaded.tokenizer)
-        with phases.measure("calibrate"):
-            watched = linear_layers(loaded.model) if save_base else layers
-            statistics = collect_statistics(loaded.model, watched, windows, source.dtype)
+        depends_on = {name: value for name, value in settings.items() if name not in _HARMLESS}
+        checkpoint = open_checkpoint(work, fingerprint(depends_on, loaded, windows), fresh)
+        whole = base_layers(loaded.model, layers) if save_base or inputs != "full" else layers
+        walk = Walk(
+            loaded.model,
+            whole,
+            windows,
+            inputs=inputs,
+            dtype=source.dtype,
+            activations=checkpoint.activations,
+            start=distributed.from_first(checkpoint.blocks_done),
+            on_done=checkpoint.set_blocks_done,
+        )
+        run = Run(walk, layers, method, checkpoint, save_base, seed)
         with phases.measure("initialize"):
-            result = run_methods(layers, statistics, {"init": Method(initializer, scaling)}, seed)["init"]
-        with phases.measure("write"):
-            write_adapter(partial, loaded, layers, result.corrections, scaling)
-            if save_base:
-                quantize_in_place(loaded.model, quantizer, statistics)
-                loaded.model.save_pretrained(partial / "base")
-                loaded.tokenizer.save_pretrained(partial / "base")
-        tokens = windows.numel()
-        report = build_report(settings, phases.entries, result.records, tokens)
-        write_provenance(partial, settings, report, initializer, source, loaded.name)
-        card = model_card(initializer, result.records, model=model, base_model=loaded.name, calibration_tokens=tokens)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+            run.finish()
+        if distributed.rank() > 0:
+            return InitResult(folder, None)
+        results = Results(settings, phases, loaded, method, source, layers, windows.numel(), run)
+        with new_folder(folder, overwrite) as partial:
+            report = results.write(partial, save_base)
+        checkpoint.remove()
     return InitResult(folder, report)
 
 
-def check_scaling(layers: Mapping[str, nn.Module], scaling: LoraScaling) -> None:
+def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
     """Raise a `TargetError` that lists the layers too small for their rank, or names a pattern that means no layer."""
-    unused = scaling.unused_patterns(layers)
+    unused = scaling.unused_patterns({layer.group for layer in layers.values()})
     if unused:
         raise TargetError(
             f"The pattern {unused[0]!r} means none of the {len(layers)} target layers, the first of which is "
             f"{next(iter(layers))}. Patterns are names, endings at a dot, or regular expressions for an ending."
         )
-    limits = {name: min(weight_of(name, module).shape) for name, module in layers.items()}
-    small = [f"{name} (at most {limit})" for name, limit in limits.items() if not 1 <= scaling.rank_of(name) <= limit]
+    limits = {name: min(layer.shape) for name, layer in layers.items()}
+    small = [
+        f"{name} (at most {limit})"
+        for name, limit in limits.items()
+        if not 1 <= scaling.rank_of(layers[name].group) <= limit
+    ]
     if small:
         raise TargetError(
             f"{len(small)} of {len(layers)} layers cannot carry the rank they were given: {', '.join(small[:5])}"
@@ -169,38 +202,10 @@ def check_scaling(layers: Mapping[str, nn.Module], scaling: LoraScaling) -> None
         )
 
 
-def write_adapter(
-    folder: Path,
-    loaded: LoadedModel,
-    layers: Mapping[str, nn.Module],
-    corrections: Mapping[str, LowRank],
-    scaling: LoraScaling,
-) -> None:
-    """Write the adapter's own two files, which are all that PEFT reads."""
-    targets = explicit_targets(loaded.model, layers)
-    write_lora(folder, corrections, scaling, target_modules=targets, base_model=loaded.name)
-
-
-def write_provenance(
-    folder: Path,
-    settings: Mapping[str, Any],
-    report: Mapping[str, Any],
-    initializer: Initializer,
-    source: Calibration,
-    base_model: str,
-) -> None:
-    """Write what says where an adapter comes from: configuration, report and sidecar."""
-    config = {key: value for key, value in settings.items() if key not in {"out", "overwrite"}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    write_json(folder / "report.json", report)
-    sidecar = {
-        "base_model": base_model,
-        "quantizer": describe(initializer.quantizer),
-        "solver": describe(initializer.solver),
-        "metric": initializer.metric,
-        "calibration": asdict(source),
-        "calibration_tokens": report["calibration_tokens"],
-        "mean_error_share": report["mean_error_share"],
-        "versions": versions(),
-    }
-    write_json(folder / "quailora.json", sidecar)
+def check_experts(layers: Mapping[str, Layer], save_base: bool) -> None:
+    """Raise a `ConfigurationError` if experts are to be corrected on a base that does not quantize them."""
+    if not save_base and any(layer.expert is not None for layer in layers.values()):
+        raise ConfigurationError(
+            "Stock transformers leaves fused experts in full precision when it quantizes a model, so there would be "
+            "nothing to correct. Pass --save-base for a base with quantized experts, or leave experts out of --targets."
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -13,8 +14,9 @@ Item = TypeVar("Item")
 console = Console(stderr=True)
 
 
-def track(items: Sequence[Item] | Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield the items and show how many are done; silent unless standard error is a terminal."""
+@contextmanager
+def counting(description: str, total: int | None, completed: int = 0) -> Iterator[Callable[[], None]]:
+    """Yield a function that counts one more step as done; silent unless standard error is a terminal."""
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -23,4 +25,15 @@ def track(items: Sequence[Item] | Iterable[Item], description: str, total: int |
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal or console.quiet) as progress:
-        yield from progress.track(items, total=total, description=description)
+        task = progress.add_task(description, total=total, completed=completed)
+        yield lambda: progress.advance(task)
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """Yield the items and show how many are done."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with counting(description, total) as advance:
+        for item in items:
+            yield item
+            advance()

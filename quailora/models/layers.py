@@ -1,10 +1,11 @@
-"""The linear layers of a Hugging Face model: which there are, which are meant, and their weights."""
+"""The weight matrices of a Hugging Face model: which there are, which are meant, and how to read them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,9 +13,58 @@ from torch import Tensor, nn
 from ..errors import ModelError, TargetError
 
 ALL_LINEAR = "all-linear"
+EXPERTS = "experts"
 
 
-def linear_layers(model: Any) -> dict[str, nn.Module]:
+@final
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One weight matrix: that of a linear layer, or one expert's in a fused parameter of a mixture of experts.
+
+    Attributes:
+        name: module name; for an expert the parameter's name and its number: `model.layers.0.mlp.experts.down_proj.3`.
+        module: the module that holds the weight.
+        parameter: the attribute that holds it.
+        expert: index into a fused parameter (experts first); None for a linear layer.
+        transposed: whether the weight is stored as (in_features, out_features).
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str = "weight"
+    expert: int | None = None
+    transposed: bool = False
+
+    @property
+    def weight(self) -> Float[Tensor, "out_features in_features"]:
+        """The weight as (out_features, in_features); a view, where it is stored otherwise.
+
+        Raises:
+            ModelError: if it is not a floating-point matrix.
+        """
+        weight: Tensor = getattr(self.module, self.parameter).detach()
+        if self.expert is not None:
+            weight = weight[self.expert]
+        if not weight.is_floating_point() or weight.ndim != 2:
+            raise ModelError(
+                f"Expected a floating-point weight in {self.name}, got {weight.dtype}. "
+                "Load the model in full precision; quailora quantizes it."
+            )
+        return weight.T if self.transposed else weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`, known also while the weight itself is on disk."""
+        rows, columns = getattr(self.module, self.parameter).shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def group(self) -> str:
+        """The name without the expert's number: of the module, or of the parameter that all experts share."""
+        return self.name if self.expert is None else self.name.rpartition(".")[0]
+
+
+def linear_layers(model: Any) -> dict[str, Layer]:
     """Return every linear layer but the output head, by module name, in the order of the model.
 
     These are the layers that bitsandbytes quantizes by default and that PEFT's `all-linear` means: `torch.nn.Linear`
@@ -24,32 +74,72 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
 
     head = model.get_output_embeddings()
     return {
-        name: module
+        name: Layer(name, module, transposed=isinstance(module, Conv1D))
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     }
 
 
-def select_layers(model: Any, targets: Sequence[str] = (ALL_LINEAR,)) -> dict[str, nn.Module]:
+def expert_layers(model: Any) -> dict[str, Layer]:
+    """Return every expert's matrices in fused (three-dimensional) parameters, by name, in the order of the model.
+
+    Stock transformers leaves them in full precision when it quantizes a model.
+    """
+    found = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        transposed = bool(getattr(module, "is_transposed", False))  # how transformers and PEFT mark (in, out) experts
+        for parameter, value in module.named_parameters(recurse=False):
+            if value.ndim == 3 and value.is_floating_point():
+                for expert in range(len(value)):
+                    name = f"{module_name}.{parameter}.{expert}"
+                    found[name] = Layer(name, module, parameter, expert, transposed)
+    return found
+
+
+def all_layers(model: Any) -> dict[str, Layer]:
+    """Return linear layers and experts, in the order of the model."""
+    order = {module: index for index, module in enumerate(model.modules())}
+    found = {**linear_layers(model), **expert_layers(model)}
+    return dict(sorted(found.items(), key=lambda item: order[item[1].module]))
+
+
+def base_layers(model: Any, chosen: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Return what the quantized base quantizes: linear layers, and all experts if some of them are among the chosen."""
+    with_experts = any(layer.expert is not None for layer in chosen.values())
+    return all_layers(model) if with_experts else linear_layers(model)
+
+
+def select_layers(model: Any, targets: Sequence[str] = (ALL_LINEAR,)) -> dict[str, Layer]:
     """Return the layers that carry an adapter.
 
     Args:
         model: the model.
-        targets: `all-linear`, or module names, their endings (`q_proj`, `mlp.down_proj`) or regular expressions that
-            match a whole name; a layer is meant if any of them matches.
+        targets: `all-linear`, `experts`, or names, their endings (`q_proj`, `mlp.down_proj`) or regular expressions
+            that match a whole name; a layer is meant if any of them matches. An expert goes by the name of the
+            parameter that holds all of them.
 
     Raises:
-        TargetError: if a target matches no linear layer.
+        TargetError: if a target matches nothing.
     """
-    layers = linear_layers(model)
+    layers = all_layers(model)
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
-        matches = {name for name in layers if target == ALL_LINEAR or matches_target(name, target)}
+        matches = {name for name, layer in layers.items() if is_meant(layer, target)}
         if not matches:
-            endings = ", ".join(sorted({ending(name) for name in layers}))
-            raise TargetError(f"The target {target!r} matches no linear layer. Layers of this model end in: {endings}.")
+            endings = ", ".join(sorted({ending(layer.group) for layer in layers.values()}))
+            kind = "fused experts" if target == EXPERTS else "linear layer"
+            raise TargetError(f"The target {target!r} matches no {kind}. Layers of this model end in: {endings}.")
         chosen |= matches
-    return {name: module for name, module in layers.items() if name in chosen}
+    return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def is_meant(layer: Layer, target: str) -> bool:
+    """Return whether a target means a layer."""
+    if target in (ALL_LINEAR, EXPERTS):
+        return (layer.expert is not None) == (target == EXPERTS)
+    return matches_target(layer.group, target)
 
 
 def matches_target(name: str, target: str) -> bool:
@@ -64,32 +154,23 @@ def matches_target(name: str, target: str) -> bool:
         ) from error
 
 
-def explicit_targets(model: Any, chosen: Mapping[str, nn.Module]) -> list[str]:
-    """Return the shortest list of PEFT `target_modules` that means exactly these layers.
+def explicit_targets(model: Any, chosen: Mapping[str, Layer]) -> list[str]:
+    """Return the shortest list of PEFT `target_modules` that means exactly the linear layers among these.
 
     That is their endings, if no other module of the model shares one; their full names otherwise.
     """
-    endings = {ending(name) for name in chosen}
+    linear = [name for name, layer in chosen.items() if layer.expert is None]
+    endings = {ending(name) for name in linear}
     every = dict(model.named_modules())
     meant = {name for name in every if ending(name) in endings}
-    return sorted(endings) if meant == set(chosen) else list(chosen)
+    return sorted(endings) if meant == set(linear) else linear
 
 
 def ending(name: str) -> str:
-    """Return the last part of a module name."""
+    """Return the last part of a name."""
     return name.rpartition(".")[2]
 
 
-def weight_of(name: str, module: nn.Module) -> Float[Tensor, "out_features in_features"]:
-    """Return the weight of a layer as (out_features, in_features); for `Conv1D` a transposed view.
-
-    Raises:
-        ModelError: if the weight is not a floating-point matrix.
-    """
-    weight = module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
-        raise ModelError(
-            f"Expected a floating-point weight in {name}, got {getattr(weight, 'dtype', type(weight))}. "
-            "Load the model in full precision; quailora quantizes it."
-        )
-    return weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
+def kind(name: str) -> str:
+    """Return what a layer is in its block: the last part of its name, or of its parameter's name for an expert."""
+    return ending(re.sub(r"\.\d+$", "", name))

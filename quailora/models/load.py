@@ -17,6 +17,7 @@ from typing import Any, Literal, final
 import torch
 
 from ..errors import ModelError
+from .weights import compute_on
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -42,47 +43,95 @@ class LoadedModel:
     name: str
 
 
-def load_model(model: str, dtype: DtypeName = "auto", device: DeviceName = "auto") -> LoadedModel:
+def load_model(
+    model: str,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    *,
+    offload: Path | None = None,
+    allow_pickle: bool = False,
+) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
     Args:
         model: hub name, folder, `.gguf` file, or `demo`.
         dtype: "auto" keeps the dtype of the checkpoint, but for float16 on a CPU, which becomes float32.
         device: "auto" is the GPU where there is one.
+        offload: leave weights on disk, in the checkpoint's own files; this folder gets those that transformers has to
+            convert first. In memory if None.
+        allow_pickle: accept checkpoints in PyTorch's pickle format, which can run any code while they are read.
 
     Raises:
         ModelError: if the model cannot be found or read; the message carries transformers' own.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     name = resolve(model)
-    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    where = resolve_device(device)
+    place = {"device_map": {"": "disk"}, "offload_folder": str(offload)} if offload else {}
     try:
-        with no_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
-            tokenizer = AutoTokenizer.from_pretrained(name)
+        wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+        if dtype == "auto" and where == "cpu" and AutoConfig.from_pretrained(name).dtype == torch.float16:
+            logger.info("Computing in float32: float16 is many times slower on a CPU.")
+            wanted = torch.float32
+        with quiet_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=wanted,
+                use_safetensors=None if allow_pickle else True,
+                experts_implementation="eager",  # one product for each expert, which can be watched
+                **place,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds, down to those of its file formats
         raise ModelError(
             f"Cannot load {model!r} as a causal language model ({type(error).__name__}: {error}). Expected a hub name, "
-            "a folder with config.json and safetensors, a .gguf file, or 'demo'."
+            f"a folder with config.json and safetensors, a .gguf file, or 'demo'.{_about_pickle(name, allow_pickle)}"
         ) from error
+    if offload:
+        compute_on(loaded, where)
+    else:
+        loaded = loaded.to(where)
+    return LoadedModel(loaded.eval(), tokenizer, name)
+
+
+def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
+    """Return the device that `auto` means here."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and dtype == "auto" and loaded.dtype == torch.float16:
-        logger.info("Computing in float32: float16 is many times slower on a CPU.")
-        loaded = loaded.float()
-    return LoadedModel(loaded.eval().to(device), tokenizer, name)
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _about_pickle(name: str, allowed: bool) -> str:
+    folder = Path(name)
+    if allowed or not folder.is_dir() or any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
+        return ""
+    return (
+        " This folder has a checkpoint in PyTorch's pickle format, which can run any code while it is read. "
+        "If you trust it, pass --allow-pickle."
+    )
+
+
+def checkpoint_files(name: str) -> list[Path]:
+    """Return the weight files of a folder or of a model in the hub's cache, sorted by name."""
+    from transformers.utils import cached_file
+
+    folder = Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json") or name).parent
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Silence transformers' own progress bars, which also show where nobody watches."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars, which also show where nobody watches, and its remarks on loading."""
     from transformers.utils import logging as transformers_logging
 
+    level = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
 
 
@@ -153,7 +202,7 @@ def dequantized_folder(file: Path) -> Path:
         config = GgufConfig(dequantize=True)
         place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         AutoTokenizer.from_pretrained(**place).save_pretrained(partial)
-        with no_progress_bars():
+        with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, quantization_config=config)
             model.save_pretrained(partial)
         partial.rename(folder)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any, final
 
 from ..initializer import LayerInitialization
-from ..models.layers import ending
+from ..models.layers import kind
 
 _PACKAGES = ("quailora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 
@@ -31,6 +31,7 @@ class LayerRecord:
         error_optimal: the least for this rank; in wide layers a certified bound just below it.
         relative_error: `error / tr(W H W^T)`.
         iterations: rounds that the solver ran.
+        asymmetry: for asymmetric inputs, where between 0 (`W`) and 1 (`W G H~^-1`) the target was chosen.
     """
 
     name: str
@@ -44,9 +45,10 @@ class LayerRecord:
     error_optimal: float
     relative_error: float
     iterations: int
+    asymmetry: float | None = None
 
     @classmethod
-    def of(cls, name: str, layer: LayerInitialization, tokens: int) -> LayerRecord:
+    def of(cls, name: str, layer: LayerInitialization, tokens: int, asymmetry: float | None = None) -> LayerRecord:
         """Take down one initialized layer."""
         return cls(
             name=name,
@@ -60,6 +62,7 @@ class LayerRecord:
             error_optimal=layer.error_optimal,
             relative_error=layer.relative_error,
             iterations=layer.low_rank.iterations,
+            asymmetry=asymmetry,
         )
 
 
@@ -82,7 +85,7 @@ def by_ending(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
     """Return the layers grouped by the last part of their names, such as `q_proj`."""
     groups: dict[str, list[LayerRecord]] = {}
     for layer in layers:
-        groups.setdefault(ending(layer.name), []).append(layer)
+        groups.setdefault(kind(layer.name), []).append(layer)
     return groups
 
 
@@ -92,7 +95,11 @@ def versions() -> dict[str, str]:
 
 
 def build_report(
-    settings: Mapping[str, Any], phases: Mapping[str, Any], layers: Sequence[LayerRecord], calibration_tokens: int
+    settings: Mapping[str, Any],
+    phases: Mapping[str, Any],
+    layers: Sequence[LayerRecord],
+    calibration_tokens: int,
+    block_seconds: Mapping[int, float],
 ) -> dict[str, Any]:
     """Return the content of `report.json`."""
     return {
@@ -100,6 +107,7 @@ def build_report(
         "settings": dict(settings),
         "versions": versions(),
         "phases": dict(phases),
+        "block_seconds": dict(block_seconds),
         "calibration_tokens": calibration_tokens,
         "bits_per_weight": mean_bits(layers),
         "mean_error_share": error_reduction(layers),

@@ -1,0 +1,51 @@
+"""What a result depends on, in a form that two runs can compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .models.load import LoadedModel, checkpoint_files
+from .models.weights import execution_device
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def fingerprint(settings: Mapping[str, Any], loaded: LoadedModel, windows: Tensor) -> dict[str, str]:
+    """Return what the layers of a run depend on, item by item.
+
+    Args:
+        settings: everything that was asked for and can change a layer.
+        loaded: the model; its files count by size, header and samples of their content.
+        windows: the calibration tokens.
+    """
+    items = {name: json.dumps(value) for name, value in settings.items()}
+    weights = hashlib.sha256()
+    for file in checkpoint_files(loaded.name):
+        weights.update(f"{file.name} {file.stat().st_size} ".encode())
+        for part in samples_of(file):
+            weights.update(part)
+    return {
+        **items,
+        "version of quailora": version("quailora"),
+        "computing device": execution_device(loaded.model).type,
+        "weights": weights.hexdigest()[:16],
+        "calibration tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+def samples_of(file: Path) -> list[bytes]:
+    """Return short pieces of a file, from its start to its end."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        parts = []
+        for index in range(_SAMPLES):
+            content.seek(index * max(0, size - _SAMPLE_BYTES) // max(1, _SAMPLES - 1))
+            parts.append(content.read(_SAMPLE_BYTES))
+    return parts

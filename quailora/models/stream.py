@@ -1,0 +1,229 @@
+"""Walk through a model block by block: one block's weights, inputs and statistics at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from .. import distributed
+from ..calibration import CalibrationDtype
+from ..errors import CalibrationError, ModelError, NumericalError
+from ..statistics import InputStatistics
+from .activations import Activations
+from .blocks import Call, Chain, WholeModel, find_chain
+from .capture import Inputs, arithmetic, captured
+from .layers import Layer
+from .tally import Tally
+from .weights import execution_device, is_offloaded, replaced, resident
+
+Forward = Callable[[int, Tensor], Tensor]
+"""Runs one block on the hidden states of a batch, given by its number."""
+
+InputsOf = Literal["full", "quantized", "asymmetric"]
+"""Which network's inputs layers are fitted to; see `Walk`."""
+
+_TOKENS_PER_PASS = 4096
+_PROBE_TOKENS = 8
+_HELD_OUT_EVERY = 4  # of the batches, where some are held out
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block of a model, resident while the walk waits at it.
+
+    Attributes:
+        index: its place in the model; what lies outside all blocks comes last.
+        layers: the layers in it, by name.
+        statistics: the inputs of each layer; layers with the same input share one object. Taking entries out of it
+            frees them. For asymmetric inputs they are those of full precision and of the quantized network joined,
+            twice as wide.
+        tokens: calibration tokens that each layer saw.
+        held_out: statistics from batches that are held out; for asymmetric inputs only.
+        replacements: what the layers will compute with in the quantized network; to be filled in by whoever walks.
+    """
+
+    index: int
+    layers: Mapping[str, Layer]
+    statistics: dict[str, InputStatistics]
+    tokens: Mapping[str, int]
+    held_out: dict[str, InputStatistics] = field(default_factory=dict)
+    replacements: dict[str, Tensor] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """Runs a model block by block on calibration windows.
+
+    Each block is brought into memory, run on what the block before it returned, and dropped. Layers in it get the
+    statistics of their inputs; with several processes each runs its share of the windows, and statistics are summed.
+
+    Attributes:
+        model: a transformers causal language model, in memory or on disk.
+        layers: the layers to watch, by name.
+        windows: token ids.
+        inputs: "full": of the full-precision model. "quantized": of the network in which all blocks before this one
+            are replaced by `Block.replacements`. "asymmetric": of both, paired.
+        dtype: arithmetic; see `Calibration`.
+        activations: keeps hidden states between blocks.
+        start: blocks that an earlier walk has done.
+        on_done: called with the number of blocks done, when all that the next block needs is kept.
+    """
+
+    model: Any
+    layers: Mapping[str, Layer]
+    windows: Int[Tensor, "samples sequence_length"]
+    inputs: InputsOf = "full"
+    dtype: CalibrationDtype = "auto"
+    activations: Activations = field(default_factory=Activations)
+    start: int = 0
+    on_done: Callable[[int], None] | None = None
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Block]:
+        """Yield the blocks that have layers, in order.
+
+        Raises:
+            CalibrationError: if a layer is never run, or there are too few windows to hold some out.
+            NumericalError: if a weight or an input is NaN or infinite.
+            ModelError: if the model has to be run block by block and cannot be.
+        """
+        chain = self._chain()
+        batches = self._batches()
+        with arithmetic(self.model, self.dtype):
+            recorded = {index: chain.record(ids) for index, ids in batches.items()}
+        calls = {index: calls for index, (_, calls) in recorded.items()}
+        if self.start == 0:
+            for index, (hidden, _) in recorded.items():
+                for network in self._networks:
+                    self.activations.save(0, network, index, hidden)
+        del recorded
+        members = [self._members(name) for name in chain.names]
+        outside = [name for name in self.layers if not any(name in inside for inside in members)]
+        last = len(members) if outside else max((i + 1 for i, inside in enumerate(members) if inside), default=0)
+        for index in range(self.start, last):
+            with resident(chain.blocks[index]):
+                check_finite_parameters(chain.names[index], chain.blocks[index])
+                forward = partial(_run_block, chain, calls, index)
+                yield from self._visit(index, members[index], forward, batches)
+            distributed.barrier()
+            if self.on_done is not None:
+                self.on_done(index + 1)
+            self.activations.drop(index)
+        if outside:
+            rest = {name: self.layers[name] for name in outside}
+            with ExitStack() as held:
+                for layer in rest.values():
+                    held.enter_context(resident(layer.module))
+                yield from self._visit(last, rest, lambda batch, hidden: chain.finish(batches[batch], hidden), batches)
+
+    @property
+    def _networks(self) -> tuple[str, ...]:
+        return ("full", "quantized") if self.inputs == "asymmetric" else (self.inputs,)
+
+    def _chain(self) -> Chain | WholeModel:
+        try:
+            return find_chain(self.model, self.windows[:1, :_PROBE_TOKENS])
+        except ModelError as error:
+            if self.inputs == "full" and not is_offloaded(self.model):
+                return WholeModel(self.model)
+            raise ModelError(f"{error} It can be calibrated in memory only, on full-precision inputs.") from error
+
+    def _batches(self) -> dict[int, Tensor]:
+        samples, length = self.windows.shape
+        parts = distributed.world_size() * (_HELD_OUT_EVERY if self.inputs == "asymmetric" else 1)
+        size = max(1, min(_TOKENS_PER_PASS // length, math.ceil(samples / parts)))
+        batches = dict(enumerate(torch.split(self.windows, size)))
+        if self.inputs == "asymmetric" and len(batches) < _HELD_OUT_EVERY:
+            raise CalibrationError(
+                f"Expected at least {_HELD_OUT_EVERY} calibration samples for asymmetric inputs, of which every fourth "
+                f"is held out, got {samples}."
+            )
+        return {index: ids for index, ids in batches.items() if index % distributed.world_size() == distributed.rank()}
+
+    def _members(self, block: str) -> dict[str, Layer]:
+        return {name: layer for name, layer in self.layers.items() if not block or name.startswith(f"{block}.")}
+
+    def _visit(
+        self, index: int, layers: Mapping[str, Layer], forward: Forward, batches: Iterable[int]
+    ) -> Iterator[Block]:
+        device = execution_device(self.model)
+
+        def run(batch: int, network: str, watched: Mapping[str, Layer], keep: bool) -> Inputs:
+            hidden = self.activations.load(index, network, batch, device)
+            with arithmetic(self.model, self.dtype), captured(watched) as inputs:
+                hidden = forward(batch, hidden)
+            if keep:
+                self.activations.save(index + 1, network, batch, hidden)
+            return inputs
+
+        asymmetric = self.inputs == "asymmetric"
+        seen, held_out = Tally(device), Tally(device)
+        for batch in batches:
+            inputs = run(batch, self._networks[0], layers, keep=self.inputs != "quantized")
+            if asymmetric:
+                inputs = joined(layers, inputs, run(batch, "quantized", layers, keep=False))
+            held = asymmetric and batch % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+            (held_out if held else seen).add(inputs)
+        block = Block(index, layers, *seen.result(layers), held_out.result(layers)[0] if asymmetric else {})
+        if layers:
+            yield block
+        if self.inputs != "full":
+            with replaced(layers, block.replacements):
+                for batch in batches:
+                    run(batch, "quantized", {}, keep=True)
+
+
+def _run_block(
+    chain: Chain | WholeModel, calls: Mapping[int, list[Call]], index: int, batch: int, hidden: Tensor
+) -> Tensor:
+    return chain.run(index, calls[batch][index], hidden)
+
+
+def joined(layers: Mapping[str, Layer], full: Inputs, quantized: Inputs) -> Inputs:
+    """Return the inputs of a layer in both networks side by side, tokens paired.
+
+    Experts keep those of the quantized network alone: the two networks do not send the same tokens to them.
+    """
+    pairs: dict[tuple[int, ...], list[Tensor]] = {}  # layers that share their inputs share these, too
+    for name, tensors in quantized.items():
+        parts = tensors if layers[name].expert is not None else zip(full[name], tensors, strict=True)
+        key = tuple(map(id, (*full[name], *tensors)))
+        pairs[key] = pairs.get(key) or [part if isinstance(part, Tensor) else torch.cat(part, dim=-1) for part in parts]
+        quantized[name] = pairs[key]
+    return quantized
+
+
+def check_finite_parameters(name: str, block: nn.Module) -> None:
+    """Raise a `NumericalError` that names the first weight with NaN or infinite entries."""
+    for parameter, value in block.named_parameters():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise NumericalError(
+                f"Expected finite weights, got NaN or infinite entries in {name}.{parameter}. "
+                "The checkpoint is damaged, or its dtype overflowed."
+            )
+
+
+def collect_statistics(
+    model: Any,
+    layers: Mapping[str, Layer],
+    windows: Int[Tensor, "samples sequence_length"],
+    dtype: CalibrationDtype = "auto",
+) -> dict[str, InputStatistics]:
+    """Return the statistics of all layers at once, from one walk through the full-precision model.
+
+    See `Walk` for arguments and errors; it holds one block's statistics at a time.
+    """
+    collected: dict[str, InputStatistics] = {}
+    for block in Walk(model, layers, windows, dtype=dtype):
+        collected |= block.statistics
+    return {name: collected[name] for name in layers}

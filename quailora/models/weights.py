@@ -1,0 +1,120 @@
+"""Bring weights that wait on disk into memory, and put others in their place for a while."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..outputs import write_tensors
+from .layers import Layer
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Return whether some weights of a model wait on disk."""
+    return any(hook is not None and hook.offload for hook in map(hook_of, model.modules()))
+
+
+def hook_of(module: nn.Module) -> Any:
+    """Return accelerate's hook on a module, which fetches its weights; None where there is none."""
+    return getattr(module, "_hf_hook", None)
+
+
+@contextmanager
+def resident(module: nn.Module) -> Iterator[None]:
+    """Hold all weights of a module and its children in memory inside a `with` statement.
+
+    Where accelerate keeps them on disk, its hooks would fetch and drop each weight around every forward pass; here they
+    are fetched once. Memory-mapped files need no anonymous memory as long as they need no other dtype or device.
+    """
+    hooks = [(child, hook_of(child)) for child in module.modules()]
+    hooks = [(child, hook) for child, hook in hooks if hook is not None and hook.offload]
+    try:
+        for child, hook in hooks:
+            hook.pre_forward(child)
+            hook.offload = False
+        yield
+    finally:
+        for child, hook in hooks:
+            hook.offload = True
+            hook.post_forward(child, None)
+
+
+@contextmanager
+def replaced(layers: Mapping[str, Layer], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let resident layers compute with other weights inside a `with` statement.
+
+    Args:
+        layers: layers by name.
+        weights: (out_features, in_features) for some or all of them; layers without one stay as they are.
+    """
+    originals = {}
+    try:
+        for (module, attribute), members in by_parameter(layers, weights).items():
+            parameter = getattr(module, attribute)
+            originals[module, attribute] = parameter.data
+            parameter.data = stored(members, weights).to(parameter.data)
+        yield
+    finally:
+        for (module, attribute), data in originals.items():
+            getattr(module, attribute).data = data
+
+
+def replace_for_good(layers: Mapping[str, Layer], weights: Mapping[str, Tensor], spill: Path) -> None:
+    """Let a model have other weights from now on, in `save_pretrained` too.
+
+    Args:
+        layers: layers by name; experts only with all others of their parameter.
+        weights: (out_features, in_features) for each of them; may be memory-mapped.
+        spill: folder for the weights of a model on disk.
+    """
+    from safetensors.torch import load_file
+
+    for (module, attribute), members in by_parameter(layers, weights).items():
+        weight = stored(members, weights)
+        parameter = getattr(module, attribute)
+        if parameter.device.type != "meta":
+            parameter.data.copy_(weight)
+            continue
+        path = spill / f"{members[0].group}.safetensors"
+        write_tensors(path, {"weight": weight.contiguous()})
+        mapping = hook_of(module).weights_map
+        mapping.dataset.state_dict[f"{mapping.prefix}{attribute}"] = load_file(path)["weight"]
+
+
+def by_parameter(layers: Mapping[str, Layer], names: Iterable[str]) -> dict[tuple[nn.Module, str], list[Layer]]:
+    """Return layers by the parameter that holds them."""
+    parameters: dict[tuple[nn.Module, str], list[Layer]] = defaultdict(list)
+    for name in names:
+        parameters[layers[name].module, layers[name].parameter].append(layers[name])
+    return parameters
+
+
+def stored(members: Sequence[Layer], weights: Mapping[str, Tensor]) -> Tensor:
+    """Return the weights of a linear layer, or of all experts of a parameter, in the way that the model holds them."""
+    turned = [weights[layer.name].T if layer.transposed else weights[layer.name] for layer in members]
+    return turned[0] if members[0].expert is None else torch.stack(turned)
+
+
+def compute_on(model: Any, device: str) -> None:
+    """Let an offloaded model fetch its weights to a device."""
+    for module in model.modules():
+        hook = hook_of(module)
+        if hook is not None:
+            hook.execution_device = device
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def execution_device(model: Any) -> torch.device:
+    """Return the device that a model computes on, also where its weights wait on disk."""
+    hook = hook_of(model)
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    device: torch.device = next(model.parameters()).device
+    return device

@@ -1,0 +1,113 @@
+"""Write what a finished run leaves: adapter, base, report, provenance, model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import yaml
+
+from .adapters.card import model_card
+from .adapters.lora import LoraScaling, expert_stacks, write_lora
+from .calibration import Calibration
+from .layerwise import Method
+from .models.layers import Layer, explicit_targets
+from .models.load import LoadedModel, quiet_transformers
+from .models.weights import replace_for_good
+from .outputs import write_json
+from .report.phases import Phases
+from .report.record import build_report, versions
+from .report.settings import describe
+from .runs import Run
+from .solvers import LowRank
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Everything that goes into an output folder.
+
+    Attributes:
+        settings: what was asked for.
+        phases: what it took.
+        loaded: the model.
+        method: how layers were initialized.
+        source: what was calibrated on.
+        layers: the layers with a correction.
+        tokens: calibration tokens.
+        run: the finished run.
+    """
+
+    settings: Mapping[str, Any]
+    phases: Phases
+    loaded: LoadedModel
+    method: Method
+    source: Calibration
+    layers: Mapping[str, Layer]
+    tokens: int
+    run: Run
+
+    def write(self, folder: Path, save_base: bool) -> dict[str, Any]:
+        """Write all files; return the report.
+
+        Tensors of finished layers are memory-mapped and written from there.
+        """
+        outcomes = {name: self.run.checkpoint.load(name) for name in self.run.walk.layers}
+        records = [outcome.record for outcome in outcomes.values() if outcome.record is not None]
+        corrections = {name: outcome.low_rank for name, outcome in outcomes.items() if outcome.low_rank is not None}
+        with self.phases.measure("write"):
+            write_adapter(folder, self.loaded, self.layers, corrections, self.method.scaling)
+            if save_base:
+                weights = {n: outcome.dequantized for n, outcome in outcomes.items() if outcome.dequantized is not None}
+                replace_for_good(self.run.walk.layers, weights, self.run.checkpoint.folder_for("base"))
+                with quiet_transformers():
+                    self.loaded.model.save_pretrained(folder / "base")
+                self.loaded.tokenizer.save_pretrained(folder / "base")
+        report = build_report(self.settings, self.phases.entries, records, self.tokens, self.run.seconds)
+        self._write_provenance(folder, report)
+        card = model_card(
+            self.method.initializer,
+            records,
+            model=self.settings["model"],
+            base_model=self.loaded.name,
+            calibration_tokens=self.tokens,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return report
+
+    def _write_provenance(self, folder: Path, report: Mapping[str, Any]) -> None:
+        config = {key: value for key, value in self.settings.items() if key not in {"out", "overwrite", "fresh"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        write_json(folder / "report.json", report)
+        sidecar = {
+            "base_model": self.loaded.name,
+            "quantizer": describe(self.method.initializer.quantizer),
+            "solver": describe(self.method.initializer.solver),
+            "metric": self.method.initializer.metric,
+            "inputs": self.run.walk.inputs,
+            "calibration": asdict(self.source),
+            "calibration_tokens": report["calibration_tokens"],
+            "mean_error_share": report["mean_error_share"],
+            "versions": versions(),
+        }
+        write_json(folder / "quailora.json", sidecar)
+
+
+def write_adapter(
+    folder: Path,
+    loaded: LoadedModel,
+    layers: Mapping[str, Layer],
+    corrections: Mapping[str, LowRank],
+    scaling: LoraScaling,
+) -> None:
+    """Write the adapter's own two files, which are all that PEFT reads."""
+    write_lora(
+        folder,
+        corrections,
+        scaling,
+        target_modules=explicit_targets(loaded.model, layers),
+        base_model=loaded.name,
+        experts=expert_stacks(layers),
+    )

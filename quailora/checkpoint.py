@@ -57,7 +57,8 @@ class Checkpoint:
     @property
     def state(self) -> Path:
         """Where files of this very run are."""
-        return self.folder / hashlib.sha256(json.dumps(dict(self.fingerprint)).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps(dict(self.fingerprint)).encode()).hexdigest()
+        return self.folder / f"run-{digest[:12]}"
 
     @property
     def activations(self) -> Activations:
@@ -183,7 +184,7 @@ def open_checkpoint(folder: Path, fingerprint: Mapping[str, str], fresh: bool) -
                 "it, choose another output folder, or start again with --fresh."
             )
         if not before:
-            for state in (path for path in folder.iterdir() if path.is_dir()):
+            for state in folder.glob("run-*"):
                 shutil.rmtree(state)
             checkpoint.set_blocks_done(0)
     distributed.barrier()

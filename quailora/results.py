@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from .report.record import build_report, versions
 from .report.settings import describe
 from .runs import Run
 from .solvers import LowRank
+
+_SHARD = "2GB"  # what saving the base of a model on disk holds in memory
 
 
 @final
@@ -62,8 +65,8 @@ class Results:
             if save_base:
                 weights = {n: outcome.dequantized for n, outcome in outcomes.items() if outcome.dequantized is not None}
                 replace_for_good(self.run.walk.layers, weights, self.run.checkpoint.folder_for("base"))
-                with quiet_transformers():
-                    self.loaded.model.save_pretrained(folder / "base")
+                with quiet_transformers(), warnings.catch_warnings(action="ignore"):  # of shards larger than memory
+                    self.loaded.model.save_pretrained(folder / "base", max_shard_size=_SHARD)
                 self.loaded.tokenizer.save_pretrained(folder / "base")
         report = build_report(self.settings, self.phases.entries, records, self.tokens, self.run.seconds)
         self._write_provenance(folder, report)

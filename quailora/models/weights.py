@@ -32,15 +32,17 @@ def resident(module: nn.Module) -> Iterator[None]:
     Where accelerate keeps them on disk, its hooks would fetch and drop each weight around every forward pass; here they
     are fetched once. Memory-mapped files need no anonymous memory as long as they need no other dtype or device.
     """
-    hooks = [(child, hook_of(child)) for child in module.modules()]
-    hooks = [(child, hook) for child, hook in hooks if hook is not None and hook.offload]
+    held = []
     try:
-        for child, hook in hooks:
-            hook.pre_forward(child)
-            hook.offload = False
+        for child in module.modules():
+            hook = hook_of(child)
+            if hook is not None and hook.offload:
+                hook.pre_forward(child)
+                hook.offload = False
+                held.append((child, hook))
         yield
     finally:
-        for child, hook in hooks:
+        for child, hook in held:
             hook.offload = True
             hook.post_forward(child, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -124,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
-    logging.getLogger("quailora").setLevel(logging.INFO)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    logging.getLogger("quailora").setLevel(logging.INFO if first else logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # weights on disk are what was asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing optional kernel package is no news
     warnings.filterwarnings("ignore", category=FutureWarning)
     load_yaml = get_loader("yaml")
@@ -143,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("[bold red]error:[/]", Text(str(error)), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("interrupted")
+        console.print("interrupted; an unfinished init is kept, and goes on when the same command is run again")
         return 130
     finally:
         set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))

@@ -41,6 +41,10 @@ class ResumeError(QuailoraError, RuntimeError):
     """A folder holds the state of another run, or of one that is still going on."""
 
 
+class DoesNotFitError(QuailoraError, MemoryError):
+    """A run needs more memory than it may use."""
+
+
 class DistributedError(QuailoraError, RuntimeError):
     """Another process of the same run ended."""
 

@@ -7,19 +7,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 from . import distributed
 from .adapters.lora import LoraScaling
 from .calibration import Calibration, CalibrationDtype, TextSource
 from .checkpoint import locked, open_checkpoint
 from .errors import ConfigurationError, TargetError
+from .estimate import Estimate, Offload, choose_offload, estimate
 from .fingerprint import fingerprint
 from .initializer import Initializer
 from .layerwise import Method
+from .machine import memory_available
 from .metrics import MetricName
 from .models.layers import ALL_LINEAR, Layer, base_layers, select_layers
-from .models.load import DeviceName, DtypeName, check_sequence_length, load_model
+from .models.load import DeviceName, DtypeName, check_sequence_length, empty_model, load_model
 from .models.stream import InputsOf, Walk
 from .outputs import check_output, new_folder
 from .quantizers import NF4, Quantizer
@@ -32,9 +34,7 @@ from .solvers import AlternatingLeastSquares, Solver
 
 logger = logging.getLogger("quailora")
 
-Offload = Literal["auto", "always", "never"]
-
-_HARMLESS = {"out", "overwrite", "fresh", "offload", "allow_pickle", "device"}
+_HARMLESS = {"out", "overwrite", "fresh", "dry_run", "offload", "memory_limit", "allow_pickle", "device"}
 """Settings that change no layer."""
 
 
@@ -90,11 +90,13 @@ def init(
     device: DeviceName = "auto",
     inputs: InputsOf = "full",
     offload: Offload = "auto",
+    memory_limit: str | None = None,
     allow_pickle: bool = False,
     save_base: bool = False,
     overwrite: bool = False,
     fresh: bool = False,
-) -> InitResult:
+    dry_run: bool = False,
+) -> InitResult | Estimate:
     """Write a LoRA adapter that makes the quantized model behave like the full-precision one.
 
     Args:
@@ -123,38 +125,48 @@ def init(
         inputs: whose inputs layers are fitted to: "full" are those of the full-precision model, as in the paper;
             "quantized" those of the network as quantized and corrected up to the layer's block; "asymmetric" brings
             the output on the latter close to the full-precision output on the former.
-        offload: "always" leaves the weights on disk and holds one block in memory at a time.
+        offload: "always" leaves the weights on disk and holds one block in memory at a time, "never" holds the whole
+            model; "auto" does so where it fits.
+        memory_limit: how much memory to use, such as 8GiB; four fifths of what is free by default.
         allow_pickle: accept a checkpoint in PyTorch's pickle format, which can run any code while it is read.
         save_base: also write the dequantized base, for quantizers that stock transformers cannot load.
         overwrite: replace a result that is in the folder.
         fresh: forget what an unfinished run with this output folder has done, instead of going on from it.
+        dry_run: load configuration and shapes only, print what the run would take, and write nothing.
 
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     settings: dict[str, Any] = describe(dict(locals()))
     folder = Path(out).expanduser()
-    check_output(folder, overwrite)
     scaling = LoraScaling(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
     text = TextSource(calibration, tuple(calibration_fields), calibration_split)
     source = Calibration(text, samples, sequence_length, seed, calibration_dtype)
     method = Method(Initializer(quantizer, solver, rank, metric), scaling)
-    phases = Phases()
+    empty = empty_model(model, dtype)
+    planned = select_layers(empty, targets)
+    check_scaling(planned, scaling)
+    check_experts(planned, save_base)
+    check_sequence_length(empty, sequence_length)
+    available = memory_available(memory_limit)
+    needed = estimate(model, empty, planned, method, source, paired=inputs == "asymmetric", available=available)
+    if dry_run:
+        return needed
+    check_output(folder, overwrite)
     if calibration is None:
         logger.warning("Calibrating on the text that ships with quailora; pass --calibration for text like your task.")
 
+    phases = Phases()
     with ExitStack() as held:
         held.enter_context(distributed.process_group())
         work = folder.with_name(f"{folder.name}.partial")
         if distributed.rank() == 0:
             held.enter_context(locked(work))
+        on_disk = choose_offload(offload, memory_limit, needed)
         with phases.measure("load"):
-            on_disk = work / "offload" if offload == "always" else None
-            loaded = load_model(model, dtype, device, offload=on_disk, allow_pickle=allow_pickle)
-            check_sequence_length(loaded.model, sequence_length)
+            place = work / "offload" if on_disk else None
+            loaded = load_model(model, dtype, device, offload=place, allow_pickle=allow_pickle)
             layers = select_layers(loaded.model, targets)
-            check_scaling(layers, scaling)
-            check_experts(layers, save_base)
             windows = source.windows(loaded.tokenizer)
         depends_on = {name: value for name, value in settings.items() if name not in _HARMLESS}
         checkpoint = open_checkpoint(work, fingerprint(depends_on, loaded, windows), fresh)

@@ -19,12 +19,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},  # Conv1D
     "Mistral": {**_GROUPED, "sliding_window": 16},
     "Qwen3": {**_GROUPED, "head_dim": 8},
-    "Gemma3": {
-        **_GROUPED,
-        "head_dim": 8,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-    },
+    "Gemma3": {**_GROUPED, "head_dim": 8, "sliding_window": 16, "layer_types": _MIXED},
     "Phi3": _GROUPED,  # fused qkv_proj and gate_up_proj
     "Falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},  # multi-query
     "Mixtral": {**_GROUPED, "num_local_experts": 4},  # fused experts

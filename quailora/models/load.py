@@ -84,10 +84,7 @@ def load_model(
             )
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds, down to those of its file formats
-        raise ModelError(
-            f"Cannot load {model!r} as a causal language model ({type(error).__name__}: {error}). Expected a hub name, "
-            f"a folder with config.json and safetensors, a .gguf file, or 'demo'.{_about_pickle(name, allow_pickle)}"
-        ) from error
+        raise unreadable(model, name, error, allow_pickle) from error
     if offload:
         compute_on(loaded, where)
     else:
@@ -102,13 +99,32 @@ def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
     return device
 
 
-def _about_pickle(name: str, allowed: bool) -> str:
-    folder = Path(name)
-    if allowed or not folder.is_dir() or any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
-        return ""
-    return (
-        " This folder has a checkpoint in PyTorch's pickle format, which can run any code while it is read. "
-        "If you trust it, pass --allow-pickle."
+def empty_model(model: str, dtype: DtypeName = "auto") -> Any:
+    """Return a model without weights, from its configuration alone; see `load_model`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = resolve(model)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        wanted = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
+    except Exception as error:
+        raise unreadable(model, name, error, allow_pickle=True) from error
+
+
+def unreadable(model: str, name: str, error: Exception, allow_pickle: bool) -> ModelError:
+    """Return the error for a model that transformers cannot read."""
+    folder, hint = Path(name), ""
+    pickled = folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
+    if pickled and not allow_pickle:
+        hint = (
+            " This folder has a checkpoint in PyTorch's pickle format, which can run any code while it is read. "
+            "If you trust it, pass --allow-pickle."
+        )
+    return ModelError(
+        f"Cannot load {model!r} as a causal language model ({type(error).__name__}: {error}). Expected a hub name, "
+        f"a folder with config.json and safetensors, a .gguf file, or 'demo'.{hint}"
     )
 
 

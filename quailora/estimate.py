@@ -1,0 +1,255 @@
+"""What a run will take, from configuration and shapes alone: adapter size, bits, memory, time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import nn
+
+from .adapters.lora import LoraScaling
+from .calibration import Calibration
+from .errors import DoesNotFitError
+from .layerwise import Method
+from .machine import duration, flops, size
+from .models.blocks import run_body
+from .models.capture import Inputs, captured, has_bfloat16, shared_inputs
+from .models.layers import Layer, kind
+from .quantizers import Quantizer
+from .report.tables import print_table
+from .statistics import InputStatistics
+
+Offload = Literal["auto", "always", "never"]
+
+_PROCESS = 450 * 2**20  # Python with torch and transformers, before any model
+_TOKENS_PER_PASS = 4096
+_SAMPLE = 64, 1024  # of a weight, to count the bits of a quantizer
+
+
+@final
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take; memory and time are rough.
+
+    Attributes:
+        model: as it was asked for.
+        rows: kind of layer, how many, shape, rank, adapter parameters of all of them.
+        adapter_bytes: size of the adapter's file.
+        bits_per_weight: stored bits of the quantized layers.
+        model_bytes: all weights in their dtype.
+        in_memory: peak bytes of memory with the model in it.
+        streamed: peak bytes of memory with the model left on disk.
+        available: bytes of memory that may be used.
+        disk: bytes that the state of the unfinished run takes beside the output.
+        seconds: of calibration and initialization on this machine.
+    """
+
+    model: str
+    rows: list[tuple[str, int, tuple[int, int], int, int]]
+    adapter_bytes: int
+    bits_per_weight: float
+    model_bytes: int
+    in_memory: int
+    streamed: int
+    available: int
+    disk: int
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """Where the model would go, in words."""
+        if self.in_memory <= self.available:
+            return "fits in memory"
+        if self.streamed <= self.available:
+            return "fits block by block, with the weights left on disk"
+        return "does not fit: use fewer or shorter samples, fewer targets, or a machine with more memory"
+
+    def show(self) -> None:
+        """Print two tables."""
+        rows = [
+            [name, str(count), f"{shape[0]} x {shape[1]}", str(rank), f"{parameters:,}"]
+            for name, count, shape, rank, parameters in self.rows
+        ]
+        print_table(f"{self.model}: layers", ("layer", "count", "out x in", "rank", "adapter parameters"), rows)
+        facts = [
+            ["adapter", size(self.adapter_bytes)],
+            ["model as it is", size(self.model_bytes)],
+            ["quantized layers", f"{self.bits_per_weight:.2f} bits per weight"],
+            ["peak memory, model in memory", f"about {size(self.in_memory)}"],
+            ["peak memory, model on disk", f"about {size(self.streamed)}"],
+            ["memory that may be used", size(self.available)],
+            ["state of the run on disk", size(self.disk)],
+            ["time on this machine", f"about {duration(self.seconds)}"],
+            ["verdict", self.verdict],
+        ]
+        print_table("What the run takes (memory and time are rough)", ("what", "how much"), facts, "left")
+
+
+def estimate(
+    name: str,
+    model: Any,
+    layers: Mapping[str, Layer],
+    method: Method,
+    source: Calibration,
+    *,
+    paired: bool,
+    available: int,
+) -> Estimate:
+    """Return what initializing these layers takes.
+
+    Args:
+        name: the model as it was asked for.
+        model: without weights.
+        layers: the layers that get a correction.
+        method: quantizer and ranks.
+        source: how much there is to calibrate on.
+        paired: whether inputs are asymmetric.
+        available: bytes of memory that may be used.
+    """
+    scaling = method.scaling
+    groups: dict[tuple[str, tuple[int, int], int], int] = {}
+    for layer in layers.values():
+        key = kind(layer.name), layer.shape, scaling.rank_of(layer.group)
+        groups[key] = groups.get(key, 0) + 1
+    rows = [(what, count, shape, rank, count * rank * sum(shape)) for (what, shape, rank), count in groups.items()]
+    parameters = sum(row[-1] for row in rows)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+    quantizer = method.initializer.quantizer
+    stored = sum(count * shape[0] * shape[1] * bits_of(quantizer, shape) for (_, shape, _), count in groups.items())
+
+    tokens = source.samples * source.sequence_length
+    per_pass = max(source.sequence_length, min(tokens, _TOKENS_PER_PASS))
+    width = 2 if paired else 1
+    inputs = distinct_inputs(model, layers)
+    by_block: dict[str, list[int]] = {}
+    for layer in inputs.values():
+        by_block.setdefault(block_of(layer.name), []).append(layer.shape[1])
+    element = model.dtype.itemsize
+    grams = max(sum(8 * (width * n) ** 2 * (2 if paired else 1) for n in widths) for widths in by_block.values())
+    captured_bytes = max(per_pass * sum(widths) * element * width for widths in by_block.values())
+    largest = max(layers.values(), key=lambda layer: layer.shape[0] * layer.shape[1])
+    working = 4 * max(layer.shape[1] for layer in layers.values()) ** 2 + 24 * largest.shape[0] * largest.shape[1]
+    shared = _PROCESS + grams + captured_bytes + working
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    hidden = tokens * largest_hidden(model) * element * width
+    return Estimate(
+        model=name,
+        rows=rows,
+        adapter_bytes=4 * parameters,
+        bits_per_weight=stored / weights,
+        model_bytes=total,
+        in_memory=shared + total,
+        streamed=shared + largest_block(model),
+        available=available,
+        disk=4 * parameters + 2 * hidden,
+        seconds=seconds_for(
+            layers,
+            inputs,
+            scaling,
+            tokens=tokens,
+            shares={name: share_of_tokens(model, layer) for name, layer in layers.items()},
+            width=width,
+            low=element == 2 or has_bfloat16(),
+        ),
+    )
+
+
+def distinct_inputs(model: Any, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Return one layer for each tensor that layers are run on, found by a pass of an empty model over a few tokens.
+
+    All layers, where an empty model cannot be run, as with experts that depend on the data.
+    """
+    linear = {name: layer for name, layer in layers.items() if layer.expert is None}
+    inputs: Inputs = {}
+    try:
+        with torch.no_grad(), captured(linear) as inputs:
+            run_body(model, torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    except (RuntimeError, NotImplementedError):
+        return dict(layers)
+    first = {names[0] for names in shared_inputs(inputs)} | (layers.keys() - inputs.keys())
+    return {name: layer for name, layer in layers.items() if name in first}
+
+
+def block_of(name: str) -> str:
+    """Return the part of a layer's name up to the number of its block, or nothing for one outside all blocks."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else ""
+
+
+def largest_block(model: Any) -> int:
+    """Return the bytes of the largest block, or of the largest module outside all blocks."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        place = block_of(name) or name
+        sizes[place] = sizes.get(place, 0) + parameter.numel() * parameter.element_size()
+    return max(sizes.values())
+
+
+def largest_hidden(model: Any) -> int:
+    """Return the width of the hidden states between blocks."""
+    embeddings: nn.Embedding = model.get_input_embeddings()
+    return embeddings.embedding_dim
+
+
+def bits_of(quantizer: Quantizer, shape: tuple[int, int]) -> float:
+    """Return the stored bits of each weight of a layer, from a small random one."""
+    rows, columns = (min(side, limit) for side, limit in zip(shape, _SAMPLE, strict=True))
+    statistics = InputStatistics(columns)
+    statistics.add(torch.eye(columns, dtype=torch.float64), 1)
+    sample = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    return quantizer.quantize(sample, statistics).bits_per_weight
+
+
+def share_of_tokens(model: Any, layer: Layer) -> float:
+    """Return the share of all tokens that a layer sees: an expert only those that are sent to it."""
+    if layer.expert is None:
+        return 1.0
+    experts = len(getattr(layer.module, layer.parameter))
+    return getattr(model.config, "num_experts_per_tok", experts) / experts
+
+
+def seconds_for(
+    layers: Mapping[str, Layer],
+    inputs: Mapping[str, Layer],
+    scaling: LoraScaling,
+    *,
+    tokens: int,
+    shares: Mapping[str, float],
+    width: int,
+    low: bool,
+) -> float:
+    """Return roughly how long calibration and initialization take here, from a short test of this machine.
+
+    Counted are the model's own products, those of the statistics, and a solution's: two dense products for errors and
+    some twenty thin ones for each rank.
+    """
+    single, fast = flops(torch.float32), flops(torch.bfloat16 if low else torch.float32)
+    seen = {name: tokens * share for name, share in shares.items()}
+    forward = sum(2 * seen[name] * layer.shape[0] * layer.shape[1] for name, layer in layers.items()) * width
+    grams = sum(2 * seen[name] * (width * layer.shape[1]) ** 2 * 5 / 8 for name, layer in inputs.items())
+    solutions = 0.0
+    for layer in layers.values():
+        rows, columns = layer.shape
+        thin = 20.0 * scaling.rank_of(layer.group) * (2 * rows * columns + columns**2)
+        solutions += 2 * 2.0 * rows * columns**2 + thin
+    return forward / fast + (grams + solutions) / single
+
+
+def choose_offload(asked: Offload, limit: str | None, needed: Estimate) -> bool:
+    """Return whether to leave the weights on disk.
+
+    Raises:
+        DoesNotFitError: if a limit was given, and the run stays above it in the way asked for.
+    """
+    on_disk = asked == "always" or (asked == "auto" and needed.in_memory > needed.available)
+    peak = needed.streamed if on_disk else needed.in_memory
+    if limit is not None and peak > needed.available:
+        raise DoesNotFitError(
+            f"Expected to stay below {size(needed.available)}, but the run needs about {size(peak)} of memory"
+            f"{' with the weights left on disk' if on_disk else ''}. Raise the limit, or use fewer targets "
+            f"or shorter samples{'' if on_disk else ', or leave the weights on disk with --offload auto'}."
+        )
+    return on_disk

@@ -1,0 +1,194 @@
+"""A run can end at any moment, and the next one goes on from there."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+from quailora import GPTQ, NF4
+from quailora.checkpoint import Checkpoint
+from quailora.errors import NumericalError, OutputExistsError, ResumeError, StorageError
+from quailora.outputs import write_tensors
+from quailora.pipeline import init
+
+SETTINGS = {"rank": 4, "samples": 8, "sequence_length": 32}
+
+
+def run(model, out, **options):
+    return init(str(model), out=str(out), **{**SETTINGS, **options})
+
+
+def content(out):
+    return b"".join((out / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
+def state(out):
+    return out.with_name(f"{out.name}.partial")
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would: nothing catches it."""
+
+
+@contextmanager
+def killed_after(writes, monkeypatch):
+    """Let a run end after so many files of its state."""
+    left = [writes]
+
+    def counted(*arguments):
+        write_tensors(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        for module in ("checkpoint", "models.activations"):
+            patch.setattr(f"quailora.{module}.write_tensors", counted)
+        with pytest.raises(Killed):
+            yield
+
+
+@pytest.mark.parametrize("inputs", ["full", "quantized", "asymmetric"])
+@pytest.mark.parametrize("writes", [1, 9, 20, 31])
+def test_a_run_goes_on_where_it_ended(tiny_llama, tmp_path, monkeypatch, inputs, writes):
+    """Between boundaries, inside a block, in its second pass: bit by bit the same adapter."""
+    run(tiny_llama, tmp_path / "alone", inputs=inputs)
+    with killed_after(min(writes, 24 if inputs == "full" else writes), monkeypatch):
+        run(tiny_llama, tmp_path / "killed", inputs=inputs)
+    assert not (tmp_path / "killed").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in state(tmp_path / "killed").rglob("layers/*")}
+    saved = []
+    monkeypatch.setattr(Checkpoint, "save", lambda *arguments, save=Checkpoint.save: saved.append(save(*arguments)))
+    run(tiny_llama, tmp_path / "killed", inputs=inputs)
+    assert content(tmp_path / "killed") == content(tmp_path / "alone")
+    assert len(saved) == 14 - len(before)
+    assert not state(tmp_path / "killed").exists()
+
+
+def test_a_saved_base_survives_too(tiny_llama, tmp_path, monkeypatch):
+    run(tiny_llama, tmp_path / "alone", quantizer=GPTQ(), save_base=True)
+    with killed_after(12, monkeypatch):
+        run(tiny_llama, tmp_path / "killed", quantizer=GPTQ(), save_base=True)
+    run(tiny_llama, tmp_path / "killed", quantizer=GPTQ(), save_base=True)
+    for name in ("adapter_model.safetensors", "base/model.safetensors"):
+        first, second = (load_file(tmp_path / folder / name) for folder in ("alone", "killed"))
+        assert first.keys() == second.keys()
+        assert all((first[key] == second[key]).all() for key in first)
+
+
+def test_other_settings_are_refused_with_what_differs(tiny_llama, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with killed_after(12, monkeypatch):
+        run(tiny_llama, out)
+    with pytest.raises(ResumeError, match=r"\(rank: 4 then, 2 now\).*--fresh"):
+        run(tiny_llama, out, rank=2)
+    with pytest.raises(ResumeError, match=r"samples: 8 then, 6 now; calibration tokens"):
+        run(tiny_llama, out, samples=6)
+    run(tiny_llama, out, rank=2, fresh=True)
+    run(tiny_llama, tmp_path / "alone", rank=2)
+    assert content(out) == content(tmp_path / "alone")
+
+
+def test_other_weights_are_refused(tiny_llama, tmp_path, monkeypatch, tokenizer):
+    tensors = load_file(tiny_llama / "model.safetensors")
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in tiny_llama.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    with killed_after(12, monkeypatch):
+        run(model, tmp_path / "out")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ResumeError, match=r"weights: [0-9a-f]* then, [0-9a-f]* now"):
+        run(model, tmp_path / "out")
+
+
+def test_a_finished_result_is_kept_and_an_unfinished_one_is_no_result(tiny_llama, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(tiny_llama, out)
+    before = content(out)
+    with pytest.raises(OutputExistsError):
+        run(tiny_llama, out)
+    with killed_after(12, monkeypatch):
+        run(tiny_llama, out, rank=2, overwrite=True)
+    assert content(out) == before
+
+
+def test_damaged_state_says_so(tiny_llama, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with killed_after(12, monkeypatch):
+        run(tiny_llama, out)
+    layer = next(state(out).rglob("layers/*.safetensors"))
+    layer.write_bytes(layer.read_bytes()[:40])
+    with pytest.raises(ResumeError, match=r"The state in .* is damaged.*--fresh"):
+        run(tiny_llama, out)
+    (state(out) / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ResumeError, match=r"manifest .* is damaged.*--fresh"):
+        run(tiny_llama, out)
+    run(tiny_llama, out, fresh=True)
+
+
+def test_two_runs_into_one_folder(tiny_llama, tmp_path):
+    state(tmp_path / "out").mkdir()
+    with FileLock(state(tmp_path / "out") / "lock"), pytest.raises(ResumeError, match="Another run is at work in"):
+        run(tiny_llama, tmp_path / "out")
+    run(tiny_llama, tmp_path / "out")
+
+
+def test_a_full_disk_loses_nothing(tiny_llama, tmp_path):
+    """Simulated by a limit on the size of files, which fails in the same calls."""
+    out = tmp_path / "out"
+    run(tiny_llama, tmp_path / "alone", quantizer=NF4(), save_base=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        with pytest.raises(StorageError, match=r"Cannot write .*safetensors.*run the same command again"):
+            run(tiny_llama, out, quantizer=NF4(), save_base=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not out.exists()
+    assert list(state(out).rglob(".*.partial")) == []
+    run(tiny_llama, out, quantizer=NF4(), save_base=True)
+    assert content(out) == content(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("offload", ["always", "never"])
+def test_the_damaged_weight_is_named_and_earlier_layers_are_kept(tiny_llama, tmp_path, offload):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in tiny_llama.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    healthy = tensors["model.layers.1.self_attn.v_proj.weight"].clone()
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NumericalError, match=r"entries in model\.layers\.1\.self_attn\.v_proj\.weight\. The"):
+        run(model, tmp_path / "out", offload=offload)
+    assert len(list(state(tmp_path / "out").rglob("layers/*.safetensors"))) == 7
+    assert healthy.isfinite().all()
+
+
+def test_signals(tiny_llama, tmp_path):
+    """SIGINT says how to go on; after it and SIGKILL the next run does, to the same result."""
+    command = [sys.executable, "-m", "quailora", "init", str(tiny_llama), "--out", str(tmp_path / "killed")]
+    command += [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for sent in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        while process.poll() is None and not any(state(tmp_path / "killed").rglob("layers/*.safetensors")):
+            pass
+        process.send_signal(sent)
+        _, told = process.communicate()
+        assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+        if sent == signal.SIGINT:
+            assert "goes on when the same command is run again" in " ".join(told.decode().split())
+    run(tiny_llama, tmp_path / "killed")
+    run(tiny_llama, tmp_path / "alone")
+    assert content(tmp_path / "killed") == content(tmp_path / "alone")

@@ -1,8 +1,8 @@
 """Write a Llama checkpoint with random weights, one block in memory at a time.
 
-    python benchmarks/random_llama.py --out big/ --blocks 40
+    python benchmarks/random_llama.py --out big/ --blocks 56
 
-The defaults are TinyLlama's shapes with SmolLM2's tokenizer, 4.2 GB in bfloat16.
+The defaults are TinyLlama's shapes with SmolLM2's tokenizer, 6.2 GB in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from quailora.models.load import resolve
 
 
-def main(out: str, blocks: int = 40, hidden: int = 2048, intermediate: int = 5632, heads: int = 32) -> None:
+def main(out: str, blocks: int = 56, hidden: int = 2048, intermediate: int = 5632, heads: int = 32) -> None:
     """Write the checkpoint.
 
     Args:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-_LOAD = "from quailora.models.load import load_model; loaded = load_model({model!r})"
+_LOAD = "from quailora.models.load import load_model; model = load_model({model!r}).model"
+_OWN = _LOAD + "\nfor parameter in model.parameters(): parameter.data = parameter.data.clone()"
 
 
 def peak_anonymous(command: list[str]) -> tuple[float, float]:
@@ -46,8 +47,10 @@ def main(
         samples: calibration windows.
         sequence_length: tokens in each.
     """
-    whole, seconds = peak_anonymous([sys.executable, "-c", _LOAD.format(model=model)])
-    print(f"loading the model whole: {whole:.2f} GiB, {seconds:.0f} s")
+    mapped, seconds = peak_anonymous([sys.executable, "-c", _LOAD.format(model=model)])
+    print(f"loading the model, memory-mapped and untouched: {mapped:.2f} GiB, {seconds:.0f} s")
+    whole, seconds = peak_anonymous([sys.executable, "-c", _OWN.format(model=model)])
+    print(f"loading the model whole, its weights in memory: {whole:.2f} GiB, {seconds:.0f} s")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "adapter"
         command = [sys.executable, "-m", "quailora", "init", model, "--out", str(out), "--offload", "always"]

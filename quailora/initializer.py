@@ -126,7 +126,8 @@ class Initializer:
         full = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         judge = Identity() if statistics is None else METRICS["gram"](statistics)
         objective = Objective(full - quantized.dequantize().to(full.dtype), judge)
-        return QuantizedLayer(quantized, objective, judge.energy(full), statistics)
+        del full  # a copy, where the weight is of a half type
+        return QuantizedLayer(quantized, objective, judge.energy(weight.detach()), statistics)
 
     @torch.no_grad()
     def correct(self, layer: QuantizedLayer) -> LayerInitialization:

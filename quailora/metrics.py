@@ -17,6 +17,7 @@ from .statistics import InputStatistics
 
 _EXACT_WIDTH = 256  # up to here energies are computed in float64 throughout
 _LOUD = 64  # channels that stay in float64 in wider layers
+_ROWS = 1024  # rows whose energy is computed at a time, which bounds the copies
 _BLOCKS = 8  # blocks of a symmetric form: 9/16 of the work of a general product
 
 
@@ -125,13 +126,15 @@ class Gram(Metric):
         width = len(self.second_moment)
         if matrix.dtype == torch.float64 or width <= _EXACT_WIDTH:
             return symmetric_form(matrix.double(), self.second_moment.double())
-        matrix = matrix.float()
         loud = self.second_moment.diagonal().topk(_LOUD).indices
-        mass = matrix[:, loud].double()
-        quiet = matrix.index_fill(1, loud, 0)
-        cross = ((quiet @ self.single[:, loud]).double() * mass).sum().item()
-        among_loud = symmetric_form(mass, self.second_moment[loud][:, loud].double())
-        return max(0.0, symmetric_form(quiet, self.single) + 2 * cross + among_loud)
+        between, among = self.single[:, loud], self.second_moment[loud][:, loud].double()
+        total = 0.0
+        for rows in map(Tensor.float, torch.split(matrix, _ROWS)):
+            mass = rows[:, loud].double()
+            quiet = rows.index_fill(1, loud, 0)
+            cross = ((quiet @ between).double() * mass).sum().item()
+            total += symmetric_form(quiet, self.single) + 2 * cross + symmetric_form(mass, among)
+        return max(0.0, total)
 
     def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
         del matrix

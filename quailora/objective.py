@@ -20,6 +20,7 @@ TOLERANCE = 1e-3
 Factors = tuple[Float[Tensor, "out_features rank"], Float[Tensor, "rank in_features"]]
 """`(lora_B, lora_A)`, in any scaling between the two."""
 
+_ROWS = 512  # rows of the error that are converted to float64 at a time
 _BLOCK = 32  # columns that a round of the iteration adds: fewer need more rounds, more need more columns
 
 
@@ -60,7 +61,11 @@ class Objective:
         lora_B, lora_A = lora_B.double(), lora_A.double()
         weighted = self.metric.product(lora_A)
         gram = weighted @ lora_A.T
-        change = ((lora_B.T @ lora_B) * gram).sum() - 2 * ((lora_B.T @ self._error64) * weighted).sum()
+        overlap = sum(
+            ((rows.double() @ weighted.T) * left).sum()
+            for rows, left in zip(torch.split(self.error, _ROWS), torch.split(lora_B, _ROWS), strict=True)
+        )
+        change = ((lora_B.T @ lora_B) * gram).sum() - 2 * overlap
         return max(0.0, self.value_at_zero + change.item()), gram
 
     def subspace(self, rank: int, metric: Metric | None = None, tolerance: float = TOLERANCE) -> Subspace:
@@ -110,7 +115,7 @@ class Objective:
         rooted = metric.rooted(self._working)
         if rooted is not None:
             return left_singular_subspace(rooted, rank)
-        exact = self._error64  # a spectrum that decays can fall below float32's rounding of its largest value
+        exact = self.error.double()  # a spectrum that decays can fall below float32's rounding of its largest value
         if exact.shape[0] <= exact.shape[1]:
             return dense_subspace(metric.product(exact) @ exact.T, rank)
         basis, reduced = torch.linalg.qr(exact)  # a tall error in a basis of its range, so that the problem is short
@@ -119,10 +124,6 @@ class Objective:
     @cached_property
     def _working(self) -> Float[Tensor, "out_features in_features"]:
         return self.error.to(torch.promote_types(self.error.dtype, torch.float32))
-
-    @cached_property
-    def _error64(self) -> Float[Tensor, "out_features in_features"]:
-        return self.error.double()
 
 
 def check_tolerance(tolerance: float) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import CalibrationError, NumericalError
 
 _CHUNK_TOKENS = 8192  # tokens per float32 product; keeps its rounding error near 1e-7 of the largest entry
+_ROWS = 512  # rows that are converted to float64 at a time
 _BLOCKS, _LEAST_BLOCK = 4, 192  # blocks of a symmetric product: 5/8 of the work of a general one
 
 
@@ -108,7 +109,10 @@ class InputStatistics:
         """
         if tokens:
             self.tokens += tokens
-            self._mean.mul_(1 - tokens / self.tokens).add_(product, alpha=1 / self.tokens)
+            self._mean.mul_(1 - tokens / self.tokens)
+            # By rows, since adding float32 to float64 makes a copy first.
+            for rows, more in zip(torch.split(self._mean, _ROWS), torch.split(product, _ROWS), strict=True):
+                rows.add_(more, alpha=1 / self.tokens)
             self.forget()
 
     def once(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:

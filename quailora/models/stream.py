@@ -32,7 +32,7 @@ InputsOf = Literal["full", "quantized", "asymmetric"]
 
 _TOKENS_PER_PASS = 4096
 _PROBE_TOKENS = 8
-_HELD_OUT_EVERY = 4  # of the batches, where some are held out
+_HELD_OUT_EVERY = 4  # of the windows, where some are held out
 
 
 @final
@@ -98,7 +98,7 @@ class Walk:
             ModelError: if the model has to be run block by block and cannot be.
         """
         chain = self._chain()
-        batches = self._batches()
+        batches, held_out = self._batches()
         with arithmetic(self.model, self.dtype):
             recorded = {index: chain.record(ids) for index, ids in batches.items()}
         calls = {index: calls for index, (_, calls) in recorded.items()}
@@ -114,17 +114,19 @@ class Walk:
             with resident(chain.blocks[index]):
                 check_finite_parameters(chain.names[index], chain.blocks[index])
                 forward = partial(_run_block, chain, calls, index)
-                yield from self._visit(index, members[index], forward, batches)
+                yield from self._visit(index, members[index], forward, batches, held_out)
             distributed.barrier()
             if self.on_done is not None:
                 self.on_done(index + 1)
+            distributed.barrier()
             self.activations.drop(index)
         if outside:
             rest = {name: self.layers[name] for name in outside}
-            with ExitStack() as held:
+            with ExitStack() as weights:
                 for layer in rest.values():
-                    held.enter_context(resident(layer.module))
-                yield from self._visit(last, rest, lambda batch, hidden: chain.finish(batches[batch], hidden), batches)
+                    weights.enter_context(resident(layer.module))
+                forward = partial(_run_outside, chain, batches)
+                yield from self._visit(last, rest, forward, batches, held_out)
 
     @property
     def _networks(self) -> tuple[str, ...]:
@@ -138,23 +140,31 @@ class Walk:
                 return WholeModel(self.model)
             raise ModelError(f"{error} It can be calibrated in memory only, on full-precision inputs.") from error
 
-    def _batches(self) -> dict[int, Tensor]:
+    def _batches(self) -> tuple[dict[int, Tensor], set[int]]:
+        """Return this process's batches by number, and which of all batches are held out."""
         samples, length = self.windows.shape
-        parts = distributed.world_size() * (_HELD_OUT_EVERY if self.inputs == "asymmetric" else 1)
-        size = max(1, min(_TOKENS_PER_PASS // length, math.ceil(samples / parts)))
-        batches = dict(enumerate(torch.split(self.windows, size)))
-        if self.inputs == "asymmetric" and len(batches) < _HELD_OUT_EVERY:
+        held = torch.arange(samples) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        if self.inputs != "asymmetric":
+            held = torch.zeros_like(held)
+        elif samples < _HELD_OUT_EVERY:
             raise CalibrationError(
-                f"Expected at least {_HELD_OUT_EVERY} calibration samples for asymmetric inputs, of which every fourth "
-                f"is held out, got {samples}."
+                f"Expected at least {_HELD_OUT_EVERY} calibration samples for asymmetric inputs, of which every "
+                f"{_HELD_OUT_EVERY}th is held out, got {samples}."
             )
-        return {index: ids for index, ids in batches.items() if index % distributed.world_size() == distributed.rank()}
+        batches: list[Tensor] = []
+        counts = []
+        for part in (self.windows[~held], self.windows[held]):
+            size = max(1, min(_TOKENS_PER_PASS // length, math.ceil(len(part) / distributed.world_size())))
+            batches += torch.split(part, size) if len(part) else ()
+            counts.append(len(batches))
+        mine = range(distributed.rank(), len(batches), distributed.world_size())
+        return {index: batches[index] for index in mine}, set(range(*counts))
 
     def _members(self, block: str) -> dict[str, Layer]:
         return {name: layer for name, layer in self.layers.items() if not block or name.startswith(f"{block}.")}
 
     def _visit(
-        self, index: int, layers: Mapping[str, Layer], forward: Forward, batches: Iterable[int]
+        self, index: int, layers: Mapping[str, Layer], forward: Forward, batches: Iterable[int], held_out: set[int]
     ) -> Iterator[Block]:
         device = execution_device(self.model)
 
@@ -166,15 +176,14 @@ class Walk:
                 self.activations.save(index + 1, network, batch, hidden)
             return inputs
 
-        asymmetric = self.inputs == "asymmetric"
-        seen, held_out = Tally(device), Tally(device)
+        seen, held = Tally(device), Tally(device)
         for batch in batches:
             inputs = run(batch, self._networks[0], layers, keep=self.inputs != "quantized")
-            if asymmetric:
+            if self.inputs == "asymmetric":
                 inputs = joined(layers, inputs, run(batch, "quantized", layers, keep=False))
-            held = asymmetric and batch % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-            (held_out if held else seen).add(inputs)
-        block = Block(index, layers, *seen.result(layers), held_out.result(layers)[0] if asymmetric else {})
+            (held if batch in held_out else seen).add(inputs)
+            del inputs  # they would stay while the block is worked on
+        block = Block(index, layers, *seen.result(layers), held.result(layers)[0] if held_out else {})
         if layers:
             yield block
         if self.inputs != "full":
@@ -187,6 +196,10 @@ def _run_block(
     chain: Chain | WholeModel, calls: Mapping[int, list[Call]], index: int, batch: int, hidden: Tensor
 ) -> Tensor:
     return chain.run(index, calls[batch][index], hidden)
+
+
+def _run_outside(chain: Chain | WholeModel, batches: Mapping[int, Tensor], batch: int, hidden: Tensor) -> Tensor:
+    return chain.finish(batches[batch], hidden)
 
 
 def joined(layers: Mapping[str, Layer], full: Inputs, quantized: Inputs) -> Inputs:

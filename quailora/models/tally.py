@@ -50,6 +50,7 @@ class Tally:
             CalibrationError: if a layer, or every expert of a fused parameter, saw no token.
         """
         every = self._over_all_processes()
+        self._found = {}  # whoever gets them decides when they are freed
         parts: dict[str, list[InputStatistics]] = defaultdict(list)
         for names, statistics in every.items():
             for name in names:

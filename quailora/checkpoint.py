@@ -158,7 +158,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if [path.name for path in folder.glob("*")] in ([], ["lock"]):  # nothing to go on from
+        if not (folder / "manifest.json").exists():  # nothing to go on from
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -24,6 +24,7 @@ from .report.settings import describe
 from .runs import Run
 from .solvers import LowRank
 
+_OF_ONE_RUN = {"out", "overwrite", "fresh", "dry_run"}  # not worth repeating
 _SHARD = "2GB"  # what saving the base of a model on disk holds in memory
 
 
@@ -76,12 +77,14 @@ class Results:
             model=self.settings["model"],
             base_model=self.loaded.name,
             calibration_tokens=self.tokens,
+            inputs=self.run.walk.inputs,
+            with_experts=any(layer.expert is not None for layer in self.layers.values()),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         return report
 
     def _write_provenance(self, folder: Path, report: Mapping[str, Any]) -> None:
-        config = {key: value for key, value in self.settings.items() if key not in {"out", "overwrite", "fresh"}}
+        config = {key: value for key, value in self.settings.items() if key not in _OF_ONE_RUN}
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         write_json(folder / "report.json", report)
         sidecar = {

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from quailora import GPTQ, NF4
+from quailora import GPTQ, NF4, AlternatingLeastSquares
 from quailora.checkpoint import Checkpoint
 from quailora.errors import NumericalError, OutputExistsError, ResumeError, StorageError
 from quailora.outputs import write_tensors
@@ -182,6 +182,8 @@ def test_signals(tiny_llama, tmp_path):
     """SIGINT says how to go on; after it and SIGKILL the next run does, to the same result."""
     command = [sys.executable, "-m", "quailora", "init", str(tiny_llama), "--out", str(tmp_path / "killed")]
     command += [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command += ["--solver", "quailora", "--solver.iterations", "400"]  # long enough to be met at work
+    slow = AlternatingLeastSquares(iterations=400)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for sent in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
@@ -192,6 +194,6 @@ def test_signals(tiny_llama, tmp_path):
         assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
         if sent == signal.SIGINT:
             assert "goes on when the same command is run again" in " ".join(told.decode().split())
-    run(tiny_llama, tmp_path / "killed")
-    run(tiny_llama, tmp_path / "alone")
+    run(tiny_llama, tmp_path / "killed", solver=slow)
+    run(tiny_llama, tmp_path / "alone", solver=slow)
     assert content(tmp_path / "killed") == content(tmp_path / "alone")

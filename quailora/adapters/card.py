@@ -23,7 +23,8 @@ On the full-precision model, or on a base that was quantized in another way, it 
 full-precision weights: after training, only the change that training made can go there.
 
 It is a starting point for training, made by quailora with `{solver}`
-in the {metric} metric, from {tokens} calibration tokens. It has not been trained.
+in the {metric} metric, from {tokens} calibration tokens, fitted to the inputs of {network}. It has not been
+trained.
 
 ## Load
 
@@ -45,6 +46,12 @@ The same by kind of layer:
 `report.json` has every layer, `config.yaml` the configuration, `quailora.json` the provenance.
 """
 
+_NETWORKS = {
+    "full": "the full-precision model",
+    "quantized": "the quantized and corrected model, block after block",
+    "asymmetric": "the quantized and corrected model and the outputs of the full-precision one, block after block",
+}
+
 _SNIPPET = """\
 import torch
 from peft import PeftModel
@@ -57,7 +64,14 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True
 
 
 def model_card(
-    initializer: Initializer, layers: Sequence[LayerRecord], *, model: str, base_model: str, calibration_tokens: int
+    initializer: Initializer,
+    layers: Sequence[LayerRecord],
+    *,
+    model: str,
+    base_model: str,
+    calibration_tokens: int,
+    inputs: str = "full",
+    with_experts: bool = False,
 ) -> str:
     """Return the text of an adapter's `README.md`.
 
@@ -67,6 +81,8 @@ def model_card(
         model: the model as it was asked for.
         base_model: hub name or folder that the base is loaded from.
         calibration_tokens: tokens that it was calibrated on.
+        inputs: whose inputs layers are fitted to; see `Walk`.
+        with_experts: whether fused experts are quantized, which only the base written beside the adapter has.
     """
     share = error_reduction(layers)
     summary = [
@@ -87,16 +103,17 @@ def model_card(
         solver=initializer.solver,
         metric=initializer.metric,
         tokens=calibration_tokens,
+        network=_NETWORKS[inputs],
         count=len(layers),
-        snippet=loading_snippet(initializer, base_model),
+        snippet=loading_snippet(initializer, base_model, with_experts),
         summary=markdown_table(("correction", "output error"), summary),
         kinds=markdown_table(("layers", "count", "SVD", "this adapter", "optimum"), kinds),
     )
 
 
-def loading_snippet(initializer: Initializer, base_model: str) -> str:
+def loading_snippet(initializer: Initializer, base_model: str, with_experts: bool) -> str:
     """Return Python code that loads the base and the adapter with stock packages."""
-    config = initializer.quantizer.stock_config()
+    config = None if with_experts else initializer.quantizer.stock_config()
     if config is None:
         # Stock transformers cannot quantize this way: the base was saved dequantized, if it was saved.
         return _SNIPPET.format(config_import="", arguments='"path/to/this/folder/base",  # written by --save-base')

@@ -75,16 +75,17 @@ def load_model(
             logger.info("Computing in float32: float16 is many times slower on a CPU.")
             wanted = torch.float32
         with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=wanted,
-                use_safetensors=None if allow_pickle else True,
-                experts_implementation="eager",  # one product for each expert, which can be watched
-                **place,
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=wanted, use_safetensors=None if allow_pickle else True, output_loading_info=True, **place
             )
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds, down to those of its file formats
         raise unreadable(model, name, error, allow_pickle) from error
+    if report["missing_keys"]:  # transformers would go on with random weights
+        raise ModelError(
+            f"Expected the checkpoint of {model!r} to have every weight, but it lacks {len(report['missing_keys'])}, "
+            f"{min(report['missing_keys'])} among them. It is incomplete, or of another kind of model."
+        )
     if offload:
         compute_on(loaded, where)
     else:
@@ -122,10 +123,24 @@ def unreadable(model: str, name: str, error: Exception, allow_pickle: bool) -> M
             " This folder has a checkpoint in PyTorch's pickle format, which can run any code while it is read. "
             "If you trust it, pass --allow-pickle."
         )
+    damaged = [file.name for file in folder.glob("*.safetensors") if not is_readable(file)]
+    if damaged:
+        hint = f" These files are damaged or incomplete: {', '.join(sorted(damaged))}. Download or copy them again."
     return ModelError(
         f"Cannot load {model!r} as a causal language model ({type(error).__name__}: {error}). Expected a hub name, "
         f"a folder with config.json and safetensors, a .gguf file, or 'demo'.{hint}"
     )
+
+
+def is_readable(file: Path) -> bool:
+    """Return whether a safetensors file is as long as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def checkpoint_files(name: str) -> list[Path]:

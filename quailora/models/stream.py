@@ -97,16 +97,16 @@ class Walk:
             NumericalError: if a weight or an input is NaN or infinite.
             ModelError: if the model has to be run block by block and cannot be.
         """
+        if any(layer.expert is not None for layer in self.layers.values()):
+            self.model.set_experts_implementation("eager")  # a product for each expert, which can be watched
         chain = self._chain()
         batches, held_out = self._batches()
-        with arithmetic(self.model, self.dtype):
-            recorded = {index: chain.record(ids) for index, ids in batches.items()}
-        calls = {index: calls for index, (_, calls) in recorded.items()}
-        if self.start == 0:
-            for index, (hidden, _) in recorded.items():
-                for network in self._networks:
-                    self.activations.save(0, network, index, hidden)
-        del recorded
+        calls = {}
+        for index, ids in batches.items():
+            with arithmetic(self.model, self.dtype):
+                hidden, calls[index] = chain.record(ids)
+            for network in self._networks if self.start == 0 else ():
+                self.activations.save(0, network, index, hidden)
         members = [self._members(name) for name in chain.names]
         outside = [name for name in self.layers if not any(name in inside for inside in members)]
         last = len(members) if outside else max((i + 1 for i, inside in enumerate(members) if inside), default=0)

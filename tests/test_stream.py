@@ -1,0 +1,161 @@
+"""Walking through a model block by block, against running it whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, make_model
+from torch import nn
+
+from quailora import InputStatistics
+from quailora.errors import CalibrationError, ModelError
+from quailora.models.blocks import find_chain
+from quailora.models.layers import all_layers, linear_layers, select_layers
+from quailora.models.load import load_model
+from quailora.models.stream import Walk, collect_statistics
+from quailora.models.weights import is_offloaded, replaced, resident
+
+
+@pytest.fixture
+def ids(generator):
+    return torch.randint(3, 300, (3, 20), generator=generator)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_those_of_the_whole_model(family, ids):
+    """Plain hooks on the model as transformers runs it, for every linear layer."""
+    model = make_model(family)
+    layers = linear_layers(model)
+    seen = {name: [] for name in layers}
+    hooks = [
+        layer.module.register_forward_pre_hook(lambda _, arguments, name=name: seen[name].append(arguments[0]))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    found = collect_statistics(model, layers, ids, "model")
+    for name, inputs in seen.items():
+        expected = InputStatistics.from_inputs(torch.cat(inputs)).second_moment
+        torch.testing.assert_close(found[name].second_moment, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_an_expert_sees_what_the_router_sends_it(family, ids):
+    """Recomputed from the experts' arguments; on top comes the average expert, as many tokens as the input is wide."""
+    model = make_model(family)
+    name, experts = next((name, module) for name, module in model.named_modules() if hasattr(module, "gate_up_proj"))
+    calls = []
+    hook = experts.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    hidden, chosen, _ = calls[0]
+    width = hidden.shape[-1]
+    layers = {key: layer for key, layer in all_layers(model).items() if layer.group == f"{name}.gate_up_proj"}
+    block = next(iter(Walk(model, layers, ids, dtype="model")))
+    sent = [hidden[(chosen == expert).any(-1)].double() for expert in range(len(layers))]
+    assert list(block.tokens.values()) == [len(tokens) for tokens in sent]
+    pool = sum(tokens.T @ tokens for tokens in sent) / sum(map(len, sent))
+    for tokens, statistics in zip(sent, block.statistics.values(), strict=True):
+        expected = (tokens.T @ tokens + width * pool) / (len(tokens) + width)
+        torch.testing.assert_close(statistics.second_moment, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_expert_without_tokens_gets_the_average(ids):
+    model = make_model("Qwen3Moe")
+    block = next(iter(Walk(model, select_layers(model, ["experts"]), ids[:1, :2], dtype="model")))
+    silent = [name for name, tokens in block.tokens.items() if tokens == 0]
+    assert silent
+    for name in silent:
+        assert block.statistics[name].second_moment.diagonal().sum() > 0
+
+
+def test_quantized_inputs_are_those_after_the_replaced_blocks(tiny_llama, ids):
+    """With other weights in the first block the second one sees what the changed model computes."""
+    model = load_model(str(tiny_llama)).model
+    layers = linear_layers(model)
+    changed = {name: 0.5 * layer.weight for name, layer in layers.items()}
+    first = {name: weight for name, weight in changed.items() if ".layers.0." in name}
+    with replaced(layers, first):
+        expected = collect_statistics(model, layers, ids, "model")
+    for block in Walk(model, layers, ids, "quantized", "model"):
+        block.replacements.update({name: changed[name] for name in block.layers})
+        for name in block.layers:
+            if ".layers.1." in name:
+                found = block.statistics[name].second_moment
+                torch.testing.assert_close(found, expected[name].second_moment, rtol=1e-5, atol=1e-7)
+    after = collect_statistics(model, layers, ids, "model")
+    name = "model.layers.1.self_attn.q_proj"
+    assert (after[name].second_moment - expected[name].second_moment).norm() > 0  # and the model is as it was
+
+
+def test_offloaded_weights_come_and_go(tiny_llama, tmp_path, ids):
+    model = load_model(str(tiny_llama), offload=tmp_path).model
+    assert is_offloaded(model)
+    layer = linear_layers(model)["model.layers.0.mlp.down_proj"]
+    assert layer.shape == (64, 96)
+    assert layer.module.weight.device.type == "meta"
+    expected = load_model(str(tiny_llama)).model
+    with resident(model.model.layers[0]):
+        torch.testing.assert_close(layer.weight, expected.model.layers[0].mlp.down_proj.weight)
+    assert layer.module.weight.device.type == "meta"
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+
+
+def test_models_that_are_no_chain_are_run_whole(tiny_llama, tmp_path, ids, monkeypatch):
+    model = load_model(str(tiny_llama)).model
+    layers = linear_layers(model)
+    expected = collect_statistics(model, layers, ids, "model")
+    forward = type(model.model).forward
+
+    def reversed_and_back(self, *arguments, **named):
+        self.layers = nn.ModuleList(reversed(self.layers))
+        try:
+            return forward(self, *arguments, **named)
+        finally:
+            self.layers = nn.ModuleList(reversed(self.layers))
+
+    monkeypatch.setattr(type(model.model), "forward", reversed_and_back)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot be run block by block: .*layers"):
+        find_chain(model, ids[:1, :4])
+    found = collect_statistics(model, layers, ids, "model")
+    name = "model.layers.0.self_attn.q_proj"
+    assert (found[name].second_moment - expected[name].second_moment).norm() > 0
+    with pytest.raises(ModelError, match=r"block by block.*in memory only, on full-precision inputs"):
+        next(iter(Walk(model, layers, ids, "quantized")))
+    offloaded = load_model(str(tiny_llama), offload=tmp_path).model
+    with pytest.raises(ModelError, match=r"block by block.*in memory only"):
+        collect_statistics(offloaded, linear_layers(offloaded), ids)
+
+
+def test_blocks_that_share_more_than_hidden_states_are_no_chain(tiny_llama, ids, monkeypatch):
+    model = load_model(str(tiny_llama)).model
+    block = type(model.model.layers[0])
+    plain = block.forward
+
+    def with_memory(self, hidden, **named):
+        named.pop("memory", None)
+        return plain(self, hidden, **named)
+
+    monkeypatch.setattr(block, "forward", with_memory)
+
+    def handing_on(self, input_ids=None, **named):
+        hidden = self.embed_tokens(input_ids)
+        positions = torch.arange(hidden.shape[1])[None]
+        rotary = self.rotary_emb(hidden, position_ids=positions)
+        for layer in self.layers:
+            hidden = layer(hidden, position_embeddings=rotary, attention_mask=None, memory=hidden * 2)
+        return hidden
+
+    monkeypatch.setattr(type(model.model), "forward", handing_on)
+    with pytest.raises(ModelError, match="more than hidden states from earlier blocks"):
+        find_chain(model, ids[:1, :4])
+
+
+def test_too_few_windows_to_hold_some_out(tiny_llama, ids):
+    model = load_model(str(tiny_llama)).model
+    with pytest.raises(CalibrationError, match=r"at least 4 calibration samples for asymmetric inputs.*got 3"):
+        next(iter(Walk(model, linear_layers(model), ids, "asymmetric")))

@@ -171,7 +171,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure perplexity in full precision, quantized, and quantized with an adapter.
 
-    Every linear layer but the output head is quantized; the adapter is attached by stock PEFT.
+    Every linear layer but the output head is quantized, or the base that was written with the adapter is loaded; the
+    adapter is attached by stock PEFT.
 
     Args:
         model: hub name, folder, .gguf file, or "demo".
@@ -198,14 +199,23 @@ def evaluate(
     if len(ids) < windows:
         logger.warning("The text fills %d windows, not %d.", len(ids), windows)
 
+    own_base = saved_base(adapter, quantizer)
     walk = None
-    if chosen.calibrated:
+    if chosen.calibrated and own_base is None:
+        if provenance.get("inputs", "full") != "full":
+            raise ModelError(
+                f"The base of {adapter} depends on corrections of its own layers, so it cannot be made again. Write it "
+                "with the adapter: quailora init --save-base."
+            )
         recorded = Calibration.from_dict(provenance["calibration"]) if provenance else Calibration()
         source = replace(recorded, text=TextSource(calibration)) if calibration else recorded
         seen = source.windows(loaded.tokenizer)
         walk = Walk(loaded.model, linear_layers(loaded.model), seen, dtype=source.dtype)
     results = {"full precision": perplexity(loaded.model, ids, "Full precision")}
-    quantize_in_place(loaded.model, chosen, walk)
+    if own_base is None:
+        quantize_in_place(loaded.model, chosen, walk)
+    else:
+        loaded = load_model(str(own_base), dtype, device)
     results["quantized"] = perplexity(loaded.model, ids, "Quantized")
     if adapter:
         with adapted(loaded.model, Path(adapter)) as wrapped:
@@ -214,6 +224,12 @@ def evaluate(
     if json:
         write_json(Path(json), asdict(evaluation) | {"text": text, "sequence_length": sequence_length})
     return evaluation
+
+
+def saved_base(adapter: str | None, asked: Quantizer | None) -> Path | None:
+    """Return the base that was written with an adapter, unless another quantizer was asked for."""
+    base = Path(adapter) / "base" if adapter and asked is None else None
+    return base if base is not None and base.is_dir() else None
 
 
 def base_quantizer(asked: Quantizer | None, provenance: Mapping[str, Any]) -> Quantizer:

@@ -164,7 +164,7 @@ def init(
             held.enter_context(locked(work))
         on_disk = choose_offload(offload, memory_limit, needed)
         with phases.measure("load"):
-            place = work / "offload" if on_disk else None
+            place = work / f"offload-{distributed.rank()}" if on_disk else None
             loaded = load_model(model, dtype, device, offload=place, allow_pickle=allow_pickle)
             layers = select_layers(loaded.model, targets)
             windows = source.windows(loaded.tokenizer)
@@ -184,11 +184,12 @@ def init(
         run = Run(walk, layers, method, checkpoint, save_base, seed)
         with phases.measure("initialize"):
             run.finish()
-        if distributed.rank() > 0:
-            return InitResult(folder, None)
-        results = Results(settings, phases, loaded, method, source, layers, windows.numel(), run)
-        with new_folder(folder, overwrite) as partial:
-            report = results.write(partial, save_base)
+        report = None
+        if distributed.rank() == 0:
+            results = Results(settings, phases, loaded, method, source, layers, windows.numel(), run)
+            with new_folder(folder, overwrite) as partial:
+                report = results.write(partial, save_base)
+        distributed.barrier()
         checkpoint.remove()
     return InitResult(folder, report)
 

@@ -17,7 +17,7 @@ from .errors import QuailoraError
 from .layerwise import Method, initialize_layer, layers_of, ranked, seeded
 from .models.layers import Layer
 from .models.stream import Block, Walk
-from .progress import counting
+from .progress import console, counting
 from .report.record import LayerRecord
 
 logger = logging.getLogger("quailora")
@@ -65,6 +65,8 @@ class Run:
                 if self.walk.inputs != "full":
                     block.replacements.update({name: self._compensated(name) for name in block.layers})
                 self.seconds[block.index] = round(time.perf_counter() - start, 3)
+                if not console.is_terminal:  # where nobody sees a progress bar
+                    logger.info("Block %d took %.1f s.", block.index, self.seconds[block.index])
                 start = time.perf_counter()
 
     def _missing(self, block: Block) -> set[str]:

@@ -194,6 +194,22 @@ def test_saved_base_is_what_the_adapter_was_made_for(run, tiny_llama, tmp_path):
     assert "written by --save-base" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_base_that_depends_on_corrections_is_evaluated_as_saved(run, tiny_llama, tmp_path):
+    """GPTQ on the inputs of the quantized network cannot be made again from the model and calibration text alone."""
+    made = ["--quantizer", "gptq", "--inputs", "quantized", "--rank", "4", "--samples", "4", "--sequence-length", "32"]
+    evaluated = ["--windows", "2", "--sequence-length", "64", "--json", tmp_path / "result.json"]
+    assert run("init", tiny_llama, "--out", tmp_path / "a", *made)[0] == 0
+    status, _, error = run("evaluate", tiny_llama, "--adapter", tmp_path / "a", *evaluated)
+    assert status == 1
+    assert "--save-base" in error
+    assert run("init", tiny_llama, "--out", tmp_path / "b", *made, "--save-base")[0] == 0
+    assert run("evaluate", tiny_llama, "--adapter", tmp_path / "b", *evaluated)[0] == 0
+    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["results"]
+    assert run("evaluate", tmp_path / "b" / "base", *evaluated)[0] == 0
+    base = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["results"]
+    assert found["quantized"]["perplexity"] == pytest.approx(base["full precision"]["perplexity"], rel=1e-6)
+
+
 def test_existing_results_are_kept_unless_asked(run, tiny_llama, tmp_path):
     out = tmp_path / "a"
     assert run("init", tiny_llama, "--out", out, *FAST)[0] == 0

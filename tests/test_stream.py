@@ -159,3 +159,12 @@ def test_too_few_windows_to_hold_some_out(tiny_llama, ids):
     model = load_model(str(tiny_llama)).model
     with pytest.raises(CalibrationError, match=r"at least 4 calibration samples for asymmetric inputs.*got 3"):
         next(iter(Walk(model, linear_layers(model), ids, "asymmetric")))
+
+
+def test_inputs_that_are_overwritten_are_refused(tiny_llama, ids, monkeypatch):
+    model = load_model(str(tiny_llama)).model
+    mlp = type(model.model.layers[0].mlp)
+    plain = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, hidden: plain(self, hidden) + hidden.mul_(0))
+    with pytest.raises(ModelError, match=r"overwrites the input of model\.layers\.0\.mlp\.gate_proj after use"):
+        collect_statistics(model, linear_layers(model), ids)

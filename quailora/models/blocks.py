@@ -170,7 +170,7 @@ def find_chain(model: Any, probe: Int[Tensor, "1 tokens"]) -> Chain:
             elif not outputs:
                 raise _no_chain(model, f"{names[index]} runs before {names[0]}")
             else:
-                fresh = torch.randn_like(_hidden(outputs[0]))
+                fresh = torch.full_like(_hidden(outputs[0]), index)
                 outputs.append((fresh, *outputs[0][1:]) if isinstance(outputs[0], tuple) else fresh)
             return outputs[-1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..calibration import CalibrationDtype
+from ..errors import ModelError
 from .layers import Layer
 from .weights import execution_device
 
@@ -26,23 +27,35 @@ def captured(layers: Mapping[str, Layer]) -> Iterator[Inputs]:
 
     A linear layer is watched by a hook. An expert's input is whatever is multiplied by its slice of the fused
     parameter, whoever wrote the loop over experts.
+
+    Raises:
+        ModelError: if the model overwrites an input after the layer has used it.
     """
     inputs: Inputs = defaultdict(list)
+    versions: dict[str, list[int]] = defaultdict(list)
+
+    def observe(name: str, tensor: Tensor) -> None:
+        inputs[name].append(tensor)
+        versions[name].append(tensor._version)  # noqa: SLF001 # counts changes in place
+
     with ExitStack() as watching:
         for name, layer in layers.items():
             if layer.expert is None:
-                watching.enter_context(_hook(name, layer.module, inputs))
+                watching.enter_context(_hook(name, layer.module, observe))
         experts = [layer for layer in layers.values() if layer.expert is not None]
         if experts:
-            watching.enter_context(_ExpertInputs(experts, inputs))
+            watching.enter_context(_ExpertInputs(experts, observe))
         yield inputs
+    for name, tensors in inputs.items():
+        if [tensor._version for tensor in tensors] != versions[name]:  # noqa: SLF001
+            raise ModelError(f"The model overwrites the input of {name} after use, so it cannot be measured.")
 
 
-def _hook(name: str, module: nn.Module, inputs: Inputs) -> Any:
-    def observe(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        inputs[name].append(next(iter((*arguments, *named.values()))))
+def _hook(name: str, module: nn.Module, observe: Callable[[str, Tensor], None]) -> Any:
+    def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        observe(name, next(iter((*arguments, *named.values()))))
 
-    return module.register_forward_pre_hook(observe, with_kwargs=True)
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 _PRODUCTS = {functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
@@ -51,16 +64,16 @@ _PRODUCTS = {functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm
 class _ExpertInputs(TorchFunctionMode):
     """Sees every product with a slice of an expert parameter."""
 
-    def __init__(self, experts: list[Layer], inputs: Inputs) -> None:
+    def __init__(self, experts: list[Layer], observe: Callable[[str, Tensor], None]) -> None:
         super().__init__()
         self._names = {place(layer.weight): layer.name for layer in experts}
-        self._inputs = inputs
+        self._observe = observe
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS and len(args) > 1:
             name = self._names.get(place(args[1]))
             if name is not None:
-                self._inputs[name].append(args[0])
+                self._observe(name, args[0])
         return func(*args, **(kwargs or {}))
 
 

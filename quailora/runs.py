@@ -64,10 +64,10 @@ class Run:
                 self._share(block)
                 if self.walk.inputs != "full":
                     block.replacements.update({name: self._compensated(name) for name in block.layers})
-                self.seconds[block.index] = round(time.perf_counter() - start, 3)
+                spent, start = time.perf_counter() - start, time.perf_counter()
+                self.seconds[block.index] = round(self.seconds.get(block.index, 0.0) + spent, 3)
                 if not console.is_terminal:  # where nobody sees a progress bar
-                    logger.info("Block %d took %.1f s.", block.index, self.seconds[block.index])
-                start = time.perf_counter()
+                    logger.info("Block %d, %d layers: %.1f s.", block.index, len(block.layers), spent)
 
     def _missing(self, block: Block) -> set[str]:
         """Return the layers that no process has finished."""

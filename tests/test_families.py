@@ -19,10 +19,7 @@ from quailora.pipeline import init
 
 MIXTURES = ["Mixtral", "Qwen3Moe"]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
-    pytest.mark.parametrize("family", FAMILIES),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 
 
 @pytest.fixture
@@ -55,6 +52,7 @@ def targets(family):
     return ["all-linear", "experts"] if family in MIXTURES else ["all-linear"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_from_checkpoint_to_stock_peft(family, checkpoint, tokenizer, ids, tmp_path):
     """Streamed equals in memory; errors are what the report says; stock PEFT computes with `Q + C` (law 5)."""
     for offload in ("always", "never"):
@@ -91,6 +89,20 @@ def test_from_checkpoint_to_stock_peft(family, checkpoint, tokenizer, ids, tmp_p
     found = PeftModel.from_pretrained(base, str(tmp_path / "always"))(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (found - full).norm() < (plain - full).norm()
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "asymmetric"])
+@pytest.mark.parametrize("family", ["OPT", "Bloom", "GPT2", "Qwen3Moe"])
+def test_other_inputs(family, inputs, checkpoint, ids, tmp_path):
+    """With layers outside the blocks, blocks that return tuples, turned weights, experts: closer to full precision."""
+    run(checkpoint, tmp_path / "out", inputs=inputs, offload="always", save_base=True, targets=targets(family))
+    base = load_model(str(tmp_path / "out" / "base")).model
+    plain, full = base(ids).logits, load_model(str(checkpoint)).model(ids).logits
+    found = PeftModel.from_pretrained(base, str(tmp_path / "out"))(ids).logits
+    assert (found - full).norm() < 0.95 * (plain - full).norm()
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    chosen = [record["asymmetry"] for record in report["layers"] if ".experts." not in record["name"]]
+    assert all(value is None for value in chosen) == (inputs == "quantized")
 
 
 def unpacked(adapter, layers):

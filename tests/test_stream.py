@@ -73,22 +73,27 @@ def test_an_expert_without_tokens_gets_the_average(ids):
 
 
 def test_quantized_inputs_are_those_after_the_replaced_blocks(tiny_llama, ids):
-    """With other weights in the first block the second one sees what the changed model computes."""
+    """Each group of layers sees what the model computes with all layers before it changed, also in its own block."""
     model = load_model(str(tiny_llama)).model
     layers = linear_layers(model)
-    changed = {name: 0.5 * layer.weight for name, layer in layers.items()}
-    first = {name: weight for name, weight in changed.items() if ".layers.0." in name}
-    with replaced(layers, first):
-        expected = collect_statistics(model, layers, ids, "model")
+    before = collect_statistics(model, layers, ids, "model")
+    changed: dict[str, torch.Tensor] = {}
+    groups = []
     for block in Walk(model, layers, ids, "quantized", "model"):
-        block.replacements.update({name: changed[name] for name in block.layers})
+        groups.append([name.rpartition(".")[2] for name in block.layers])
+        other = load_model(str(tiny_llama)).model
+        with replaced(linear_layers(other), changed):
+            expected = collect_statistics(other, linear_layers(other), ids, "model")
         for name in block.layers:
-            if ".layers.1." in name:
-                found = block.statistics[name].second_moment
-                torch.testing.assert_close(found, expected[name].second_moment, rtol=1e-5, atol=1e-7)
-    after = collect_statistics(model, layers, ids, "model")
-    name = "model.layers.1.self_attn.q_proj"
-    assert (after[name].second_moment - expected[name].second_moment).norm() > 0  # and the model is as it was
+            found = block.statistics[name].second_moment
+            torch.testing.assert_close(found, expected[name].second_moment, rtol=1e-5, atol=1e-7)
+        own = {name: 0.5 * layer.weight for name, layer in block.layers.items()}
+        block.replacements.update(own)
+        changed |= own
+    assert groups == 2 * [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    after = collect_statistics(model, layers, ids, "model")  # and the model is as it was
+    for name in layers:
+        torch.testing.assert_close(after[name].second_moment, before[name].second_moment, rtol=0, atol=0)
 
 
 def test_offloaded_weights_come_and_go(tiny_llama, tmp_path, ids):

@@ -19,13 +19,16 @@ from ..errors import CalibrationError, ModelError, NumericalError
 from ..statistics import InputStatistics
 from .activations import Activations
 from .blocks import Call, Chain, WholeModel, find_chain
-from .capture import Inputs, arithmetic, captured
+from .capture import Inputs, arithmetic, captured, shared_inputs
 from .layers import Layer
 from .tally import Tally
 from .weights import execution_device, is_offloaded, replaced, resident
 
 Forward = Callable[[int, Tensor], Tensor]
 """Runs one block on the hidden states of a batch, given by its number."""
+
+Run = Callable[..., Inputs]
+"""Runs one block on a batch in one network, and returns what layers were run on; see `Walk._visit`."""
 
 InputsOf = Literal["full", "quantized", "asymmetric"]
 """Which network's inputs layers are fitted to; see `Walk`."""
@@ -38,7 +41,7 @@ _HELD_OUT_EVERY = 4  # of the windows, where some are held out
 @final
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One block of a model, resident while the walk waits at it.
+    """One block of a model, or the layers in it that share an input, resident while the walk waits at it.
 
     Attributes:
         index: its place in the model; what lies outside all blocks comes last.
@@ -71,8 +74,9 @@ class Walk:
         model: a transformers causal language model, in memory or on disk.
         layers: the layers to watch, by name.
         windows: token ids.
-        inputs: "full": of the full-precision model. "quantized": of the network in which all blocks before this one
-            are replaced by `Block.replacements`. "asymmetric": of both, paired.
+        inputs: "full": of the full-precision model. "quantized": of the network in which all layers before are
+            replaced by `Block.replacements`; blocks then come in groups of layers with the same input, and are run
+            once more for each. "asymmetric": of both, paired.
         dtype: arithmetic; see `Calibration`.
         activations: keeps hidden states between blocks.
         start: blocks that an earlier walk has done.
@@ -168,7 +172,7 @@ class Walk:
     ) -> Iterator[Block]:
         device = execution_device(self.model)
 
-        def run(batch: int, network: str, watched: Mapping[str, Layer], keep: bool) -> Inputs:
+        def run(batch: int, network: str, watched: Mapping[str, Layer], *, keep: bool) -> Inputs:
             hidden = self.activations.load(index, network, batch, device)
             with arithmetic(self.model, self.dtype), captured(watched) as inputs:
                 hidden = forward(batch, hidden)
@@ -176,20 +180,44 @@ class Walk:
                 self.activations.save(index + 1, network, batch, hidden)
             return inputs
 
-        seen, held = Tally(device), Tally(device)
-        for batch in batches:
-            inputs = run(batch, self._networks[0], layers, keep=self.inputs != "quantized")
-            if self.inputs == "asymmetric":
-                inputs = joined(layers, inputs, run(batch, "quantized", layers, keep=False))
-            (held if batch in held_out else seen).add(inputs)
-            del inputs  # they would stay while the block is worked on
-        block = Block(index, layers, *seen.result(layers), held.result(layers)[0] if held_out else {})
-        if layers:
-            yield block
+        groups = [layers] if self.inputs == "full" or not layers else self._in_order(layers, batches, run)
+        replacements: dict[str, Tensor] = {}
+        for members in groups:
+            seen, held = Tally(device), Tally(device)
+            for batch in batches:
+                inputs: Inputs = {}
+                if self.inputs != "quantized":
+                    inputs = run(batch, "full", members, keep=members is groups[0])
+                if self.inputs != "full":
+                    with replaced(layers, replacements):
+                        quantized = run(batch, "quantized", members, keep=False)
+                    inputs = joined(members, inputs, quantized) if inputs else quantized
+                    del quantized
+                (held if batch in held_out else seen).add(inputs)
+                del inputs  # they would stay while the block is worked on
+            of_held = held.result(members)[0] if held_out else {}
+            if members:
+                yield Block(index, members, *seen.result(members), of_held, replacements)
         if self.inputs != "full":
-            with replaced(layers, block.replacements):
+            with replaced(layers, replacements):
                 for batch in batches:
                     run(batch, "quantized", {}, keep=True)
+
+    def _in_order(self, layers: Mapping[str, Layer], batches: Iterable[int], run: Run) -> list[dict[str, Layer]]:
+        """Return the layers in groups with the same input, or of the same fused parameter, in the order they run in.
+
+        One layer after the other, each sees what those before it in the block have become. Fitted all at once to the
+        block as it was, each would make up for the same errors of earlier blocks, and together they would overshoot.
+        """
+        found: list[tuple[str, ...]] = []
+        for batch in list(batches)[:1]:
+            found = shared_inputs(run(batch, "quantized", layers, keep=False))
+        order = next(filter(None, distributed.gather(found)))
+        groups: dict[str, dict[str, Layer]] = {}
+        for name in [*(name for names in order for name in names), *layers]:
+            leader = next((names[0] for names in order if name in names), name)
+            groups.setdefault(layers[leader].group, {})[name] = layers[name]
+        return list(groups.values())
 
 
 def _run_block(

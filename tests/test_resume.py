@@ -186,7 +186,9 @@ def test_signals(tiny_llama, tmp_path):
     slow = AlternatingLeastSquares(iterations=400)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for sent in (signal.SIGINT, signal.SIGKILL):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits "ignore"
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        signal.signal(signal.SIGINT, before)
         while process.poll() is None and not any(state(tmp_path / "killed").rglob("layers/*.safetensors")):
             pass
         process.send_signal(sent)

@@ -116,8 +116,8 @@ def initialize_asymmetric(
     """
     if initializer.metric != "gram":
         raise ConfigurationError(f"Asymmetric inputs need the metric 'gram', got {initializer.metric!r}.")
-    every = PairedMoments(seen.merge(held_out).second_moment)
-    inputs = quantized_inputs(seen, held_out)
+    merged = seen.merge(held_out)
+    every, inputs = PairedMoments(merged.second_moment), quantized_inputs(merged)
     stored = initializer.quantizer.quantize(weight, inputs)
     quantized = stored.dequantize().double()
 

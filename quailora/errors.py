@@ -4,6 +4,9 @@ Every exception here is also a builtin (`ValueError`, `OSError`, ...), so code t
 still catch it, and all of them are `QuailoraError`, which is what the command line turns into a one-line message.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class QuailoraError(Exception):
     """Something the user can act on: the message says what was expected, what came and what to try."""
@@ -51,3 +54,12 @@ class DistributedError(QuailoraError, RuntimeError):
 
 class NumericalWarning(UserWarning):
     """The computation went on after a numerical repair; the message says how large the repair was."""
+
+
+@contextmanager
+def named(layer: str) -> Iterator[None]:
+    """Put a layer's name in front of what goes wrong inside a `with` statement."""
+    try:
+        yield
+    except QuailoraError as error:
+        raise type(error)(f"Layer {layer}: {error}") from error

@@ -18,6 +18,7 @@ from .machine import duration, flops, size
 from .models.blocks import run_body
 from .models.capture import Inputs, captured, has_bfloat16, shared_inputs
 from .models.layers import Layer, kind
+from .models.stream import TOKENS_PER_PASS
 from .quantizers import Quantizer
 from .report.tables import print_table
 from .statistics import InputStatistics
@@ -25,7 +26,6 @@ from .statistics import InputStatistics
 Offload = Literal["auto", "always", "never"]
 
 _PROCESS = 450 * 2**20  # Python with torch and transformers, before any model
-_TOKENS_PER_PASS = 4096
 _SAMPLE = 64, 1024  # of a weight, to count the bits of a quantizer
 
 
@@ -121,7 +121,7 @@ def estimate(
     stored = sum(count * shape[0] * shape[1] * bits_of(quantizer, shape) for (_, shape, _), count in groups.items())
 
     tokens = source.samples * source.sequence_length
-    per_pass = max(source.sequence_length, min(tokens, _TOKENS_PER_PASS))
+    per_pass = max(source.sequence_length, min(tokens, TOKENS_PER_PASS))
     width = 2 if paired else 1
     inputs = distinct_inputs(model, layers)
     by_block: dict[str, list[int]] = {}

@@ -11,7 +11,7 @@ from typing import final
 import torch
 
 from .adapters.lora import LoraScaling
-from .errors import QuailoraError
+from .errors import named
 from .initializer import Initializer, LayerInitialization
 from .models.layers import Layer
 from .models.stream import Block
@@ -96,15 +96,12 @@ def initialize_layer(
 ) -> Iterator[tuple[str, LayerInitialization]]:
     """Yield each method's name and the initialization of one layer; see `run_methods`."""
     prepared = {}
-    try:
-        for name, initializer in ranked(layer.group, methods).items():
-            with seeded(layer.name, seed):
-                if initializer.quantizer not in prepared:
-                    prepared[initializer.quantizer] = initializer.quantize(layer.weight, inputs)
-                result = initializer.correct(prepared[initializer.quantizer])
-            yield name, result
-    except QuailoraError as error:
-        raise type(error)(f"Layer {layer.name}: {error}") from error
+    for name, initializer in ranked(layer.group, methods).items():
+        with named(layer.name), seeded(layer.name, seed):
+            if initializer.quantizer not in prepared:
+                prepared[initializer.quantizer] = initializer.quantize(layer.weight, inputs)
+            result = initializer.correct(prepared[initializer.quantizer])
+        yield name, result
 
 
 def ranked(group: str, methods: Mapping[str, Method]) -> dict[str, Initializer]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import distributed
 from .asymmetric import initialize_asymmetric, quantized_inputs
 from .checkpoint import Checkpoint, Outcome
-from .errors import QuailoraError
+from .errors import named
 from .layerwise import Method, initialize_layer, layers_of, ranked, seeded
 from .models.layers import Layer
 from .models.stream import Block, Walk
@@ -92,14 +92,9 @@ class Run:
             return Outcome(dequantized=self.method.initializer.quantizer.quantize(layer.weight, own).dequantize())
         asymmetry = None
         if paired:
-            try:
-                with seeded(layer.name, self.seed):
-                    initializer = ranked(layer.group, {"": self.method})[""]
-                    result, asymmetry = initialize_asymmetric(
-                        initializer, layer.weight, inputs, block.held_out[layer.name]
-                    )
-            except QuailoraError as error:
-                raise type(error)(f"Layer {layer.name}: {error}") from error
+            initializer = ranked(layer.group, {"": self.method})[""]
+            with named(layer.name), seeded(layer.name, self.seed):
+                result, asymmetry = initialize_asymmetric(initializer, layer.weight, inputs, block.held_out[layer.name])
         else:
             ((_, result),) = initialize_layer(layer, inputs, {"": self.method}, self.seed)
         record = LayerRecord.of(layer.name, result, block.tokens[layer.name], asymmetry)

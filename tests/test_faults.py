@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,10 +20,7 @@ each_offload = pytest.mark.parametrize("offload", ["always", "never"])
 def sharded(tiny_llama, tmp_path):
     """The model in two files."""
     folder = tmp_path / "model"
-    folder.mkdir()
-    for path in tiny_llama.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = load_file(tiny_llama / "model.safetensors")
     places = {name: f"part-{'.layers.1.' in name:d}.safetensors" for name in tensors}
     for file in set(places.values()):
@@ -37,7 +35,9 @@ def run(model, tmp_path, **options):
     return init(str(model), out=str(tmp_path / "out"), rank=4, samples=2, sequence_length=16, **options)
 
 
-def assert_nothing_written(tmp_path):
+def assert_refused(model, tmp_path, offload, told):
+    with pytest.raises(ModelError, match=told):
+        run(model, tmp_path, offload=offload)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -51,17 +51,13 @@ def test_shards_load(sharded, tmp_path, offload):
 def test_a_truncated_shard_is_named(sharded, tmp_path, offload, keep):
     shard = sharded / "part-1.safetensors"
     shard.write_bytes(shard.read_bytes()[:keep])
-    with pytest.raises(ModelError, match=r"part-1\.safetensors"):
-        run(sharded, tmp_path, offload=offload)
-    assert_nothing_written(tmp_path)
+    assert_refused(sharded, tmp_path, offload, r"part-1\.safetensors")
 
 
 @each_offload
 def test_a_missing_shard_is_named(sharded, tmp_path, offload):
     (sharded / "part-1.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"part-1\.safetensors"):
-        run(sharded, tmp_path, offload=offload)
-    assert_nothing_written(tmp_path)
+    assert_refused(sharded, tmp_path, offload, r"part-1\.safetensors")
 
 
 @each_offload
@@ -70,22 +66,15 @@ def test_a_missing_weight_is_named(sharded, tmp_path, offload):
     tensors = load_file(shard)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, shard, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        run(sharded, tmp_path, offload=offload)
-    assert_nothing_written(tmp_path)
+    assert_refused(sharded, tmp_path, offload, r"model\.layers\.1\.mlp\.up_proj\.weight")
 
 
 @each_offload
 def test_pickles_are_refused_unless_allowed(tiny_llama, tmp_path, offload):
     folder = tmp_path / "model"
-    folder.mkdir()
-    for path in tiny_llama.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file(tiny_llama / "model.safetensors"), folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pickle format, which can run any code.*--allow-pickle"):
-        run(folder, tmp_path, offload=offload)
-    assert_nothing_written(tmp_path)
+    assert_refused(folder, tmp_path, offload, r"pickle format, which can run any code.*--allow-pickle")
     run(folder, tmp_path, offload=offload, allow_pickle=True)
     loaded, expected = load_model(str(folder), allow_pickle=True).model, load_model(str(tiny_llama)).model
     torch.testing.assert_close(loaded.state_dict(), expected.state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,10 +103,7 @@ def test_other_settings_are_refused_with_what_differs(tiny_llama, tmp_path, monk
 
 def test_other_weights_are_refused(tiny_llama, tmp_path, monkeypatch, tokenizer):
     tensors = load_file(tiny_llama / "model.safetensors")
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in tiny_llama.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
     with killed_after(12, monkeypatch):
         run(model, tmp_path / "out")
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"})
@@ -164,10 +162,7 @@ def test_a_full_disk_loses_nothing(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("offload", ["always", "never"])
 def test_the_damaged_weight_is_named_and_earlier_layers_are_kept(tiny_llama, tmp_path, offload):
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in tiny_llama.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     healthy = tensors["model.layers.1.self_attn.v_proj.weight"].clone()
     tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = float("nan")

@@ -33,7 +33,9 @@ Run = Callable[..., Inputs]
 InputsOf = Literal["full", "quantized", "asymmetric"]
 """Which network's inputs layers are fitted to; see `Walk`."""
 
-_TOKENS_PER_PASS = 4096
+TOKENS_PER_PASS = 4096
+"""Tokens of a batch, but for windows that are longer."""
+
 _PROBE_TOKENS = 8
 _HELD_OUT_EVERY = 4  # of the windows, where some are held out
 
@@ -158,7 +160,7 @@ class Walk:
         batches: list[Tensor] = []
         counts = []
         for part in (self.windows[~held], self.windows[held]):
-            size = max(1, min(_TOKENS_PER_PASS // length, math.ceil(len(part) / distributed.world_size())))
+            size = max(1, min(TOKENS_PER_PASS // length, math.ceil(len(part) / distributed.world_size())))
             batches += torch.split(part, size) if len(part) else ()
             counts.append(len(batches))
         mine = range(distributed.rank(), len(batches), distributed.world_size())

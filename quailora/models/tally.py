@@ -10,7 +10,7 @@ from typing import final
 import torch
 
 from .. import distributed
-from ..errors import CalibrationError, NumericalError
+from ..errors import CalibrationError, named
 from ..statistics import InputStatistics
 from .capture import Inputs, shared_inputs
 from .layers import Layer
@@ -38,10 +38,8 @@ class Tally:
             for tensor in inputs[names[0]]:
                 if names not in self._found:
                     self._found[names] = InputStatistics(tensor.shape[-1], self._device)
-                try:
+                with named(names[0]):
                     self._found[names].update(tensor)
-                except NumericalError as error:
-                    raise NumericalError(f"Layer {names[0]}: {error}") from error
 
     def result(self, layers: Mapping[str, Layer]) -> tuple[dict[str, InputStatistics], dict[str, int]]:
         """Return the statistics of each layer, and the tokens that it saw, over all processes.

@@ -7,13 +7,13 @@ With inputs `x` in full precision and `x~` in the network as quantized and compe
                      = tr((W* - V) H~ (W* - V)^T) + constant,    W* = W G H~^-1
 
 so the symmetric problem with target `W*` and metric `H~` is the exact one (reduced-rank regression). `W*` is estimated
-from few tokens; a ridge `W G H~^-1 -> W (G + l I) (H~ + l I)^-1` shrinks it towards `W`, and is chosen by the error on
-held-out tokens.
+from few tokens. A ridge `W G H~^-1 -> W (G + l I) (H~ + l I)^-1` shrinks it towards `W` in the directions that tokens
+say least about, and taking only a share of the way from `W` shrinks it in all. Both are chosen by the error on held-out
+tokens, the share in closed form, before anything is solved.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import reduce
 from typing import final
@@ -25,12 +25,14 @@ from torch import Tensor
 from .errors import ConfigurationError
 from .initializer import Initializer, LayerInitialization, QuantizedLayer
 from .linalg import safe_cholesky
-from .metrics import METRICS, Gram
+from .metrics import METRICS
 from .objective import Objective
 from .statistics import InputStatistics
 
-RIDGES = (math.inf, 100.0, 10.0, 1.0, 0.1, 0.01)
-"""Ridges to choose from, as multiples of the median power of an input channel; infinity is the target `W` itself."""
+RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01)
+"""Ridges to choose from, as multiples of the median power of an input channel."""
+TRUST = 0.5
+"""How much of the best share for a layer alone is used. Later layers make up for the same errors of earlier ones."""
 
 
 @final
@@ -64,43 +66,36 @@ class PairedMoments:
         """`H~`."""
         return self.joint[self.width :, self.width :]
 
-    def error(
-        self, weight: Float[Tensor, "out_features in_features"], other: Float[Tensor, "out_features in_features"]
-    ) -> float:
-        """Return `E |W x - V x~|^2`: squared, total over outputs, per token."""
-        weight, other = weight.double(), other.double()
-        terms = (
-            ((weight @ self.full) * weight).sum()
-            - 2 * ((weight @ self.cross) * other).sum()
-            + ((other @ self.quantized) * other).sum()
-        )
-        return max(0.0, terms.item())
+    def change(self, weight: Float[Tensor, "out_features in_features"]) -> Float[Tensor, "out_features in_features"]:
+        """Return `W (G - H~)`, float64: minus half the gradient of the error at `W`."""
+        return weight.double() @ (self.cross - self.quantized)
 
-    def target(
+    def shift(
         self, weight: Float[Tensor, "out_features in_features"], ridge: float
     ) -> Float[Tensor, "out_features in_features"]:
-        """Return `W (G + l I) (H~ + l I)^-1`, float64.
+        """Return `W (G + l I) (H~ + l I)^-1 - W`, float64.
 
         Args:
             weight: `W`.
-            ridge: `l`, as a multiple of the median of `diag(H~)`; infinity gives `W`.
+            ridge: `l`, as a multiple of the median of `diag(H~)`.
         """
-        weight = weight.double()
-        if math.isinf(ridge):
-            return weight
-        scale = self.quantized.diagonal().median().item() or self.quantized.diagonal().mean().item() or 1.0
-        damped = self.quantized + ridge * scale * torch.eye(self.width, dtype=torch.float64, device=weight.device)
-        shift = weight @ (self.cross - self.quantized)
-        return weight + torch.cholesky_solve(shift.T, safe_cholesky(damped)).T
+        power = self.quantized.diagonal()
+        damped = self.quantized.clone()
+        damped.diagonal().add_(ridge * (power.median().item() or power.mean().item() or 1.0))
+        return torch.cholesky_solve(self.change(weight).T, safe_cholesky(damped)).T
 
 
 @torch.no_grad()
 def initialize_asymmetric(
-    initializer: Initializer, weight: Tensor, seen: InputStatistics, held_out: InputStatistics
+    initializer: Initializer,
+    weight: Tensor,
+    seen: InputStatistics,
+    held_out: InputStatistics,
+    trust: float = TRUST,
 ) -> tuple[LayerInitialization, float]:
-    """Initialize a layer; return the result and the asymmetry `1 / (1 + ridge)` that did best on held-out tokens.
+    """Initialize a layer; return the result and the share of the way from `W` to `W*` that the target is at.
 
-    An asymmetry of 0 aims at `W` itself, as the symmetric problem does; near 1 it aims at `W*`.
+    A share of 0 aims at `W` itself, as the symmetric problem does.
 
     The weight itself is quantized, since the base has to stay a stock one. The errors of the result are those of
     `W* - Q - C` in the metric `H~`, without the constant that no weight can change.
@@ -110,30 +105,45 @@ def initialize_asymmetric(
         weight: `W`.
         seen: joint statistics of the inputs of both networks, twice as wide as the layer.
         held_out: the same from other tokens.
+        trust: factor of the share that does best on held-out tokens.
 
     Raises:
         ConfigurationError: if the metric is another.
     """
     if initializer.metric != "gram":
         raise ConfigurationError(f"Asymmetric inputs need the metric 'gram', got {initializer.metric!r}.")
-    merged = seen.merge(held_out)
-    every, inputs = PairedMoments(merged.second_moment), quantized_inputs(merged)
+    merged = seen.once(("merged", held_out), lambda: seen.merge(held_out))
+    every, inputs = PairedMoments(merged.second_moment), merged.once("quantized", lambda: quantized_inputs(merged))
+    ridge, share = choose_shrinkage(weight, PairedMoments(seen.second_moment), PairedMoments(held_out.second_moment))
+    share *= trust
+    target = weight.double() + share * every.shift(weight, ridge)
+
     stored = initializer.quantizer.quantize(weight, inputs)
-    quantized = stored.dequantize().double()
+    metric = METRICS["gram"](inputs)
+    objective = Objective((target - stored.dequantize().double()).float(), metric)
+    layer = QuantizedLayer(stored, objective, metric.energy(weight.float()), inputs)
+    return initializer.correct(layer), share
 
-    fitted, judge = PairedMoments(seen.second_moment), PairedMoments(held_out.second_moment)
-    metric = Gram(fitted.quantized.contiguous())
-    errors = {}
+
+def choose_shrinkage(
+    weight: Float[Tensor, "out_features in_features"], fitted: PairedMoments, judge: PairedMoments
+) -> tuple[float, float]:
+    """Return the ridge, and the share of the way to its target, that have the least error in held-out moments.
+
+    Args:
+        weight: `W`.
+        fitted: moments to take the target from.
+        judge: moments of other tokens.
+    """
+    slope = judge.change(weight)
+    choices = []
     for ridge in RIDGES:
-        objective = Objective((fitted.target(weight, ridge) - quantized).float(), metric)
-        correction = initializer.solver.minimise(objective, initializer.rank)
-        errors[ridge] = judge.error(weight, quantized + correction.dense())
-    best = min(errors, key=errors.__getitem__)
-
-    final_metric = METRICS["gram"](inputs)
-    objective = Objective((every.target(weight, best) - quantized).float(), final_metric)
-    layer = QuantizedLayer(stored, objective, final_metric.energy(weight.float()), inputs)
-    return initializer.correct(layer), 1 / (1 + best)
+        shift = fitted.shift(weight, ridge)
+        gradient, curvature = (slope * shift).sum().item(), ((shift @ judge.quantized) * shift).sum().item()
+        share = min(1.0, max(0.0, gradient / curvature)) if curvature > 0 else 0.0
+        choices.append((share * (2 * gradient - share * curvature), ridge, share))
+    _, ridge, share = max(choices)  # by what it gains
+    return ridge, share
 
 
 def quantized_inputs(*parts: InputStatistics) -> InputStatistics:

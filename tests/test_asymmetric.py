@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import lstsq, svd
 
 from quailora import NF4, Initializer, InputStatistics, Optimal
-from quailora.asymmetric import RIDGES, PairedMoments, initialize_asymmetric, quantized_inputs
+from quailora.asymmetric import RIDGES, PairedMoments, choose_shrinkage, initialize_asymmetric, quantized_inputs
 from quailora.errors import ConfigurationError
 
 
@@ -21,6 +19,13 @@ def problem(seed, tokens=400, rows=12, columns=16, noise=0.3):
     quantized = full + noise * torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
     weight = torch.randn(rows, columns, generator=generator)
     return weight, full, quantized
+
+
+def output_error(moments, weight, other):
+    """Return `E |W x - V x~|^2` from the moments: squared, total over outputs, per token."""
+    weight, other = weight.double(), other.double()
+    left, right = ((weight @ moments.full) * weight).sum(), ((other @ moments.quantized) * other).sum()
+    return (left - 2 * ((weight @ moments.cross) * other).sum() + right).item()
 
 
 def joint(full, quantized):
@@ -33,25 +38,39 @@ def test_error_is_that_of_the_outputs(seed, rows, columns):
     other = weight + 0.1
     moments = PairedMoments(joint(full, quantized).second_moment)
     expected = (full @ weight.double().T - quantized @ other.double().T).square().sum() / 50
-    assert moments.error(weight, other) == pytest.approx(expected.item(), rel=1e-9)
+    assert output_error(moments, weight, other) == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_target_without_ridge_is_that_of_least_squares():
     weight, full, quantized = problem(0)
-    found = PairedMoments(joint(full, quantized).second_moment).target(weight, 0.0)
+    found = weight + PairedMoments(joint(full, quantized).second_moment).shift(weight, 0.0)
     expected, *_ = lstsq(quantized.numpy(), (full @ weight.double().T).numpy())
     torch.testing.assert_close(found, torch.from_numpy(expected).T)
 
 
-def test_an_infinite_ridge_is_the_weight_and_equal_inputs_ask_for_nothing():
+def test_a_large_ridge_is_the_weight_and_equal_inputs_ask_for_nothing():
     weight, full, quantized = problem(1)
-    moments = PairedMoments(joint(full, quantized).second_moment)
-    torch.testing.assert_close(moments.target(weight, math.inf), weight.double(), rtol=0, atol=0)
-    far = moments.target(weight, 1e6)
-    torch.testing.assert_close(far, weight.double(), rtol=1e-4, atol=1e-4)
+    far = PairedMoments(joint(full, quantized).second_moment).shift(weight, 1e6)
+    torch.testing.assert_close(far, torch.zeros_like(far), rtol=0, atol=1e-4)
     same = PairedMoments(joint(full, full).second_moment)
     for ridge in RIDGES:
-        torch.testing.assert_close(same.target(weight, ridge), weight.double())
+        shift = same.shift(weight, ridge)
+        torch.testing.assert_close(shift, torch.zeros_like(shift))
+
+
+@given(seed=st.integers(0, 2**16))
+def test_the_shrinkage_chosen_is_the_best_of_many(seed):
+    weight, full, quantized = problem(seed, 60, 4, 6)
+    fitted, judge = (
+        PairedMoments(joint(full[part], quantized[part]).second_moment) for part in (slice(30), slice(30, 60))
+    )
+    ridge, share = choose_shrinkage(weight, fitted, judge)
+    least = min(
+        output_error(judge, weight, weight + step / 20 * fitted.shift(weight, each))
+        for each in RIDGES
+        for step in range(21)
+    )
+    assert output_error(judge, weight, weight + share * fitted.shift(weight, ridge)) <= least * (1 + 1e-9)
 
 
 def test_reduced_rank_regression_against_scipy():
@@ -67,8 +86,8 @@ def test_reduced_rank_regression_against_scipy():
     moments = PairedMoments(joint(full, quantized).second_moment)
     from quailora.metrics import Gram
 
-    correction = Optimal().solve(moments.target(weight, 0.0) - base, Gram(moments.quantized.contiguous()), 3)
-    assert moments.error(weight, base + correction.dense()) == pytest.approx(expected, rel=1e-6)
+    correction = Optimal().solve(weight + moments.shift(weight, 0.0) - base, Gram(moments.quantized.contiguous()), 3)
+    assert output_error(moments, weight, base + correction.dense()) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +97,7 @@ def test_shrinkage_follows_the_evidence(noise, tokens, low, high):
     """Many tokens that differ: near `W*`. Few tokens: near `W`."""
     weight, full, quantized = problem(3, 2 * tokens, 12, 16, noise)
     seen, held_out = joint(full[:tokens], quantized[:tokens]), joint(full[tokens:], quantized[tokens:])
-    layer, asymmetry = initialize_asymmetric(Initializer(NF4(), Optimal(), 3), weight, seen, held_out)
+    layer, asymmetry = initialize_asymmetric(Initializer(NF4(), Optimal(), 3), weight, seen, held_out, trust=1.0)
     assert low <= asymmetry <= high
     assert layer.error_optimal <= layer.error * (1 + 1e-6)
     assert layer.error <= layer.error_uncalibrated * (1 + 1e-6) <= layer.error_none * (1 + 1e-5)
@@ -91,7 +110,9 @@ def test_it_beats_the_symmetric_problem_on_new_tokens():
     layer, _ = initialize_asymmetric(initializer, weight, *parts[:2])
     symmetric = initializer(weight, quantized_inputs(*parts[:2]))
     judge = PairedMoments(parts[2].second_moment)
-    errors = [judge.error(weight, each.quantized.dequantize() + each.low_rank.dense()) for each in (layer, symmetric)]
+    errors = [
+        output_error(judge, weight, each.quantized.dequantize() + each.low_rank.dense()) for each in (layer, symmetric)
+    ]
     assert errors[0] < 0.9 * errors[1]
 
 

@@ -31,7 +31,7 @@ class LayerRecord:
         error_optimal: the least for this rank; in wide layers a certified bound just below it.
         relative_error: `error / tr(W H W^T)`.
         iterations: rounds that the solver ran.
-        asymmetry: for asymmetric inputs, where between 0 (`W`) and 1 (`W G H~^-1`) the target was chosen.
+        asymmetry: for asymmetric inputs, share of the way from `W` (0) to `W*` (1) at which the target lies.
     """
 
     name: str

@@ -23,10 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import ConfigurationError
-from .initializer import Initializer, LayerInitialization, QuantizedLayer
+from .initializer import Initializer, LayerInitialization
+from .layer import QuantizedLayer
 from .linalg import safe_cholesky
-from .metrics import METRICS
-from .objective import Objective
 from .statistics import InputStatistics
 
 RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01)
@@ -116,12 +115,8 @@ def initialize_asymmetric(
     every, inputs = PairedMoments(merged.second_moment), merged.once("quantized", lambda: quantized_inputs(merged))
     ridge, share = choose_shrinkage(weight, PairedMoments(seen.second_moment), PairedMoments(held_out.second_moment))
     share *= trust
-    target = weight.double() + share * every.shift(weight, ridge)
-
-    stored = initializer.quantizer.quantize(weight, inputs)
-    metric = METRICS["gram"](inputs)
-    objective = Objective((target - stored.dequantize().double()).float(), metric)
-    layer = QuantizedLayer(stored, objective, metric.energy(weight.float()), inputs)
+    target = (weight.double() + share * every.shift(weight, ridge)).float()
+    layer = QuantizedLayer.of(initializer.quantizer, weight, inputs, target)
     return initializer.correct(layer), share
 
 
@@ -151,5 +146,6 @@ def quantized_inputs(*parts: InputStatistics) -> InputStatistics:
     joint = reduce(InputStatistics.merge, parts)
     moments = PairedMoments(joint.second_moment)
     inputs = InputStatistics(moments.width, joint.second_moment.device)
-    inputs.add(moments.quantized * joint.tokens, joint.tokens)
+    magnitude = joint.mean_magnitude[moments.width :]
+    inputs.add(moments.quantized * joint.tokens, joint.tokens, magnitude * joint.tokens)
     return inputs

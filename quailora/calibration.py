@@ -168,7 +168,32 @@ class Calibration:
         Raises:
             CalibrationError: if the text is too short, or cannot be read.
         """
-        budget = self.samples * self.sequence_length * _CHARACTERS_PER_TOKEN
+        available = self._every_window(tokenizer, self.samples)
+        if len(available) < self.samples:
+            raise CalibrationError(
+                f"Expected at least {self.samples} x {self.sequence_length} tokens of calibration text, got "
+                f"{available.numel()} from {self.text.source or 'the shipped text'}. Use a longer text, fewer samples "
+                "or a shorter sequence length."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(len(available), generator=generator)[: self.samples].sort().values
+        return available[chosen]
+
+    def repeated(self, tokenizer: Any, count: int) -> Int[Tensor, "count sequence_length"]:
+        """Draw `count` windows at random, in random order; when all have been drawn, all over again.
+
+        Raises:
+            CalibrationError: if the text does not fill `samples` windows, or cannot be read.
+        """
+        self.windows(tokenizer)
+        available = self._every_window(tokenizer, count)
+        generator = torch.Generator().manual_seed(self.seed)
+        rounds = -(-count // len(available))
+        order = torch.cat([torch.randperm(len(available), generator=generator) for _ in range(rounds)])
+        return available[order[:count]]
+
+    def _every_window(self, tokenizer: Any, needed: int) -> Int[Tensor, "windows sequence_length"]:
+        budget = needed * self.sequence_length * _CHARACTERS_PER_TOKEN
         parts: list[str] = []
         for document in self.text.documents():
             parts.append(document[:budget])
@@ -176,16 +201,8 @@ class Calibration:
             if budget <= 0:
                 break
         tokens = tokenize(tokenizer, "\n\n".join(parts))
-        available = len(tokens) // self.sequence_length
-        if available < self.samples:
-            raise CalibrationError(
-                f"Expected at least {self.samples} x {self.sequence_length} tokens of calibration text, got "
-                f"{len(tokens)} from {self.text.source or 'the shipped text'}. Use a longer text, fewer samples or a "
-                "shorter sequence length."
-            )
-        generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(available, generator=generator)[: self.samples].sort().values
-        return tokens[: available * self.sequence_length].view(available, self.sequence_length)[chosen]
+        count = len(tokens) // self.sequence_length
+        return tokens[: count * self.sequence_length].view(count, self.sequence_length)
 
 
 def evaluation_windows(

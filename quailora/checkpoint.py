@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -21,6 +21,8 @@ from .outputs import write_json, write_tensors
 from .report.record import LayerRecord
 from .solvers import LowRank
 
+_PACKED = "packed."
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -31,11 +33,13 @@ class Outcome:
         record: its errors; None if the layer is only quantized.
         low_rank: its correction, likewise.
         dequantized: `Q`, where it is needed later.
+        packed: `QuantizedWeight.packed`, likewise.
     """
 
     record: LayerRecord | None = None
     low_rank: LowRank | None = None
     dequantized: Tensor | None = None
+    packed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @final
@@ -93,7 +97,9 @@ class Checkpoint:
             tensors = {"lora_A": low_rank.lora_A, "lora_B": low_rank.lora_B, "energies": low_rank.energies}
         if outcome.dequantized is not None:
             tensors["dequantized"] = outcome.dequantized
+        tensors |= {f"{_PACKED}{name}": tensor for name, tensor in outcome.packed.items()}
         record = json.dumps(asdict(outcome.record) if outcome.record else None)
+        self._path(layer).parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_tensors(self._path(layer), tensors, {"record": record})
 
@@ -110,11 +116,12 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # no mapping
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ResumeError(f"The state in {path} is damaged: {error}. Start again with --fresh.") from error
+        packed = {name.removeprefix(_PACKED): tensor for name, tensor in tensors.items() if name.startswith(_PACKED)}
         if content is None:
-            return Outcome(dequantized=tensors["dequantized"])
+            return Outcome(dequantized=tensors["dequantized"], packed=packed)
         record = LayerRecord(**{**content, "shape": tuple(content["shape"])})
         low_rank = LowRank(tensors["lora_A"], tensors["lora_B"], record.error, tensors["energies"])
-        return Outcome(record, low_rank, tensors.get("dequantized"))
+        return Outcome(record, low_rank, tensors.get("dequantized"), packed)
 
     def remove(self) -> None:
         """Remove the folder; the run is complete."""

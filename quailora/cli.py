@@ -16,12 +16,14 @@ from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
 from rich.logging import RichHandler
 from rich.text import Text
 
+from .comparison import compare
 from .demo import demo
 from .errors import ConfigurationError, QuailoraError
 from .evaluate import evaluate
 from .pipeline import init
 from .progress import console
 from .quantizers import QUANTIZERS
+from .recipes import RECIPES
 from .report.tables import print_table
 from .solvers import SOLVERS
 
@@ -29,7 +31,7 @@ from .solvers import SOLVERS
 @final
 @dataclass(frozen=True)
 class Components:
-    """The quantizers and solvers that have a short name."""
+    """The quantizers, solvers and recipes that have a short name."""
 
     def show(self) -> None:
         """Print one table for each."""
@@ -38,14 +40,22 @@ class Components:
             print_table(
                 f"{title} (fields: quailora init --{title.lower()[:-1]}.help NAME)", ("name", "what"), rows, "left"
             )
+        rows = [[name, row.source] for name, row in RECIPES.items()]
+        print_table("Recipes (quailora init --recipe NAME)", ("name", "source"), rows, "left")
 
 
 def list_components() -> Components:
-    """List the quantizers and solvers."""
+    """List the quantizers, solvers and recipes."""
     return Components()
 
 
-COMMANDS: dict[str, Any] = {"init": init, "evaluate": evaluate, "demo": demo, "list": list_components}
+COMMANDS: dict[str, Any] = {
+    "init": init,
+    "evaluate": evaluate,
+    "compare": compare,
+    "demo": demo,
+    "list": list_components,
+}
 
 SHORT_NAMES: dict[str, dict[str, type]] = {"quantizer": dict(QUANTIZERS), "solver": dict(SOLVERS)}
 
@@ -66,7 +76,8 @@ class Parser(ArgumentParser):
             return super().add_argument(dashed, action=ActionYesNo, **switch)
         if args[1:] == (f"{args[0]}+",):  # a list, which jsonargparse would take as YAML or item by item
             listed: dict[str, Any] = {"help": kwargs.get("help"), "default": list(kwargs["default"])}
-            return super().add_argument(*dict.fromkeys((dashed, args[0])), type=str, nargs="+", **listed)
+            item = type(next(iter(kwargs["default"]), ""))
+            return super().add_argument(*dict.fromkeys((dashed, args[0])), type=item, nargs="+", **listed)
         return super().add_argument(*dict.fromkeys((dashed, *args)), **kwargs)
 
 

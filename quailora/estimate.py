@@ -18,7 +18,7 @@ from .machine import duration, flops, size
 from .models.blocks import run_body
 from .models.capture import Inputs, captured, has_bfloat16, shared_inputs
 from .models.layers import Layer, kind
-from .models.stream import TOKENS_PER_PASS
+from .models.stream import TOKENS_PER_PASS, InputsOf
 from .quantizers import Quantizer
 from .report.tables import print_table
 from .statistics import InputStatistics
@@ -95,7 +95,7 @@ def estimate(
     method: Method,
     source: Calibration,
     *,
-    paired: bool,
+    inputs_of: InputsOf,
     available: int,
 ) -> Estimate:
     """Return what initializing these layers takes.
@@ -106,7 +106,7 @@ def estimate(
         layers: the layers that get a correction.
         method: quantizer and ranks.
         source: how much there is to calibrate on.
-        paired: whether inputs are asymmetric.
+        inputs_of: see `Walk`.
         available: bytes of memory that may be used.
     """
     scaling = method.scaling
@@ -122,6 +122,7 @@ def estimate(
 
     tokens = source.samples * source.sequence_length
     per_pass = max(source.sequence_length, min(tokens, TOKENS_PER_PASS))
+    paired = inputs_of == "asymmetric"
     width = 2 if paired else 1
     inputs = distinct_inputs(model, layers)
     by_block: dict[str, list[int]] = {}
@@ -152,6 +153,7 @@ def estimate(
             tokens=tokens,
             shares={name: share_of_tokens(model, layer) for name, layer in layers.items()},
             width=width,
+            runs=1 if inputs_of == "full" else width * max(map(len, by_block.values())) + 1,
             low=element == 2 or has_bfloat16(),
         ),
     )
@@ -219,16 +221,17 @@ def seconds_for(
     tokens: int,
     shares: Mapping[str, float],
     width: int,
+    runs: int,
     low: bool,
 ) -> float:
     """Return roughly how long calibration and initialization take here, from a short test of this machine.
 
     Counted are the model's own products, those of the statistics, and a solution's: two dense products for errors and
-    some twenty thin ones for each rank.
+    some twenty thin ones for each rank. Schedules that solve in rounds take a multiple of that.
     """
     single, fast = flops(torch.float32), flops(torch.bfloat16 if low else torch.float32)
     seen = {name: tokens * share for name, share in shares.items()}
-    forward = sum(2 * seen[name] * layer.shape[0] * layer.shape[1] for name, layer in layers.items()) * width
+    forward = sum(2 * seen[name] * layer.shape[0] * layer.shape[1] for name, layer in layers.items()) * runs
     grams = sum(2 * seen[name] * (width * layer.shape[1]) ** 2 * 5 / 8 for name, layer in inputs.items())
     solutions = 0.0
     for layer in layers.values():

@@ -27,6 +27,7 @@ from .progress import track
 from .quantizers import NF4, Quantizer
 from .report.settings import build
 from .report.tables import print_table
+from .schedules import Schedule
 
 logger = logging.getLogger("quailora")
 
@@ -200,6 +201,8 @@ def evaluate(
         logger.warning("The text fills %d windows, not %d.", len(ids), windows)
 
     own_base = saved_base(adapter, quantizer)
+    if own_base is None and quantizer is None:
+        check_base(adapter, provenance)
     walk = None
     if chosen.calibrated and own_base is None:
         if provenance.get("inputs", "full") != "full":
@@ -230,6 +233,13 @@ def saved_base(adapter: str | None, asked: Quantizer | None) -> Path | None:
     """Return the base that was written with an adapter, unless another quantizer was asked for."""
     base = Path(adapter) / "base" if adapter and asked is None else None
     return base if base is not None and base.is_dir() else None
+
+
+def check_base(adapter: str | None, provenance: Mapping[str, Any]) -> None:
+    """Raise a `ModelError` if an adapter needs a base that only its own run could make."""
+    schedule = build(Schedule, provenance["schedule"]) if "schedule" in provenance else None  # type: ignore[type-abstract]
+    if schedule is not None and schedule.changes_base:
+        raise ModelError(f"{adapter} belongs on the base that was written with it, and {adapter}/base is not there.")
 
 
 def base_quantizer(asked: Quantizer | None, provenance: Mapping[str, Any]) -> Quantizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,14 @@ def fingerprint(settings: Mapping[str, Any], loaded: LoadedModel, windows: Tenso
         "version of quailora": version("quailora"),
         "computing device": execution_device(loaded.model).type,
         "weights": weights.hexdigest()[:16],
-        "calibration tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
+        "calibration tokens": digest(windows),
     }
+
+
+def digest(content: Tensor | Sequence[str]) -> str:
+    """Return a short hash of tokens or names."""
+    data = content.numpy().tobytes() if isinstance(content, Tensor) else json.dumps(list(content)).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def samples_of(file: Path) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""One layer from end to end: quantize, build the metric, solve, and say how good the result is."""
+"""One layer from end to end: quantize, solve, and say how good the result is."""
 
 from __future__ import annotations
 
@@ -9,30 +9,14 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
+from .layer import QuantizedLayer
 from .metrics import METRICS, Identity, MetricName
 from .objective import Objective
 from .quantizers import QuantizedWeight, Quantizer
+from .schedules import Once, Schedule
 from .solvers import LowRank, Solver
 from .solvers.base import check_rank
 from .statistics import InputStatistics
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class QuantizedLayer:
-    """A layer between quantization and correction; any number of solvers and ranks share what it holds.
-
-    Attributes:
-        quantized: `Q`.
-        objective: `E = W - Q` and the metric that errors are reported in, with all that solvers have found so far.
-        weight_energy: `tr(W H W^T)`, the energy of the full-precision output.
-        statistics: second moment of the layer's inputs, if there was calibration.
-    """
-
-    quantized: QuantizedWeight
-    objective: Objective
-    weight_energy: float
-    statistics: InputStatistics | None
 
 
 @final
@@ -71,7 +55,7 @@ class LayerInitialization:
 @final
 @dataclass(frozen=True)
 class Initializer:
-    """Composes a quantizer, a metric and a solver into the initialization of one layer.
+    """Composes a quantizer, a metric, a solver and a schedule into the initialization of one layer.
 
     Plain tensors in and out; no model is needed:
 
@@ -89,14 +73,16 @@ class Initializer:
         quantizer: makes `Q` from `W`.
         solver: makes `C` from `W - Q`.
         rank: rank of `C`.
-        metric: what the solver minimises: "gram" (the layer's output error), "diagonal" or "identity". The errors of
-            the result are always reported in the Gram metric.
+        metric: what the solver minimises: "gram" (the layer's output error), "diagonal", "magnitude" or "identity". The
+            errors of the result are always reported in the Gram metric.
+        schedule: how quantization and correction follow each other.
     """
 
     quantizer: Quantizer
     solver: Solver
     rank: int = 16
     metric: MetricName = "gram"
+    schedule: Schedule = Once()  # noqa: RUF009 # frozen
 
     def __call__(self, weight: Tensor, statistics: InputStatistics | None = None) -> LayerInitialization:
         """Initialize one layer.
@@ -120,31 +106,26 @@ class Initializer:
             raise CalibrationError(
                 f"{self.solver!r} needs calibration: pass the InputStatistics of the layer's inputs."
             )
-        if statistics is not None:
-            statistics = statistics.to(weight.device)
-        quantized = self.quantizer.quantize(weight, statistics)
-        full = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        judge = Identity() if statistics is None else METRICS["gram"](statistics)
-        objective = Objective(full - quantized.dequantize().to(full.dtype), judge)
-        del full  # a copy, where the weight is of a half type
-        return QuantizedLayer(quantized, objective, judge.energy(weight.detach()), statistics)
+        return QuantizedLayer.of(self.quantizer, weight, statistics)
 
     @torch.no_grad()
     def correct(self, layer: QuantizedLayer) -> LayerInitialization:
-        """Solve for the correction of a quantized layer.
+        """Let the schedule choose the quantized weight, and solve for its correction.
 
         Raises:
             ValueError: if the rank is out of range.
+            ConfigurationError: if the schedule cannot work with the quantizer, or without calibration.
         """
-        objective = layer.objective
-        check_rank(self.rank, objective.error.shape)
-        if layer.statistics is None or self.metric == "gram":
-            low_rank = self.solver.minimise(objective, self.rank)
-            error, bound = low_rank.error, low_rank.bound
-        else:
-            other = Objective(objective.error, METRICS[self.metric](layer.statistics))
-            low_rank = self.solver.minimise(other, self.rank)
-            error, bound = objective.value(low_rank.lora_B, low_rank.lora_A), 0.0
+        check_rank(self.rank, layer.objective.error.shape)
+
+        def solve(objective: Objective) -> LowRank:
+            if layer.statistics is not None and self.metric != "gram":
+                objective = Objective(objective.error, METRICS[self.metric](layer.statistics))
+            return self.solver.minimise(objective, self.rank)
+
+        layer = self.schedule.choose(layer, solve, self.rank)
+        objective, low_rank = layer.objective, solve(layer.objective)
+        own_metric = layer.statistics is None or self.metric == "gram"
         uncalibrated = objective.projection(objective.subspace(self.rank, Identity()))
         return LayerInitialization(
             quantized=layer.quantized,
@@ -152,6 +133,6 @@ class Initializer:
             weight_energy=layer.weight_energy,
             error_none=objective.value_at_zero,
             error_uncalibrated=objective.value(*uncalibrated),
-            error=error,
-            error_optimal=bound or objective.bound(self.rank),
+            error=low_rank.error if own_metric else objective.value(low_rank.lora_B, low_rank.lora_A),
+            error_optimal=(low_rank.bound if own_metric else 0.0) or objective.bound(self.rank),
         )

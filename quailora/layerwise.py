@@ -11,10 +11,12 @@ from typing import final
 import torch
 
 from .adapters.lora import LoraScaling
+from .asymmetric import TRUST
 from .errors import named
 from .initializer import Initializer, LayerInitialization
 from .models.layers import Layer
 from .models.stream import Block
+from .polish import Polish
 from .progress import track
 from .report.record import LayerRecord
 from .solvers import LowRank
@@ -29,10 +31,14 @@ class Method:
     Attributes:
         initializer: quantizer, metric and solver; its rank is replaced by the layer's own.
         scaling: rank of each layer.
+        polish: training of the whole model that follows, if any.
+        trust: for asymmetric inputs, see `initialize_asymmetric`.
     """
 
     initializer: Initializer
     scaling: LoraScaling
+    polish: Polish | None = None
+    trust: float = TRUST
 
 
 @final

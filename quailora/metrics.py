@@ -77,6 +77,8 @@ class Identity(Metric):
 class Diagonal(Metric):
     """`H = diag(E[x^2])`: input channels weighted by their power, correlations ignored (QERA-approx).
 
+    LQER's weights are of this kind, too, with the square of `E[|x|]` in place of `E[x^2]`.
+
     Attributes:
         second_moment: `E[x^2]` per input channel.
     """
@@ -171,10 +173,11 @@ class Damped(Metric):
         return self.inner.mean_power() + self.ridge
 
 
-MetricName = Literal["identity", "diagonal", "gram"]
+MetricName = Literal["identity", "magnitude", "diagonal", "gram"]
 
 METRICS: dict[MetricName, Callable[[InputStatistics], Metric]] = {
     "identity": lambda _: Identity(),
+    "magnitude": lambda statistics: Diagonal(statistics.mean_magnitude.square()),
     "diagonal": lambda statistics: Diagonal(statistics.second_moment.diagonal()),
     "gram": lambda statistics: statistics.once("gram", lambda: Gram(statistics.second_moment)),
 }

@@ -25,6 +25,7 @@ from .models.load import DeviceName, DtypeName, check_sequence_length, empty_mod
 from .models.stream import InputsOf, Walk
 from .outputs import check_output, new_folder
 from .quantizers import NF4, Quantizer
+from .recipes import find_recipe
 from .report.phases import Phases
 from .report.settings import describe
 from .report.tables import print_table
@@ -73,6 +74,7 @@ def init(
     quantizer: Quantizer = NF4(),  # noqa: B008 # frozen
     solver: Solver = AlternatingLeastSquares(),  # noqa: B008
     metric: MetricName = "gram",
+    recipe: str | None = None,
     rank: int = 16,
     alpha: float | None = None,
     rslora: bool = False,
@@ -105,7 +107,9 @@ def init(
         quantizer: how the base will be quantized; `quailora list` names them.
         solver: how the correction is found; `quailora list` names them.
         metric: what the solver minimises: "gram" is the output error, "diagonal" ignores correlations of the inputs,
-            "identity" ignores the inputs.
+            "magnitude" weighs them by mean magnitude in place of power, "identity" ignores the inputs.
+        recipe: a published method by name, in place of solver, metric and inputs; `quailora list` names them. Methods
+            that choose another base than the quantizer alone write it, too.
         rank: rank of the adapter.
         alpha: lora_alpha; the rank by default. PEFT's scaling is divided out, so any value gives the same correction.
         rslora: the adapter is used with use_rslora.
@@ -129,7 +133,8 @@ def init(
             model; "auto" does so where it fits.
         memory_limit: how much memory to use, such as 8GiB; four fifths of what is free by default.
         allow_pickle: accept a checkpoint in PyTorch's pickle format, which can run any code while it is read.
-        save_base: also write the dequantized base, for quantizers that stock transformers cannot load.
+        save_base: also write the base, for quantizers that stock transformers cannot apply while it loads: 4-bit ones
+            as a 4-bit checkpoint where the model is in memory, others dequantized.
         overwrite: replace a result that is in the folder.
         fresh: forget what an unfinished run with this output folder has done, instead of going on from it.
         dry_run: load configuration and shapes only, print what the run would take, and write nothing.
@@ -138,18 +143,22 @@ def init(
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     settings: dict[str, Any] = describe(dict(locals()))
-    folder = Path(out).expanduser()
     scaling = LoraScaling(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
+    folder = Path(out).expanduser()
     text = TextSource(calibration, tuple(calibration_fields), calibration_split)
     source = Calibration(text, samples, sequence_length, seed, calibration_dtype)
     method = Method(Initializer(quantizer, solver, rank, metric), scaling)
+    if recipe is not None:
+        check_alone(method.initializer, inputs)
+        row = find_recipe(recipe)
+        method, inputs, save_base = row.method(quantizer, scaling), row.inputs, save_base or row.changes_base
     empty = empty_model(model, dtype)
     planned = select_layers(empty, targets)
     check_scaling(planned, scaling)
     check_experts(planned, save_base)
     check_sequence_length(empty, sequence_length)
     available = memory_available(memory_limit)
-    needed = estimate(model, empty, planned, method, source, paired=inputs == "asymmetric", available=available)
+    needed = estimate(model, empty, planned, method, source, inputs_of=inputs, available=available)
     if dry_run:
         return needed
     check_output(folder, overwrite)
@@ -163,6 +172,7 @@ def init(
         if distributed.rank() == 0:
             held.enter_context(locked(work))
         on_disk = choose_offload(offload, memory_limit, needed)
+        check_polish(method, planned, on_disk)
         with phases.measure("load"):
             place = work / f"offload-{distributed.rank()}" if on_disk else None
             loaded = load_model(model, dtype, device, offload=place, allow_pickle=allow_pickle)
@@ -181,9 +191,10 @@ def init(
             start=distributed.from_first(checkpoint.blocks_done),
             on_done=checkpoint.set_blocks_done,
         )
-        run = Run(walk, layers, method, checkpoint, save_base, seed)
+        run = Run(walk, layers, {"": method}, checkpoint, [""] if save_base or method.polish else [], seed)
         with phases.measure("initialize"):
             run.finish()
+            run.polish("", source, loaded.tokenizer)
         report = None
         if distributed.rank() == 0:
             results = Results(settings, phases, loaded, method, source, layers, windows.numel(), run)
@@ -192,6 +203,21 @@ def init(
         distributed.barrier()
         checkpoint.remove()
     return InitResult(folder, report)
+
+
+def check_alone(asked: Initializer, inputs: InputsOf) -> None:
+    """Raise a `ConfigurationError` if options were given that a recipe decides."""
+    if (asked.solver, asked.metric, inputs) != (AlternatingLeastSquares(), "gram", "full"):
+        raise ConfigurationError("A recipe decides solver, metric and inputs; leave these options out.")
+
+
+def check_polish(method: Method, layers: Mapping[str, Layer], on_disk: bool) -> None:
+    """Raise a `ConfigurationError` if a method trains the whole model and cannot, before hours of other work."""
+    if method.polish is not None and (on_disk or any(layer.expert is not None for layer in layers.values())):
+        raise ConfigurationError(
+            "This method trains the whole model, which has to fit into memory and to have no fused experts among its "
+            "targets. Take another recipe, such as best."
+        )
 
 
 def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:

@@ -13,10 +13,12 @@ import yaml
 from .adapters.card import model_card
 from .adapters.lora import LoraScaling, expert_stacks, write_lora
 from .calibration import Calibration
+from .checkpoint import Outcome
 from .layerwise import Method
+from .models.four_bit import savable, save_four_bit
 from .models.layers import Layer, explicit_targets
 from .models.load import LoadedModel, quiet_transformers
-from .models.weights import replace_for_good
+from .models.weights import is_offloaded, replace_for_good
 from .outputs import write_json
 from .report.phases import Phases
 from .report.record import build_report, versions
@@ -58,17 +60,13 @@ class Results:
 
         Tensors of finished layers are memory-mapped and written from there.
         """
-        outcomes = {name: self.run.checkpoint.load(name) for name in self.run.walk.layers}
+        outcomes = self.run.outcomes("")
         records = [outcome.record for outcome in outcomes.values() if outcome.record is not None]
         corrections = {name: outcome.low_rank for name, outcome in outcomes.items() if outcome.low_rank is not None}
         with self.phases.measure("write"):
             write_adapter(folder, self.loaded, self.layers, corrections, self.method.scaling)
             if save_base:
-                weights = {n: outcome.dequantized for n, outcome in outcomes.items() if outcome.dequantized is not None}
-                replace_for_good(self.run.walk.layers, weights, self.run.checkpoint.folder_for("base"))
-                with quiet_transformers(), warnings.catch_warnings(action="ignore"):  # of shards larger than memory
-                    self.loaded.model.save_pretrained(folder / "base", max_shard_size=_SHARD)
-                self.loaded.tokenizer.save_pretrained(folder / "base")
+                self._write_base(folder / "base", outcomes)
         report = build_report(self.settings, self.phases.entries, records, self.tokens, self.run.seconds)
         self._write_provenance(folder, report)
         card = model_card(
@@ -78,10 +76,23 @@ class Results:
             base_model=self.loaded.name,
             calibration_tokens=self.tokens,
             inputs=self.run.walk.inputs,
-            with_experts=any(layer.expert is not None for layer in self.layers.values()),
+            own_base=save_base,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         return report
+
+    def _write_base(self, folder: Path, outcomes: Mapping[str, Outcome]) -> None:
+        """Write the base: in 4 bits where stock transformers can make that of a model in memory, else dequantized."""
+        layers = self.run.walk.layers
+        packed = {name: outcome.packed for name, outcome in outcomes.items()}
+        if savable(layers, packed) and not is_offloaded(self.loaded.model):
+            save_four_bit(folder, self.loaded, packed)
+            return
+        weights = {name: outcome.dequantized for name, outcome in outcomes.items() if outcome.dequantized is not None}
+        replace_for_good(layers, weights, self.run.checkpoint.folder_for("base"))
+        with quiet_transformers(), warnings.catch_warnings(action="ignore"):  # of shards larger than memory
+            self.loaded.model.save_pretrained(folder, max_shard_size=_SHARD)
+        self.loaded.tokenizer.save_pretrained(folder)
 
     def _write_provenance(self, folder: Path, report: Mapping[str, Any]) -> None:
         config = {key: value for key, value in self.settings.items() if key not in _OF_ONE_RUN}
@@ -92,6 +103,7 @@ class Results:
             "quantizer": describe(self.method.initializer.quantizer),
             "solver": describe(self.method.initializer.solver),
             "metric": self.method.initializer.metric,
+            "schedule": describe(self.method.initializer.schedule),
             "inputs": self.run.walk.inputs,
             "calibration": asdict(self.source),
             "calibration_tokens": report["calibration_tokens"],

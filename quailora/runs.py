@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import final
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, final
 
 from torch import Tensor
 
 from . import distributed
 from .asymmetric import initialize_asymmetric, quantized_inputs
+from .calibration import Calibration
 from .checkpoint import Checkpoint, Outcome
-from .errors import named
+from .errors import ConfigurationError, named
+from .initializer import LayerInitialization
 from .layerwise import Method, initialize_layer, layers_of, ranked, seeded
 from .models.layers import Layer
 from .models.stream import Block, Walk
@@ -22,33 +24,40 @@ from .report.record import LayerRecord
 
 logger = logging.getLogger("quailora")
 
+_POLISHED = "polished"
+
 
 @final
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Walks through a model and keeps the outcome of every layer in a checkpoint.
+    """Walks through a model once and keeps the outcome of every layer, by each method, in a checkpoint.
+
+    Methods share what they can: statistics, quantized weights, and what solvers find. On other inputs than `full` there
+    can be one only, since it decides what the layers after see.
 
     Attributes:
         walk: the model, block by block; its layers are all that matter to the run.
         targets: the layers that get a correction; the others are quantized only.
-        method: how.
+        methods: how, by name; a name is a folder of the checkpoint, or empty.
         checkpoint: keeps outcomes, and holds those of an earlier run.
-        keep_weights: keep the quantized weights, too.
+        keep_weights: methods whose quantized weights are kept, too.
         seed: seed of untrained directions.
         seconds: what each block took, filled in on the way.
     """
 
     walk: Walk
     targets: Mapping[str, Layer]
-    method: Method
+    methods: Mapping[str, Method]
     checkpoint: Checkpoint
-    keep_weights: bool = False
+    keep_weights: Collection[str] = ()
     seed: int = 0
     seconds: dict[int, float] = field(default_factory=dict)
 
     def finish(self) -> None:
         """Finish every layer that is not finished yet."""
-        before = sum(map(self.checkpoint.has, self.walk.layers))
+        if self.walk.inputs != "full" and len(self.methods) != 1:
+            raise ConfigurationError(f"Expected one method on {self.walk.inputs} inputs, got {len(self.methods)}.")
+        before = sum(not self._missing_here(layer) for layer in self.walk.layers)
         if before:
             logger.info("Going on: %d of %d layers are finished.", before, len(self.walk.layers))
         with counting("Initializing", len(self.walk.layers), before) as advance:
@@ -58,56 +67,115 @@ class Run:
                 mine = distributed.packed({name: cost(block.layers[name]) for name in names})
                 for _, layer in layers_of([block]):
                     if layer.name in mine:
-                        self.checkpoint.save(layer.name, self._outcome(block, layer))
+                        for method, outcome in self._outcomes(block, layer):
+                            self.checkpoint.save(key(method, layer.name), outcome)
                     if layer.name in names:
                         advance()
                 self._share(block)
                 if self.walk.inputs != "full":
-                    block.replacements.update({name: self._compensated(name) for name in block.layers})
+                    (method,) = self.methods
+                    block.replacements.update({name: self.compensated(method, name) for name in block.layers})
                 spent, start = time.perf_counter() - start, time.perf_counter()
                 self.seconds[block.index] = round(self.seconds.get(block.index, 0.0) + spent, 3)
                 if not console.is_terminal:  # where nobody sees a progress bar
                     logger.info("Block %d, %d layers: %.1f s.", block.index, len(block.layers), spent)
 
+    def outcomes(self, method: str) -> dict[str, Outcome]:
+        """Return what a finished run made of each layer by one of its methods; tensors are memory-mapped."""
+        found = {name: self.checkpoint.load(key(method, name)) for name in self.walk.layers}
+        polished = {name: key(key(_POLISHED, method), name) for name in self.targets}
+        if all(map(self.checkpoint.has, polished.values())) and self.methods[method].polish:
+            found |= {name: self.checkpoint.load(each) for name, each in polished.items()}
+        return found
+
+    def records(self, method: str) -> list[LayerRecord]:
+        """Return the errors of each layer that a finished run has corrected by one of its methods."""
+        return [outcome.record for outcome in self.outcomes(method).values() if outcome.record is not None]
+
+    def polish(self, method: str, source: Calibration, tokenizer: Any) -> None:
+        """Train what a finished run made by a method that says so; nothing happens for others, or if it was done.
+
+        The first of several processes works, and the others wait. Errors of layers stay those before the training.
+        """
+        settings = self.methods[method].polish
+        keys = {name: key(key(_POLISHED, method), name) for name in self.targets}
+        if settings is not None and distributed.rank() == 0 and not all(map(self.checkpoint.has, keys.values())):
+            before = {name: self.checkpoint.load(key(method, name)) for name in self.walk.layers}
+            weights = {name: one.dequantized for name, one in before.items() if one.dequantized is not None}
+            found = {name: one.low_rank for name, one in before.items() if one.low_rank is not None}
+            trained = settings.train(
+                self.walk.model,
+                self.walk.layers,
+                weights,
+                {name: (low_rank.lora_A, low_rank.lora_B) for name, low_rank in found.items()},
+                settings.windows(source, tokenizer),
+                source.dtype,
+            )
+            for name, (lora_A, lora_B) in trained.items():
+                low_rank = replace(found[name], lora_A=lora_A, lora_B=lora_B)
+                self.checkpoint.save(keys[name], replace(before[name], low_rank=low_rank))
+        distributed.barrier()
+
+    def compensated(self, method: str, layer: str) -> Tensor:
+        """Return what a finished layer computes with in the quantized network: `Q + C`, or `Q`."""
+        outcome = self.checkpoint.load(key(method, layer))
+        if outcome.dequantized is None:
+            raise RuntimeError(f"no weight of {layer} was kept")
+        if outcome.low_rank is None:
+            return outcome.dequantized
+        return outcome.dequantized + outcome.low_rank.dense().to(outcome.dequantized.dtype)
+
+    def _missing_here(self, layer: str) -> list[str]:
+        return [method for method in self.methods if not self.checkpoint.has(key(method, layer))]
+
     def _missing(self, block: Block) -> set[str]:
-        """Return the layers that no process has finished."""
-        finished = distributed.gather({name for name in block.layers if self.checkpoint.has(name)})
+        """Return the layers that no process has finished by all methods."""
+        finished = distributed.gather({name for name in block.layers if not self._missing_here(name)})
         return set(block.layers) - set().union(*finished)
 
     def _share(self, block: Block) -> None:
         """Give every process each other's outcomes, unless they see the same files anyway."""
-        here = {name for name in block.layers if self.checkpoint.has(name)}
-        lacking = set(block.layers).difference(set(block.layers).intersection(*distributed.gather(here)))
-        for outcomes in distributed.gather({name: self.checkpoint.load(name) for name in sorted(lacking & here)}):
-            for name, outcome in outcomes.items():
-                if not self.checkpoint.has(name):
-                    self.checkpoint.save(name, outcome)
+        keys = {key(method, name) for method in self.methods for name in block.layers}
+        here = {each for each in keys if self.checkpoint.has(each)}
+        lacking = keys.difference(keys.intersection(*distributed.gather(here)))
+        for outcomes in distributed.gather({each: self.checkpoint.load(each) for each in sorted(lacking & here)}):
+            for each, outcome in outcomes.items():
+                if not self.checkpoint.has(each):
+                    self.checkpoint.save(each, outcome)
 
-    def _outcome(self, block: Block, layer: Layer) -> Outcome:
+    def _outcomes(self, block: Block, layer: Layer) -> Iterator[tuple[str, Outcome]]:
+        """Yield each method that is missing and what it makes of a layer."""
+        methods = {method: self.methods[method] for method in self._missing_here(layer.name)}
+        inputs, start = block.statistics[layer.name], time.perf_counter()
         paired = self.walk.inputs == "asymmetric" and layer.expert is None
-        inputs = block.statistics[layer.name]
-        keep = self.keep_weights or self.walk.inputs != "full"
         if layer.name not in self.targets:
             own = quantized_inputs(inputs, block.held_out[layer.name]) if paired else inputs
-            return Outcome(dequantized=self.method.initializer.quantizer.quantize(layer.weight, own).dequantize())
+            for name, method in methods.items():
+                stored = method.initializer.quantizer.quantize(layer.weight, own)
+                yield name, Outcome(dequantized=stored.dequantize(), packed=stored.packed())
+            return
         asymmetry = None
+        results: Iterable[tuple[str, LayerInitialization]]
         if paired:
-            initializer = ranked(layer.group, {"": self.method})[""]
+            ((name, initializer),) = ranked(layer.group, methods).items()
+            held_out, trust = block.held_out[layer.name], methods[name].trust
             with named(layer.name), seeded(layer.name, self.seed):
-                result, asymmetry = initialize_asymmetric(initializer, layer.weight, inputs, block.held_out[layer.name])
+                result, asymmetry = initialize_asymmetric(initializer, layer.weight, inputs, held_out, trust)
+            results = [(name, result)]
         else:
-            ((_, result),) = initialize_layer(layer, inputs, {"": self.method}, self.seed)
-        record = LayerRecord.of(layer.name, result, block.tokens[layer.name], asymmetry)
-        return Outcome(record, result.low_rank, result.quantized.dequantize() if keep else None)
+            results = initialize_layer(layer, inputs, methods, self.seed)
+        for name, result in results:
+            spent, start = time.perf_counter() - start, time.perf_counter()
+            record = LayerRecord.of(layer.name, result, block.tokens[layer.name], spent, asymmetry)
+            keep = name in self.keep_weights or self.walk.inputs != "full"
+            stored = result.quantized
+            kept = (stored.dequantize(), stored.packed()) if keep else (None, {})
+            yield name, Outcome(record, result.low_rank, *kept)
 
-    def _compensated(self, name: str) -> Tensor:
-        """Return what a finished layer computes with in the quantized network: `Q + C`, or `Q`."""
-        outcome = self.checkpoint.load(name)
-        if outcome.dequantized is None:
-            raise RuntimeError(f"no weight of {name} was kept")
-        if outcome.low_rank is None:
-            return outcome.dequantized
-        return outcome.dequantized + outcome.low_rank.dense().to(outcome.dequantized.dtype)
+
+def key(method: str, layer: str) -> str:
+    """Return the name of a layer's outcome in the checkpoint."""
+    return f"{method}/{layer}" if method else layer
 
 
 def cost(layer: Layer) -> float:

@@ -1,7 +1,8 @@
-"""What calibration keeps of a layer's inputs: their second moment."""
+"""What calibration keeps of a layer's inputs: their second moment, and their mean magnitude."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from .errors import CalibrationError, NumericalError
 
 _CHUNK_TOKENS = 8192  # tokens per float32 product; keeps its rounding error near 1e-7 of the largest entry
 _ROWS = 512  # rows that are converted to float64 at a time
+_NORMAL = 2 / math.pi  # square of the mean magnitude of a standard normal number
 _BLOCKS, _LEAST_BLOCK = 4, 192  # blocks of a symmetric product: 5/8 of the work of a general one
 
 
@@ -21,7 +23,7 @@ Derived = TypeVar("Derived")
 
 
 class InputStatistics:
-    """Running second moment `H = mean(x x^T)` of the inputs `x` of one linear layer.
+    """Running second moment `H = mean(x x^T)` of the inputs `x` of one linear layer, and their mean magnitude.
 
     Products are formed in float32 (float64 for float64 inputs) over at most 8192 tokens at a time and averaged in
     float64, so nothing is lost over millions of tokens. The mean is over real tokens only, so batches of any size and
@@ -40,6 +42,7 @@ class InputStatistics:
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self._mean = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._derived: dict[Hashable, Any] = {}
         self.tokens = 0
 
@@ -73,6 +76,11 @@ class InputStatistics:
             )
         return self._mean
 
+    @property
+    def mean_magnitude(self) -> Float[Tensor, " in_features"]:
+        """`mean(|x|)` of each input channel, float64: the buffer itself, no copy."""
+        return self._magnitude
+
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of inputs.
 
@@ -98,14 +106,20 @@ class InputStatistics:
                 raise NumericalError(
                     "Expected finite calibration inputs, got NaN or infinity. Try another model dtype."
                 )
-            self.add(product, len(chunk))
+            self.add(product, len(chunk), chunk.abs().sum(0, dtype=torch.float64))
 
-    def add(self, product: Float[Tensor, "in_features in_features"], tokens: int) -> None:
-        """Add tokens of which only the sum of `x x^T` is known.
+    def add(
+        self,
+        product: Float[Tensor, "in_features in_features"],
+        tokens: int,
+        magnitude: Float[Tensor, " in_features"] | None = None,
+    ) -> None:
+        """Add tokens of which only sums are known.
 
         Args:
-            product: the sum over these tokens, symmetric.
+            product: the sum of `x x^T` over these tokens, symmetric.
             tokens: how many they are; none change nothing.
+            magnitude: the sum of `|x|`; where it is missing, that of normal inputs with the same second moment.
         """
         if tokens:
             self.tokens += tokens
@@ -113,6 +127,9 @@ class InputStatistics:
             # By rows, since adding float32 to float64 makes a copy first.
             for rows, more in zip(torch.split(self._mean, _ROWS), torch.split(product, _ROWS), strict=True):
                 rows.add_(more, alpha=1 / self.tokens)
+            if magnitude is None:
+                magnitude = (_NORMAL * tokens * product.diagonal().clamp(min=0)).sqrt()
+            self._magnitude.mul_(1 - tokens / self.tokens).add_(magnitude, alpha=1 / self.tokens)
             self.forget()
 
     def once(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
@@ -146,7 +163,8 @@ class InputStatistics:
         merged = InputStatistics(self.in_features, self._mean.device)
         for part in (self, other):
             if part.tokens:
-                merged.add(part.second_moment.to(self._mean.device) * part.tokens, part.tokens)
+                product, magnitude = part.sum_of_products(), part.mean_magnitude * part.tokens
+                merged.add(product.to(self._mean.device), part.tokens, magnitude.to(self._mean.device))
         return merged
 
     def to(self, device: torch.device | str) -> InputStatistics:
@@ -159,7 +177,11 @@ class InputStatistics:
         """Write the statistics as one safetensors file."""
         from safetensors.torch import save_file
 
-        tensors = {"second_moment": self._mean, "tokens": torch.tensor(self.tokens)}
+        tensors = {
+            "second_moment": self._mean,
+            "mean_magnitude": self._magnitude,
+            "tokens": torch.tensor(self.tokens),
+        }
         save_file(tensors, path, metadata={"format": "pt", "kind": "quailora.InputStatistics"})
 
     @classmethod
@@ -172,10 +194,11 @@ class InputStatistics:
         from safetensors.torch import load_file
 
         tensors = load_file(path, device=str(device))
-        if set(tensors) != {"second_moment", "tokens"}:
-            raise CalibrationError(f"Expected tensors 'second_moment' and 'tokens' in {path}, got {sorted(tensors)}.")
+        expected = ["mean_magnitude", "second_moment", "tokens"]
+        if sorted(tensors) != expected:
+            raise CalibrationError(f"Expected the tensors {', '.join(expected)} in {path}, got {sorted(tensors)}.")
         statistics = cls(0, device)
-        statistics._mean = tensors["second_moment"]
+        statistics._mean, statistics._magnitude = tensors["second_moment"], tensors["mean_magnitude"]
         statistics.tokens = int(tensors["tokens"])
         return statistics
 

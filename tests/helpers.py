@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from quailora import FP4, GPTQ, NF4, SVD, AlternatingLeastSquares, Int8, Optimal, Quantizer, Solver, Uniform, Zero
+from quailora import (
+    FP4,
+    GPTQ,
+    NF4,
+    NF4GPTQ,
+    SVD,
+    AlternatingLeastSquares,
+    Int8,
+    Optimal,
+    Quantizer,
+    Solver,
+    Uniform,
+    Zero,
+)
+from quailora.recipes import RECIPES
 
 # Each with whether it is idempotent in float32.
 QUANTIZERS: list[tuple[Quantizer, bool]] = [
@@ -21,6 +35,8 @@ QUANTIZERS: list[tuple[Quantizer, bool]] = [
     (GPTQ(bits=3, group_size=32, symmetric=True, damping=0.1), False),
     (GPTQ(bits=2, group_size=16, activation_order=True), False),
     (GPTQ(bits=4, group_size=16, activation_order=True, static_groups=True, damping_scale="mean"), False),
+    (NF4GPTQ(), False),
+    (NF4GPTQ(block_size=32, double_quantization=False, damping=0.1), False),
 ]
 
 SOLVERS: list[Solver] = [
@@ -37,3 +53,4 @@ CALIBRATED = [solver for solver in SOLVERS if solver.calibrated]
 each_quantizer = pytest.mark.parametrize("quantizer", [row[0] for row in QUANTIZERS], ids=repr)
 each_quantizer_row = pytest.mark.parametrize(("quantizer", "idempotent"), QUANTIZERS, ids=repr)
 each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+each_recipe = pytest.mark.parametrize("name", list(RECIPES))

@@ -303,6 +303,41 @@ def test_lists_are_typed_as_words(run, tiny_llama, tmp_path):
     assert sidecar["calibration"]["text"]["fields"] == ["prompt", "response"]
 
 
+def test_compare_prints_a_table_and_goes_on(run, tiny_llama, tmp_path):
+    arguments = ["--samples", "4", "--sequence-length", "64", "--windows", "2", "--window-length", "64"]
+    common = (
+        "compare",
+        tiny_llama,
+        "--out",
+        tmp_path / "out",
+        "--quantizer",
+        "uniform",
+        "--ranks",
+        "2",
+        "4",
+        *arguments,
+    )
+    status, shown, _ = run(*common, "--recipes", "lorc", "best")
+    assert status == 0
+    assert all(f"{name} r{rank}" in shown for name in ("qlora", "quailora", "lorc", "best") for rank in (2, 4))
+    status, shown, _ = run(*common, "--recipes", "lorc", "qera-exact")
+    assert status == 0
+    assert "qera-exact r4" in shown
+    status, _, errors = run(*common, "--recipes", "lorca")
+    assert status == 1
+    assert "Unknown recipe 'lorca'" in errors
+
+
+def test_init_by_recipe(run, tiny_llama, tmp_path):
+    assert run("init", tiny_llama, "--out", tmp_path / "out", "--recipe", "srr", *FAST)[0] == 0
+    sidecar = json.loads((tmp_path / "out" / "quailora.json").read_text(encoding="utf-8"))
+    assert sidecar["schedule"]["class_path"] == "quailora.schedules.Preserve"
+    assert (tmp_path / "out" / "base").is_dir()
+    status, _, errors = run("init", tiny_llama, "--out", tmp_path / "x", "--recipe", "srr", "--solver", "svd", *FAST)
+    assert status == 1
+    assert "A recipe decides solver, metric and inputs" in errors
+
+
 def test_list_names_every_component(run):
     status, shown, _ = run("list")
     assert status == 0

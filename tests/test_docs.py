@@ -34,6 +34,20 @@ def test_extending_example_for_solvers():
     exec(code, {"MySolver": Optimal})
 
 
+def test_extending_example_for_schedules(monkeypatch):
+    from quailora import NF4, InputStatistics
+    from quailora.adapters.lora import LoraScaling
+    from quailora.recipes import RECIPES
+
+    code = next(block for block in examples("docs/extending.md") if "RECIPES" in block)
+    monkeypatch.setattr("quailora.recipes.RECIPES", dict(RECIPES))
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    exec(code, namespace)
+    method = namespace["RECIPES"]["low-rank-first"].method(NF4(), LoraScaling(4))
+    layer = method.initializer(torch.randn(16, 64), InputStatistics.from_inputs(torch.randn(200, 64)))
+    assert layer.error < layer.error_none
+
+
 def test_quickstart_layer_example():
     code = next(block for block in examples("docs/quickstart.md") if "AlternatingLeastSquares" in block)
     namespace = {"batches": [torch.randn(2, 100, 512)], "weight": torch.randn(64, 512)}

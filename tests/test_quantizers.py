@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from oracles import load_auto_gptq, run_auto_gptq
 from strategies import problems
 
-from quailora import FP4, GPTQ, NF4, Gram, InputStatistics, Int8, Uniform
+from quailora import FP4, GPTQ, NF4, NF4GPTQ, Gram, InputStatistics, Int8, Uniform
 from quailora.errors import CalibrationError, NumericalError
 from quailora.quantizers import fourbit, gptq
+from quailora.quantizers.grid import Grid
 from quailora.quantizers.packing import pack, unpack
 from quailora.testing import make_problem
 
@@ -127,8 +128,16 @@ def test_gptq_blocks_do_not_change_the_result(monkeypatch):
     moment = problem.statistics.second_moment
     factor = gptq.inverse_factor(moment, 0.01 * moment.diagonal().median().item())
     monkeypatch.setattr(gptq, "BLOCK", 256)
-    codes, grid, loss = gptq.sweep(working, factor, 4, False, 16)
-    one_block = grid.at(torch.arange(256) // 16).decode(codes.T)
+    grids = []
+
+    def levels(column):
+        if column % 16 == 0:
+            grids.append(Grid.fit(working[column : column + 16].T, 4, False))
+        return grids[-1]
+
+    codes, loss = gptq.sweep(working, factor, levels, 16)
+    grid = Grid(torch.stack([each.scale for each in grids], 1), torch.stack([each.zero_point for each in grids], 1), 4)
+    one_block = grid.decode_groups(codes.T, 16)
     assert ((small_blocks - one_block).abs() > 1e-6).float().mean() < 0.01
     damped = Gram(moment).damped(0.01 * (moment.diagonal().median() / moment.diagonal().mean()).item())
     assert loss == pytest.approx(damped.energy(problem.weight - one_block), rel=1e-4)
@@ -139,8 +148,36 @@ def test_gptq_blocks_do_not_change_the_result(monkeypatch):
 def test_gptq_is_never_worse_than_rounding_to_nearest(quantizer, problem):
     metric = Gram(problem.statistics.second_moment)
     swept = quantizer.quantize(problem.weight, problem.statistics).dequantize()
-    nearest = Uniform(quantizer.bits, quantizer.group_size, quantizer.symmetric).quantize(problem.weight).dequantize()
+    nearest = without_feedback(quantizer).quantize(problem.weight).dequantize()
     assert metric.energy(problem.weight - swept) <= metric.energy(problem.weight - nearest)
+
+
+def without_feedback(quantizer):
+    if isinstance(quantizer, NF4GPTQ):
+        return NF4(quantizer.block_size, quantizer.double_quantization)
+    return Uniform(quantizer.bits, quantizer.group_size, quantizer.symmetric)
+
+
+@pytest.mark.parametrize("shape", [(12, 128), (5, 100), (3, 7)])
+@pytest.mark.parametrize("double_quantization", [False, True])
+def test_nf4_codes_and_scales_are_those_that_bitsandbytes_reads(shape, double_quantization):
+    """Packed codes times scales, by hand and by bitsandbytes; blocks may cross rows, and the last byte be half full."""
+    weight = make_problem(*shape).weight
+    stored = NF4(double_quantization=double_quantization).quantize(weight)
+    table, scales = stored.state.code, fourbit.scales_of(stored)
+    codes = torch.randint(0, 16, shape, generator=torch.Generator().manual_seed(0)).float()
+    found = fourbit.with_codes(stored, codes).dequantize()
+    torch.testing.assert_close(found, table[codes.long()] * scales)
+    assert fourbit.with_codes(stored, codes).nbytes == stored.nbytes
+
+
+def test_nf4_with_feedback_beats_rounding_to_nearest_on_correlated_inputs():
+    problem = make_problem(64, 128, "decaying")
+    metric = Gram(problem.statistics.second_moment)
+    swept, nearest = (
+        quantizer.quantize(problem.weight, problem.statistics).dequantize() for quantizer in (NF4GPTQ(), NF4())
+    )
+    assert metric.energy(problem.weight - swept) < 0.6 * metric.energy(problem.weight - nearest)
 
 
 def test_gptq_halves_the_error_on_correlated_inputs():

@@ -44,13 +44,14 @@ def test_save_and_load(tmp_path, generator):
     loaded = InputStatistics.load(tmp_path / "statistics.safetensors")
     assert loaded.tokens == 50
     torch.testing.assert_close(loaded.second_moment, statistics.second_moment, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.mean_magnitude, statistics.mean_magnitude, rtol=0, atol=0)
 
 
 def test_foreign_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CalibrationError, match=r"Expected tensors 'second_moment' and 'tokens' .* got \['weight'\]"):
+    with pytest.raises(CalibrationError, match=r"Expected the tensors mean_magnitude, .* got \['weight'\]"):
         InputStatistics.load(tmp_path / "other.safetensors")
 
 
@@ -129,3 +130,19 @@ def test_sums_of_products_from_elsewhere(generator):
     statistics.add(torch.zeros(8, 8), 0)
     assert statistics.tokens == 50
     torch.testing.assert_close(statistics.second_moment, InputStatistics.from_inputs(inputs).second_moment)
+
+
+def test_mean_magnitude(generator):
+    """By definition, through batches, masks and merging; that of normal inputs where only products are known."""
+    inputs = torch.randn(400, 6, generator=generator, dtype=torch.float64) * torch.arange(1, 7)
+    statistics = InputStatistics(6)
+    statistics.update(inputs[:100])
+    mask = torch.arange(300) < 200
+    statistics.update(inputs[100:], mask)
+    expected = inputs[:300].abs().mean(0)
+    torch.testing.assert_close(statistics.mean_magnitude, expected)
+    merged = statistics.merge(InputStatistics.from_inputs(inputs[300:]))
+    torch.testing.assert_close(merged.mean_magnitude, inputs.abs().mean(0))
+    known = InputStatistics(6)
+    known.add(inputs.T @ inputs, 400)
+    torch.testing.assert_close(known.mean_magnitude, inputs.abs().mean(0), rtol=0.1, atol=0)

@@ -23,7 +23,8 @@ On the full-precision model, or on a base that was quantized in another way, it 
 full-precision weights: after training, only the change that training made can go there.
 
 It is a starting point for training, made by quailora with `{solver}`
-in the {metric} metric, from {tokens} calibration tokens, fitted to the inputs of {network}. It has not been
+in the {metric} metric, by the schedule `{schedule}`,
+from {tokens} calibration tokens, fitted to the inputs of {network}. It has not been
 trained.
 
 ## Load
@@ -71,7 +72,7 @@ def model_card(
     base_model: str,
     calibration_tokens: int,
     inputs: str = "full",
-    with_experts: bool = False,
+    own_base: bool = False,
 ) -> str:
     """Return the text of an adapter's `README.md`.
 
@@ -82,7 +83,7 @@ def model_card(
         base_model: hub name or folder that the base is loaded from.
         calibration_tokens: tokens that it was calibrated on.
         inputs: whose inputs layers are fitted to; see `Walk`.
-        with_experts: whether fused experts are quantized, which only the base written beside the adapter has.
+        own_base: whether the base was written beside the adapter.
     """
     share = error_reduction(layers)
     summary = [
@@ -102,20 +103,21 @@ def model_card(
         quantizer=initializer.quantizer,
         solver=initializer.solver,
         metric=initializer.metric,
+        schedule=initializer.schedule,
         tokens=calibration_tokens,
         network=_NETWORKS[inputs],
         count=len(layers),
-        snippet=loading_snippet(initializer, base_model, with_experts),
+        snippet=loading_snippet(initializer, base_model, own_base),
         summary=markdown_table(("correction", "output error"), summary),
         kinds=markdown_table(("layers", "count", "SVD", "this adapter", "optimum"), kinds),
     )
 
 
-def loading_snippet(initializer: Initializer, base_model: str, with_experts: bool) -> str:
+def loading_snippet(initializer: Initializer, base_model: str, own_base: bool) -> str:
     """Return Python code that loads the base and the adapter with stock packages."""
-    config = None if with_experts else initializer.quantizer.stock_config()
+    config = None if own_base else initializer.quantizer.stock_config()
     if config is None:
-        # Stock transformers cannot quantize this way: the base was saved dequantized, if it was saved.
+        # Stock transformers cannot make this base while loading: it was saved, or has to be.
         return _SNIPPET.format(config_import="", arguments='"path/to/this/folder/base",  # written by --save-base')
     inner = ", ".join(f"{key}={value!r}" for key, value in config.items())
     arguments = f'"{base_model}",\n    quantization_config=BitsAndBytesConfig({inner}),\n    dtype=torch.bfloat16,'

@@ -77,9 +77,10 @@ class Tally:
             own = self._found.pop(names, None)
             total = own or InputStatistics(widths[names], self._device)
             product = distributed.add_up(total.sum_of_products())
+            magnitude = distributed.add_up(total.mean_magnitude * total.tokens)
             tokens = distributed.add_up(torch.tensor(total.tokens, device=self._device))
             summed[names] = InputStatistics(widths[names], self._device)
-            summed[names].add(product, int(tokens))
+            summed[names].add(product, int(tokens), magnitude)
         return summed
 
 
@@ -98,4 +99,4 @@ def support_rare_experts(layers: Mapping[str, Layer], found: dict[str, InputStat
         for layer in members:
             width = pool.in_features
             statistics = found.setdefault(layer.name, InputStatistics(width, pool.second_moment.device))
-            statistics.add(pool.second_moment * width, width)
+            statistics.add(pool.second_moment * width, width, pool.mean_magnitude * width)

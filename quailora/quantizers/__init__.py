@@ -6,6 +6,7 @@ from .fp4 import FP4 as FP4
 from .gptq import GPTQ as GPTQ
 from .int8 import Int8 as Int8
 from .nf4 import NF4 as NF4
+from .nf4_gptq import NF4GPTQ as NF4GPTQ
 from .uniform import Uniform as Uniform
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
@@ -14,5 +15,6 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "int8": Int8,
     "uniform": Uniform,
     "gptq": GPTQ,
+    "nf4_gptq": NF4GPTQ,
 }
 """The short names that the command line knows."""

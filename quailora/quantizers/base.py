@@ -34,6 +34,10 @@ class QuantizedWeight(ABC):
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:
         """Return `Q`, the weight that the quantized layer computes with."""
 
+    def packed(self) -> Mapping[str, Tensor]:
+        """Return what stock packages need to load exactly this weight; empty where none of them can."""
+        return {}
+
     @final
     @property
     def nbytes(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn import functional
 
 from .base import QuantizedWeight
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 """The block sizes that bitsandbytes' kernels know."""
+
+_STOCK_BLOCK_SIZE = 64  # the only one that transformers can ask it for
 
 
 @final
@@ -47,6 +50,12 @@ class FourBitWeight(QuantizedWeight):
             stored |= {"offset": self.state.offset, "nested_absmax": self.state.state2.absmax}
         return stored
 
+    def packed(self) -> Mapping[str, Tensor]:
+        """Return the codes and bitsandbytes' own tensors for its state, if transformers knows the block size."""
+        if self.state.blocksize != _STOCK_BLOCK_SIZE:
+            return {}
+        return {"codes": self.codes, **self.state.as_dict(packed=True)}
+
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
         from bitsandbytes.functional import dequantize_4bit
 
@@ -72,11 +81,29 @@ def encode_four_bit(
     return FourBitWeight(codes, state, weight.dtype)
 
 
+def scales_of(stored: FourBitWeight) -> Float[Tensor, "out_features in_features"]:
+    """Return the scale of each weight, float32, as bitsandbytes decodes it."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = stored.state
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    rows, columns = stored.shape
+    each: Tensor = scales.float().repeat_interleave(state.blocksize)[: rows * columns].view(rows, columns)
+    return each
+
+
+def with_codes(stored: FourBitWeight, codes: Float[Tensor, "out_features in_features"]) -> FourBitWeight:
+    """Return a weight with the same scales and other codes: two to a byte, the first one in the upper half."""
+    flat = codes.flatten().to(torch.uint8)
+    pairs = functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)
+    return replace(stored, codes=(pairs[:, :1] << 4) | pairs[:, 1:])
+
+
 def four_bit_config(
     quant_type: Literal["nf4", "fp4"], block_size: int, double_quantization: bool
 ) -> dict[str, object] | None:
     """Return the arguments of transformers' `BitsAndBytesConfig`, which knows block size 64 only."""
-    if block_size != 64:
+    if block_size != _STOCK_BLOCK_SIZE:
         return None
     return {
         "load_in_4bit": True,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, Protocol, final
 
 import torch
 from jaxtyping import Float, Int
@@ -63,25 +63,39 @@ class GPTQ(Quantizer):
         assert statistics is not None  # `quantize` has checked it
         group_size = self.group_size or weight.shape[1]
         statistics = statistics.to(weight.device)
-        moment = statistics.second_moment
-        damping, order, factor = statistics.once((GPTQ, self._factor_key), lambda: self._factor(moment))
+        order, damping, factor = damped_factor(
+            statistics, self.damping, self.damping_scale, activation_order=self.activation_order
+        )
         full = weight.to(torch.promote_types(weight.dtype, torch.float32))
         columns = full.float().T
         columns = columns.clone(memory_format=torch.contiguous_format) if order is None else columns[order]
 
-        static, columns_static = None, None
+        grids: list[Grid] = []
         group_index = None
         if order is not None and self.static_groups:
-            static = Grid.fit(split_groups(full.float(), group_size), self.bits, self.symmetric)
-            columns_static = static.at(order // group_size)
-        elif order is not None:
+            grids.append(Grid.fit(split_groups(full.float(), group_size), self.bits, self.symmetric))
+            codes, loss = sweep(columns, factor, grids[0].at(order // group_size).column)
+            grid = grids[0]
+        else:
+
+            def levels(column: int) -> Grid:
+                if column % group_size == 0:
+                    grids.append(Grid.fit(columns[column : column + group_size].T, self.bits, self.symmetric))
+                return grids[-1]
+
+            codes, loss = sweep(columns, factor, levels, group_size)
+            grid = Grid(
+                torch.stack([each.scale for each in grids], 1),
+                torch.stack([each.zero_point for each in grids], 1),
+                self.bits,
+            )
+        if order is not None and not self.static_groups:
             group_index = torch.empty_like(order, dtype=torch.int32)
             group_index[order] = consecutive_groups(len(order), group_size, order.device).int()
-        codes, grid, loss = sweep(columns, factor, self.bits, self.symmetric, group_size, columns_static)
 
         result = GridWeight.store(
             codes.T if order is None else codes.T[:, order.argsort()],
-            grid if static is None else static,
+            grid,
             symmetric=self.symmetric,
             group_size=group_size,
             dtype=weight.dtype,
@@ -101,21 +115,40 @@ class GPTQ(Quantizer):
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102
         return None
 
-    @property
-    def _factor_key(self) -> tuple[object, ...]:
-        return self.activation_order, self.damping, self.damping_scale
 
-    def _factor(self, moment: Square) -> tuple[float, Int[Tensor, " in_features"] | None, Square]:
-        """Return the damping, the order of rounding (None: left to right), and `inverse_factor` in that order."""
+class Levels(Protocol):
+    """What one column can be rounded to."""
+
+    def encode(self, weight: Float[Tensor, " out_features"], /) -> Float[Tensor, " out_features"]:
+        """Return the code of the nearest level, as an integer held in float32."""
+
+    def decode(self, codes: Float[Tensor, " out_features"], /) -> Float[Tensor, " out_features"]:
+        """Return the levels of codes."""
+
+
+def damped_factor(
+    statistics: InputStatistics, damping: float, scale: Literal["mean", "median"], *, activation_order: bool = False
+) -> tuple[Int[Tensor, " in_features"] | None, float, Square]:
+    """Return the order of rounding (None: left to right), the damping, and `inverse_factor` in that order.
+
+    Args:
+        statistics: of the layer's inputs; they keep the result for the other layers that share them.
+        damping: relative to the `scale` of the diagonal of `H`.
+        scale: see `GPTQ`.
+        activation_order: whether columns with the largest inputs come first.
+    """
+
+    def compute() -> tuple[Int[Tensor, " in_features"] | None, float, Square]:
+        moment = statistics.second_moment
         power = moment.diagonal()
         live = power[power > 0]
-        damping = 1.0
-        if len(live):
-            damping = self.damping * (live.mean() if self.damping_scale == "mean" else live.median()).item()
-        if not self.activation_order:
-            return damping, None, inverse_factor(moment, damping)
+        added = damping * (live.mean() if scale == "mean" else live.median()).item() if len(live) else 1.0
+        if not activation_order:
+            return None, added, inverse_factor(moment, added)
         order = power.argsort(descending=True, stable=True)
-        return damping, order, inverse_factor(moment[order][:, order], damping)
+        return order, added, inverse_factor(moment[order][:, order], added)
+
+    return statistics.once((GPTQ, damping, scale, activation_order), compute)
 
 
 def inverse_factor(moment: Square, damping: float) -> Square:
@@ -133,50 +166,38 @@ def inverse_factor(moment: Square, damping: float) -> Square:
 def sweep(
     columns: Float[Tensor, "in_features out_features"],
     factor: Square,
-    bits: int,
-    symmetric: bool,
-    group_size: int,
-    static: Grid | None = None,
-) -> tuple[Float[Tensor, "in_features out_features"], Grid, float]:
+    levels: Callable[[int], Levels],
+    run: int = 1,
+) -> tuple[Float[Tensor, "in_features out_features"], float]:
     """Round columns of a weight in turn, with error feedback to those that follow.
 
     Feedback is given at three ranges: at once up to the end of a short stretch, by one product to the end of the block
-    when the stretch ends, and by one product to all the rest when the block ends. Stretches and blocks end where groups
-    end (or divide a group), so each group's grid is fitted to weights that all feedback has reached.
+    when the stretch ends, and by one product to all the rest when the block ends. Stretches and blocks end where runs
+    end (or divide a run), so levels can be fitted to a run of columns that all feedback has reached.
 
     Args:
         columns: the transposed weight, in the order of rounding; overwritten.
         factor: `U` of `inverse_factor`, in the same order.
-        bits: width of a code.
-        symmetric: as in `Grid.fit`.
-        group_size: columns that share a scale.
-        static: grid of each column; fitted on the way, one for each run of `group_size` columns, if it is missing.
+        levels: gives the levels of a column, when its turn comes.
+        run: columns that levels are fitted to together.
 
     Returns:
-        Codes, transposed as the weight; the grid of each group (the static grid, if there is one); and the loss
-        `tr(E (H + damping * I) E^T)` of what rounding has done.
+        Codes, transposed as the weight; and the loss `tr(E (H + damping * I) E^T)` of what rounding has done.
     """
     count = len(columns)
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     scales = factor.diagonal().tolist()
-    fitted: list[Grid] = []
-    run = 1 if static is not None or group_size >= count else group_size  # whose grids are fitted on the way
+    run = 1 if run >= count else run
     for start, stop in cut(0, count, run, BLOCK):
         for first, last in cut(start, stop, run, STRETCH):
             for column in range(first, last):
-                value = columns[column]
-                if static is None and column % group_size == 0:
-                    fitted.append(Grid.fit(columns[column : column + group_size].T, bits, symmetric))
-                grid = fitted[-1] if static is None else static.column(column)
-                codes[column] = code = grid.encode(value)
-                errors[column] = error = (value - grid.decode(code)) / scales[column]
+                value, level = columns[column], levels(column)
+                codes[column] = code = level.encode(value)
+                errors[column] = error = (value - level.decode(code)) / scales[column]
                 columns[column + 1 : last].addr_(factor[column, column + 1 : last], error, alpha=-1)
             columns[last:stop].addmm_(factor[first:last, last:stop].T, errors[first:last], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    loss = errors.square().sum(dtype=torch.float64).item()  # the errors are E U^-1
-    if static is not None:
-        return codes, static, loss
-    return codes, Grid(torch.stack([g.scale for g in fitted], 1), torch.stack([g.zero_point for g in fitted], 1), bits), loss
+    return codes, errors.square().sum(dtype=torch.float64).item()  # the errors are E U^-1
 
 
 def cut(start: int, stop: int, run: int, limit: int) -> Iterator[tuple[int, int]]:

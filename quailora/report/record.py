@@ -31,6 +31,7 @@ class LayerRecord:
         error_optimal: the least for this rank; in wide layers a certified bound just below it.
         relative_error: `error / tr(W H W^T)`.
         iterations: rounds that the solver ran.
+        seconds: what it took to quantize and correct; what several methods share counts for the first of them.
         asymmetry: for asymmetric inputs, share of the way from `W` (0) to `W*` (1) at which the target lies.
     """
 
@@ -45,10 +46,18 @@ class LayerRecord:
     error_optimal: float
     relative_error: float
     iterations: int
+    seconds: float = 0.0
     asymmetry: float | None = None
 
     @classmethod
-    def of(cls, name: str, layer: LayerInitialization, tokens: int, asymmetry: float | None = None) -> LayerRecord:
+    def of(
+        cls,
+        name: str,
+        layer: LayerInitialization,
+        tokens: int,
+        seconds: float = 0.0,
+        asymmetry: float | None = None,
+    ) -> LayerRecord:
         """Take down one initialized layer."""
         return cls(
             name=name,
@@ -62,6 +71,7 @@ class LayerRecord:
             error_optimal=layer.error_optimal,
             relative_error=layer.relative_error,
             iterations=layer.low_rank.iterations,
+            seconds=round(seconds, 4),
             asymmetry=asymmetry,
         )
 

@@ -1,0 +1,130 @@
+"""Methods side by side: one calibration, one evaluation, one board."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor
+
+from .adapters.lora import LoraScaling
+from .calibration import Calibration, TextSource, evaluation_windows, shipped_text
+from .checkpoint import locked
+from .contest import FULL_PRECISION, Contender, Contest
+from .fingerprint import digest, fingerprint
+from .models.layers import linear_layers
+from .models.load import DeviceName, DtypeName, LoadedModel, check_sequence_length, load_model
+from .pipeline import check_scaling
+from .quantizers import NF4, Int8, Quantizer, Uniform
+from .recipes import RECIPES, find_recipe
+from .report.comparison import Comparison
+from .report.settings import describe
+from .scoreboard import Scoreboard, write_comparison
+
+logger = logging.getLogger("quailora")
+
+BASELINES: tuple[Quantizer, ...] = (Int8(), Uniform(bits=6), Uniform(bits=5), Uniform(bits=4), Uniform(bits=3))
+"""Bases alone, with more bits and fewer, since an adapter has to beat spending its bytes on them."""
+
+
+def compare(
+    model: str,
+    *,
+    out: str,
+    recipes: Sequence[str] = ("all",),
+    ranks: Sequence[int] = (16,),
+    quantizer: Quantizer = NF4(),  # noqa: B008 # frozen
+    against: str = "quailora",
+    text: Sequence[str] = (),
+    text_fields: Sequence[str] = ("text",),
+    windows: int = 10,
+    window_length: int = 2048,
+    calibration: str | None = None,
+    calibration_fields: Sequence[str] = ("text",),
+    calibration_split: str = "train",
+    samples: int = 16,
+    sequence_length: int = 1024,
+    seed: int = 0,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    fresh: bool = False,
+) -> Comparison:
+    """Compare methods on the same calibration data: perplexity, divergence, bytes and seconds.
+
+    Every finished row is kept, so a comparison that was interrupted goes on, and more recipes can be added later.
+    Writes results.json, results.csv, results.md and report.html. `quailora init --recipe` gives the adapter of a row.
+
+    Args:
+        model: hub name, folder, .gguf file, or "demo"; it is held in memory.
+        out: folder for the results.
+        recipes: names that `quailora list` shows, or "all".
+        ranks: ranks of the adapters.
+        quantizer: of the base.
+        against: the recipe that differences are taken from, at the same rank.
+        text: text or .jsonl files to evaluate on; the shipped text by default. Do not use the calibration text.
+        text_fields: text fields of a .jsonl record.
+        windows: windows of each text at most.
+        window_length: tokens in such a window.
+        calibration: a text file, a .jsonl file, or the name of a data set; the shipped text by default.
+        calibration_fields: text fields of a record, joined in this order.
+        calibration_split: split of a data set.
+        samples: number of calibration windows.
+        sequence_length: tokens in a calibration window.
+        seed: seed of the draw of windows and of untrained directions.
+        dtype: dtype of the model; "auto" keeps that of the checkpoint.
+        device: "auto" is the GPU where there is one.
+        fresh: forget earlier results in the folder.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    names = list(RECIPES) if "all" in recipes else [*recipes]
+    rows = {name: find_recipe(name) for name in dict.fromkeys(("qlora", against, *names))}
+    contenders = [Contender.alone("base alone", quantizer), *map(baseline, BASELINES)]
+    contenders += [Contender.of(name, row, quantizer, rank) for rank in ranks for name, row in rows.items()]
+    calibrate_on = TextSource(calibration, tuple(calibration_fields), calibration_split)
+    source = Calibration(calibrate_on, samples, sequence_length, seed)
+
+    loaded = load_model(model, dtype, device)
+    check_sequence_length(loaded.model, max(sequence_length, window_length))
+    for rank in ranks:
+        check_scaling(linear_layers(loaded.model), LoraScaling(rank))
+    seen = source.windows(loaded.tokenizer)
+    texts = dict(evaluation_texts(loaded, text, text_fields, windows, window_length))
+    settings = {"quantizer": describe(quantizer), "seed": seed} | {name: digest(ids) for name, ids in texts.items()}
+    folder = Path(out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "work"):
+        board = Scoreboard(folder / "rows", fingerprint(settings, loaded, seen), fresh)
+        board.open()
+        layers = linear_layers(loaded.model)
+        Contest(loaded, layers, source, seen, texts, folder / "work", board, seed).measure(contenders)
+    kept = board.rows()
+    comparison = Comparison(
+        title=f"{model}, {quantizer!r}",
+        reference=against,
+        texts=tuple(texts),
+        rows=tuple(kept[name] for name in [FULL_PRECISION, *(contender.name for contender in contenders)]),
+    )
+    write_comparison(comparison, folder)
+    return comparison
+
+
+def baseline(quantizer: Quantizer) -> Contender:
+    """Return a base of `BASELINES` alone."""
+    name = "int8" if isinstance(quantizer, Int8) else f"uniform {getattr(quantizer, 'bits', '')} bits"
+    return Contender.alone(name, quantizer)
+
+
+def evaluation_texts(
+    loaded: LoadedModel, paths: Sequence[str], fields: Sequence[str], windows: int, length: int
+) -> Iterator[tuple[str, Int[Tensor, "windows length"]]]:
+    """Yield the name and the windows of each text."""
+    sources = {Path(path).stem: list(TextSource(path, tuple(fields)).documents()) for path in paths}
+    for name, documents in (sources or {"shipped text": [shipped_text("evaluate")]}).items():
+        ids = evaluation_windows(loaded.tokenizer, documents, windows, length)
+        if len(ids) < windows:
+            logger.warning("%s fills %d windows, not %d.", name, len(ids), windows)
+        yield name, ids

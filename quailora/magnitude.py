@@ -1,0 +1,48 @@
+"""Weights of smaller magnitude with nearly the same outputs: MagR (Zhang et al., 2024, arXiv 2406.00800)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .metrics import Metric
+
+Matrix = Float[Tensor, "out_features in_features"]
+
+
+def reduced(weight: Matrix, metric: Metric, alpha: float, iterations: int) -> Matrix:
+    """Return a weight whose rows have smaller maxima.
+
+    Minimises `1/2 (w' - w) H (w' - w)^T + alpha max|w'|` for each row by proximal gradient steps, `H` scaled to a
+    largest eigenvalue of 1.
+
+    Args:
+        weight: `W`.
+        metric: `H`.
+        alpha: weight of the largest magnitude.
+        iterations: steps.
+    """
+    probe = torch.ones(1, weight.shape[1], device=weight.device)
+    largest = 0.0
+    for _ in range(20):  # power iteration
+        probe = metric.product(probe)
+        largest = probe.norm().item()
+        if largest == 0:
+            return weight
+        probe /= largest
+    original, current = weight.float(), weight.float()
+    for _ in range(iterations):
+        stepped = current - metric.product(current - original) / largest
+        current = stepped - onto_l1_ball(stepped, alpha)  # Moreau: the proximal step of the maximum norm
+    return current.to(weight.dtype)
+
+
+def onto_l1_ball(rows: Float[Tensor, "rows columns"], radius: float) -> Float[Tensor, "rows columns"]:
+    """Return the nearest point of the 1-norm ball to each row."""
+    magnitude = rows.abs().sort(dim=1, descending=True).values
+    excess = magnitude.cumsum(1) - radius
+    count = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    last = ((magnitude * count > excess).sum(1) - 1).clamp(min=0)
+    threshold = (excess.gather(1, last[:, None]) / (last[:, None] + 1)).clamp(min=0)
+    return rows.sign() * (rows.abs() - threshold).clamp(min=0)

@@ -1,0 +1,131 @@
+"""Perplexity and divergence of many variants of one model, side by side on the same windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional
+
+from .models.layers import Layer
+from .models.weights import replaced
+from .polish import divergence
+from .progress import counting
+
+_TOKENS = 256  # tokens whose whole distributions are compared at a time
+
+
+@final
+@dataclass(frozen=True)
+class Scores:
+    """How good a variant is on some text. Everything is a mean over the predicted tokens of a window, in nats.
+
+    Attributes:
+        losses: negative log likelihood, window by window.
+        divergences: `KL(p || q)` of the variant's distribution `q` from that of full precision `p`, window by window.
+    """
+
+    losses: tuple[float, ...]
+    divergences: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """`exp` of the mean loss."""
+        return math.exp(sum(self.losses) / len(self.losses))
+
+    @property
+    def divergence(self) -> float:
+        """Mean divergence."""
+        return sum(self.divergences) / len(self.divergences)
+
+
+@final
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference over windows, with its 95 % confidence interval (Student's t)."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def between(cls, first: Scores, second: Scores) -> Difference:
+        """Return the loss of the first less that of the second, paired by window: below zero, the first is better."""
+        pairs = zip(first.losses, second.losses, strict=True)
+        found = stats.ttest_1samp([a - b for a, b in pairs], 0.0)
+        interval = found.confidence_interval(0.95)
+        mean = sum(first.losses) / len(first.losses) - sum(second.losses) / len(second.losses)
+        return cls(mean, float(interval.low), float(interval.high))
+
+
+@final
+class Corrected(Mapping[str, Tensor]):
+    """The weights `Q + lora_B @ lora_A` of a variant, computed when they are asked for.
+
+    Args:
+        quantized: `Q` of each layer, maybe memory-mapped.
+        corrections: `(lora_A, lora_B)` of the layers that have one.
+    """
+
+    def __init__(self, quantized: Mapping[str, Tensor], corrections: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self._quantized = quantized
+        self._corrections = corrections
+
+    def __getitem__(self, layer: str) -> Tensor:
+        weight = self._quantized[layer]
+        if layer not in self._corrections:
+            return weight
+        lora_A, lora_B = self._corrections[layer]
+        return torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A).to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._quantized)
+
+    def __len__(self) -> int:
+        return len(self._quantized)
+
+
+@torch.inference_mode()
+def measure(
+    model: Any,
+    layers: Mapping[str, Layer],
+    variants: Mapping[str, Mapping[str, Tensor]],
+    windows: Int[Tensor, "windows sequence_length"],
+    description: str = "Evaluating",
+) -> dict[str, Scores]:
+    """Measure variants of a model that differ in the weights of its linear layers.
+
+    Window by window, the model is run in full precision, then as each variant, so that no distributions are kept.
+
+    Args:
+        model: a transformers causal language model in full precision, in memory.
+        layers: its layers.
+        variants: weights by layer, by variant; no weights are the model itself.
+        windows: token ids.
+        description: label of the progress bar.
+    """
+    device = next(model.parameters()).device
+    scores: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    with counting(description, len(windows) * len(variants)) as advance:
+        for window in windows:
+            ids = window.to(device)
+            reference = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            for name, weights in variants.items():
+                with replaced(layers, weights):
+                    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+                loss = functional.cross_entropy(logits.float(), ids[1:]).item()
+                scores[name].append((loss, mean_divergence(reference, logits)))
+                advance()
+    return {name: Scores(*map(tuple, zip(*pairs, strict=True))) for name, pairs in scores.items()}
+
+
+def mean_divergence(expected: Float[Tensor, "tokens vocabulary"], found: Float[Tensor, "tokens vocabulary"]) -> float:
+    """Return `divergence` of many tokens, some at a time."""
+    pairs = zip(torch.split(expected, _TOKENS), torch.split(found, _TOKENS), strict=True)
+    return sum(divergence(p, q).item() * len(p) for p, q in pairs) / len(expected)

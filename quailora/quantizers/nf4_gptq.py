@@ -1,0 +1,89 @@
+"""NF4 codes chosen with error feedback, in bitsandbytes' own format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..metrics import METRICS, check_damping
+from ..statistics import InputStatistics
+from .base import Quantizer
+from .fourbit import BlockSize, FourBitWeight, encode_four_bit, scales_of, with_codes
+from .gptq import damped_factor, sweep
+
+_TIE = 1e-4  # share by which the sweep has to be better than rounding to nearest, against float32's errors
+
+
+@final
+@dataclass(frozen=True)
+class NF4GPTQ(Quantizer):
+    """NF4 with the scales of nearest rounding, and the codes of a GPTQ sweep.
+
+    bitsandbytes stores codes and scales, and does not ask how the codes were found: the result is a 4-bit checkpoint
+    like any other. Columns are rounded in turn, left to right, and those still to come make up for the error made.
+    If the sweep ends no better than rounding to nearest, in the metric of `H`, the latter is returned.
+
+    Attributes:
+        block_size: weights that share a scale.
+        double_quantization: store the scales in 8 bits (`bnb_4bit_use_double_quant`).
+        damping: added to the diagonal of `H`, relative to the `damping_scale` of that diagonal.
+        damping_scale: "mean" or "median"; see `GPTQ`.
+    """
+
+    block_size: BlockSize = 64
+    double_quantization: bool = True
+    damping: float = 0.01
+    damping_scale: Literal["mean", "median"] = "median"
+
+    calibrated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    def encode(  # noqa: D102
+        self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
+    ) -> FourBitWeight:
+        assert statistics is not None  # `quantize` has checked it
+        statistics = statistics.to(weight.device)
+        nearest = encode_four_bit(weight, "nf4", self.block_size, self.double_quantization)
+        scales = scales_of(nearest)
+        full = weight.float()
+        columns = full.T.clone(memory_format=torch.contiguous_format)
+        _, _, factor = damped_factor(statistics, self.damping, self.damping_scale)
+        table = nearest.state.code.to(full.device)
+        codes, _ = sweep(columns, factor, lambda column: ScaledTable(table, scales[:, column]))
+        swept = with_codes(nearest, codes.T)
+
+        metric = METRICS["gram"](statistics)
+        energies = [metric.energy(full - each.dequantize().float()) for each in (swept, nearest)]
+        return swept if energies[0] < (1 - _TIE) * energies[1] else nearest
+
+    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+        return None
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ScaledTable:
+    """The 16 values of a code, times a scale for each weight.
+
+    Attributes:
+        table: values of the codes, ascending.
+        scale: of each weight.
+    """
+
+    table: Float[Tensor, " levels"]
+    scale: Float[Tensor, " out_features"]
+
+    def encode(self, value: Float[Tensor, " out_features"]) -> Float[Tensor, " out_features"]:
+        """Return the code of the nearest value, held in float32."""
+        middles = (self.table[1:] + self.table[:-1]) / 2
+        return torch.bucketize(value / self.scale.clamp(min=torch.finfo(value.dtype).tiny), middles).to(value.dtype)
+
+    def decode(self, codes: Float[Tensor, " out_features"]) -> Float[Tensor, " out_features"]:
+        """Return the values of codes."""
+        return self.table[codes.long()] * self.scale

@@ -1,0 +1,306 @@
+"""`quailora compare`: rows against independent measurements, resuming, files, errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from peft import PeftModel
+from scipy import stats
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from quailora import SVD, Initializer, Uniform
+from quailora.calibration import Calibration, evaluation_windows, shipped_text
+from quailora.comparison import compare
+from quailora.errors import ConfigurationError, ModelError, NumericalError, ResumeError
+from quailora.evaluate import evaluate
+from quailora.measure import Corrected, Difference, Scores, mean_divergence, measure
+from quailora.models.layers import linear_layers
+from quailora.models.load import load_model
+from quailora.models.weights import replaced
+from quailora.pipeline import init
+from quailora.polish import Polish, corrected
+from quailora.recipes import RECIPES
+from quailora.scoreboard import Scoreboard
+
+SMALL = {"samples": 8, "sequence_length": 64, "windows": 3, "window_length": 128}
+
+
+@pytest.fixture(scope="module")
+def everything(tiny_llama, tmp_path_factory):
+    """All recipes at two ranks on the tiny model, at 3 bits."""
+    folder = tmp_path_factory.mktemp("comparison")
+    base = Uniform(bits=3, group_size=32)
+    return folder, compare(str(tiny_llama), out=str(folder), ranks=(2, 4), quantizer=base, **SMALL)
+
+
+def test_every_recipe_has_a_row_for_each_rank(everything):
+    folder, comparison = everything
+    expected = {f"{name} r{rank}" for name in RECIPES for rank in (2, 4)}
+    found = {row.name: row for row in comparison.rows}
+    assert expected <= set(found)
+    assert {"full precision", "base alone", "int8", "uniform 5 bits"} <= set(found)
+    assert found["full precision"].scores["shipped text"].divergence == pytest.approx(0, abs=1e-7)
+    assert (
+        found["uniform 6 bits"].scores["shipped text"].divergence
+        < found["base alone"].scores["shipped text"].divergence
+    )
+    for row in comparison.rows:
+        assert row.scores["shipped text"].divergence >= -1e-7
+        assert len(row.scores["shipped text"].losses) == 3
+    assert not list((folder / "work").glob("*/run-*"))
+
+
+def test_rows_equal_evaluating_the_adapter(everything, tiny_llama, tmp_path):
+    """A row of each kind against `init --recipe`, stock PEFT and `evaluate`."""
+    _, comparison = everything
+    rows = {row.name: row for row in comparison.rows}
+    common = {"samples": 8, "sequence_length": 64, "rank": 4, "quantizer": Uniform(bits=3, group_size=32)}
+    for name in ("qera-exact", "joint", "asymmetric", "eora"):
+        init(str(tiny_llama), out=str(tmp_path / name), recipe=name, save_base=True, **common)
+        found = evaluate(str(tiny_llama), adapter=str(tmp_path / name), windows=3, sequence_length=128).results
+        row = rows[f"{name} r4"].scores["shipped text"]
+        assert row.perplexity == pytest.approx(found["quantized + adapter"].perplexity, rel=1e-5)
+        full = rows["full precision"].scores["shipped text"].perplexity
+        assert full == pytest.approx(found["full precision"].perplexity, rel=1e-6)
+
+
+def test_bytes_are_those_of_the_files(everything):
+    _, comparison = everything
+    row = next(row for row in comparison.rows if row.name == "quailora r4")
+    shapes = [layer.shape for layer in row.layers]
+    assert row.adapter_bytes == sum(2 * 4 * (rows + columns) for rows, columns in shapes)
+    assert row.base_bytes == pytest.approx(
+        sum(rows * columns for rows, columns in shapes) * row.bits_per_weight / 8, abs=1
+    )
+    alone = next(row for row in comparison.rows if row.name == "base alone")
+    assert (alone.adapter_bytes, alone.base_bytes) == (0, row.base_bytes)
+
+
+def test_spectra_add_up_to_what_is_gained(everything):
+    _, comparison = everything
+    rows = {row.name: row for row in comparison.rows}
+    row = rows["qera-exact r4"]
+    gained = [1 - layer.error / layer.error_none for layer in row.layers]
+    assert row.spectrum[-1] == pytest.approx(sum(gained) / len(gained), rel=1e-4)
+    assert list(row.spectrum) == sorted(row.spectrum)
+    assert rows["lorc r4"].spectrum == ()
+
+
+def test_files(everything):
+    folder, comparison = everything
+    records = list(csv.DictReader((folder / "results.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(records) == len(comparison.rows)
+    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in content["rows"]] == [row.name for row in comparison.rows]
+    lines = (folder / "results.md").read_text(encoding="utf-8").splitlines()
+    assert sum(line.startswith("| ") for line in lines) == len(comparison.rows) + 2
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    checker = WellFormed()
+    checker.feed(page)
+    assert checker.open == []
+    assert checker.seen["svg"] == 6
+    assert not re.search(r'(src|href)="(?!#|data:)', page)  # nothing is fetched
+    identifiers = re.findall(r'\bid="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers))
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(identifiers)
+
+
+class WellFormed(HTMLParser):
+    """Counts tags, and keeps those that are open."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], {}
+
+    def handle_starttag(self, tag, attrs):
+        self.seen[tag] = self.seen.get(tag, 0) + 1
+        if tag not in {"meta", "link"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen[tag] = self.seen.get(tag, 0) + 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_finished_rows_are_kept_and_others_added(tiny_llama, tmp_path, monkeypatch):
+    """An interrupted comparison goes on; other settings are refused, and told apart."""
+    added = []
+    plain = Scoreboard.add
+    monkeypatch.setattr(Scoreboard, "add", lambda self, row: (added.append(row.name), plain(self, row)))
+    options = {"out": str(tmp_path), "ranks": (2,), **SMALL}
+    first = compare(str(tiny_llama), recipes=["qera-exact"], **options)
+    assert added[-3:] == ["qlora r2", "quailora r2", "qera-exact r2"]
+    added.clear()
+    second = compare(str(tiny_llama), recipes=["qera-exact", "lorc"], **options)
+    assert added == ["lorc r2"]
+    kept = {row.name: row for row in first.rows}
+    assert all(kept[row.name] == row for row in second.rows if row.name in kept)
+    monkeypatch.setitem(RECIPES, "lorc", replace(RECIPES["lorc"], solver=SVD(tolerance=1e-4)))
+    added.clear()
+    compare(str(tiny_llama), recipes=["lorc"], **options)
+    assert added == ["lorc r2"]  # whose definition has changed
+    with pytest.raises(ResumeError, match=r"rows of another comparison, which differs in seed"):
+        compare(str(tiny_llama), recipes=["lorc"], seed=1, **options)
+    compare(str(tiny_llama), recipes=["lorc"], seed=1, fresh=True, **options)
+
+
+def test_two_texts_and_differences(tiny_llama, tmp_path):
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for number, path in enumerate(texts):
+        path.write_text("".join(f"The {word} of {number} is here. " for word in range(600)), encoding="utf-8")
+    comparison = compare(
+        str(tiny_llama), out=str(tmp_path / "out"), recipes=["lorc"], text=[str(path) for path in texts], **SMALL
+    )
+    assert comparison.texts == ("a", "b")
+    rows = {row.name: row for row in comparison.rows}
+    for text in comparison.texts:
+        found = comparison.difference(rows["lorc r16"], text)
+        pairs = [rows[name].scores[text].losses for name in ("lorc r16", "quailora r16")]
+        expected = stats.ttest_rel(*pairs)
+        assert found.mean == pytest.approx(sum(pairs[0]) / 3 - sum(pairs[1]) / 3)
+        assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+        assert comparison.difference(rows["quailora r16"], text) is None
+    comparison.show()
+
+
+def test_divergence_by_definition(generator):
+    first, second = torch.randn(600, 50, generator=generator), torch.randn(600, 50, generator=generator)
+    p, q = functional.softmax(first.double(), -1), functional.softmax(second.double(), -1)
+    expected = (p * (p / q).log()).sum(-1).mean().item()
+    assert mean_divergence(first, second) == pytest.approx(expected, rel=1e-5)
+    assert mean_divergence(first, first) == pytest.approx(0, abs=1e-9)
+
+
+def test_differences_of_equal_scores():
+    same = Scores((1.0, 2.0, 3.0), (0.0, 0.0, 0.0))
+    other = Scores((1.5, 2.5, 3.7), (0.0, 0.0, 0.0))
+    found = Difference.between(other, same)
+    assert found.mean == pytest.approx(1.7 / 3)
+    assert 0 < found.low < found.mean < found.high
+    assert math.exp(2.0) == pytest.approx(same.perplexity)
+
+
+def test_bad_input_is_refused(tiny_llama, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"Unknown recipe 'lorca'. Expected one of qlora"):
+        compare(str(tiny_llama), out=str(tmp_path), recipes=["lorca"], **SMALL)
+    with pytest.raises(ConfigurationError, match="A recipe decides solver, metric and inputs"):
+        init(str(tiny_llama), out=str(tmp_path), recipe="lorc", inputs="quantized")
+
+
+@pytest.fixture
+def whole_blocks(tmp_path, tokenizer):
+    """A Llama whose widths are multiples of 64, which bitsandbytes' inference on a CPU asks for."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ["loftq", "cloq"])
+def test_a_changed_nf4_base_is_a_stock_checkpoint(name, whole_blocks, tmp_path):
+    """Written beside the adapter in 4 bits, it loads without quailora and computes what the row was measured with."""
+    from bitsandbytes.nn import Linear4bit
+
+    rows = compare(str(whole_blocks), out=str(tmp_path / "rows"), recipes=[name], ranks=(4,), **SMALL).rows
+    measured = next(row for row in rows if row.recipe == name).scores["shipped text"].perplexity
+    out = tmp_path / "out"
+    init(str(whole_blocks), out=str(out), recipe=name, rank=4, samples=8, sequence_length=64)
+    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    names = linear_layers(load_model(str(whole_blocks)).model)
+    assert all(isinstance(base.get_submodule(layer), Linear4bit) for layer in names)
+    windows = evaluation_windows(AutoTokenizer.from_pretrained(whole_blocks), [shipped_text("evaluate")], 3, 128)
+    model = PeftModel.from_pretrained(base, str(out))
+    losses = [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in windows]
+    assert math.exp(sum(losses) / 3) == pytest.approx(measured, rel=1e-4)
+    found = evaluate(str(whole_blocks), adapter=str(out), windows=3, sequence_length=128).results
+    assert found["quantized + adapter"].perplexity == pytest.approx(measured, rel=1e-3)  # scales in bfloat16
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "path/to/this/folder/base" in card
+    assert "quantization_config" not in card
+    shutil.rmtree(out / "base")
+    if name == "loftq":
+        with pytest.raises(ModelError, match="belongs on the base that was written with it"):
+            evaluate(str(whole_blocks), adapter=str(out), sequence_length=128)
+
+
+def test_distillation_lowers_the_divergence_and_leaves_the_model(tiny_llama, tokenizer):
+    """On the text it trains on, in full precision arithmetic, from the closed form."""
+    model = load_model(str(tiny_llama)).model
+    layers = linear_layers(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    source = Calibration(samples=8, sequence_length=64)
+    quantized, factors = {}, {}
+    for name, layer in layers.items():
+        found = Initializer(Uniform(bits=2), SVD(), 4)(layer.weight)
+        quantized[name] = found.quantized.dequantize()
+        factors[name] = (found.low_rank.lora_A, found.low_rank.lora_B)
+    polish = Polish(steps=20, batch=2, sequence_length=64, learning_rate=3e-3)
+    windows = polish.windows(source, tokenizer)
+    trained = polish.train(model, layers, quantized, factors, windows, "model")
+    scores = measure(
+        model, layers, {"start": Corrected(quantized, factors), "end": Corrected(quantized, trained)}, windows[:8]
+    )
+    assert scores["end"].divergence < 0.9 * scores["start"].divergence
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.requires_grad
+        assert parameter.grad is None
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_correction_in_training_is_that_of_the_adapter(tiny_llama):
+    model = load_model(str(tiny_llama)).model
+    layers = linear_layers(model)
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        name: (torch.randn(3, layer.shape[1], generator=generator), torch.randn(layer.shape[0], 3, generator=generator))
+        for name, layer in layers.items()
+    }
+    weights = {name: layer.weight.clone() for name, layer in layers.items()}
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        with corrected(layers, factors):
+            found = model(ids).logits
+        with replaced(layers, Corrected(weights, factors)):
+            expected = model(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bad_training_is_refused(tiny_llama, tmp_path):
+    with pytest.raises(ConfigurationError, match="has to fit into memory"):
+        init(
+            str(tiny_llama),
+            out=str(tmp_path),
+            recipe="polished",
+            rank=2,
+            offload="always",
+            samples=4,
+            sequence_length=32,
+        )
+    with pytest.raises(ConfigurationError, match="got 0 steps of 2 x 512"):
+        Polish(steps=0)
+    model = load_model(str(tiny_llama)).model
+    layers = linear_layers(model)
+    weights = {name: layer.weight * float("nan") for name, layer in layers.items()}
+    factors = {name: (torch.ones(1, layer.shape[1]), torch.ones(layer.shape[0], 1)) for name, layer in layers.items()}
+    with pytest.raises(NumericalError, match="The loss of step 1 is nan"):
+        Polish(steps=1, batch=1, sequence_length=8).train(model, layers, weights, factors, torch.ones(1, 8).long())

@@ -1,0 +1,202 @@
+"""Schedules and recipes: laws over every row of the table, and each schedule against its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import each_recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import svd
+from scipy.optimize import minimize
+from strategies import problems
+
+from quailora import FP4, GPTQ, NF4, NF4GPTQ, SVD, Gram, Initializer, Int8, Optimal, Uniform
+from quailora.adapters.lora import LoraScaling
+from quailora.errors import CalibrationError, ConfigurationError
+from quailora.layer import QuantizedLayer
+from quailora.magnitude import onto_l1_ball, reduced
+from quailora.recipes import RECIPES, find_recipe, with_feedback
+from quailora.schedules import Alternate, Once, Preserve, Project, deflated, preserved_rank
+from quailora.testing import make_problem, rounding
+
+BASES = [NF4(), NF4(block_size=32, double_quantization=False), Uniform(bits=3, group_size=16), Uniform(bits=2)]
+
+
+def initializer(row, base, rank):
+    return row.method(base, LoraScaling(rank)).initializer
+
+
+@each_recipe
+@settings(max_examples=10)
+@given(problem=problems(dtypes=(torch.float32,)), base=st.sampled_from(BASES), data=st.data())
+def test_every_recipe_keeps_the_order_of_errors(name, problem, base, data):
+    """Law 2, whatever the base became: optimum <= recipe, and calibrated recipes <= uncalibrated <= no correction."""
+    rank = data.draw(st.integers(1, min(problem.weight.shape)))
+    row = find_recipe(name)
+    layer = initializer(row, base, rank)(problem.weight, problem.statistics)
+    slack = 2 * rounding(layer.error_uncalibrated, layer.error_none, torch.float32) + 1e-9 * layer.error_none
+    assert layer.error_optimal <= layer.error + slack
+    assert layer.error <= layer.error_none + slack
+    if row.solver.calibrated and row.metric == "gram":
+        assert layer.error <= layer.error_uncalibrated + slack
+
+
+@each_recipe
+@settings(max_examples=10)
+@given(problem=problems(dtypes=(torch.float32,)), base=st.sampled_from(BASES), data=st.data())
+def test_schedules_are_never_worse_than_quantizing_once(name, problem, base, data):
+    """Law 4, in the metric that the method minimises. Smaller magnitudes are no promise about the error."""
+    row = find_recipe(name)
+    if name == "cloq":
+        return
+    rank = data.draw(st.integers(1, min(problem.weight.shape)))
+    found = initializer(row, base, rank)(problem.weight, problem.statistics)
+    once = Initializer(initializer(row, base, rank).quantizer, row.solver, rank, row.metric)(
+        problem.weight, problem.statistics
+    )
+    slack = 2 * rounding(once.low_rank.error, once.error_none, torch.float32) + 1e-9 * once.error_none
+    assert found.low_rank.error <= once.low_rank.error + slack
+
+
+@each_recipe
+def test_recipes_that_keep_the_base_keep_it(name):
+    problem = make_problem(24, 64, "decaying")
+    row = find_recipe(name)
+    base = Uniform(bits=3, group_size=16)
+    stored = initializer(row, base, 4)(problem.weight, problem.statistics).quantized.dequantize()
+    same = torch.equal(stored, base.quantize(problem.weight).dequantize())
+    assert same or row.changes_base
+
+
+def test_the_methods_do_what_they_claim():
+    """The orderings that the papers report, on a layer with decaying inputs at 2 bits."""
+    problem = make_problem(96, 128, "decaying")
+    base = Uniform(bits=2, group_size=32)
+
+    def relative(name, of="gram"):
+        layer = initializer(find_recipe(name), base, 8)(problem.weight, problem.statistics)
+        if of == "gram":
+            return layer.error
+        return (problem.weight - layer.quantized.dequantize() - layer.low_rank.dense()).square().sum().item()
+
+    assert relative("loftq", "weight") < relative("lorc", "weight") < relative("qlora", "weight")
+    assert relative("qera-exact") < relative("qera-approx") < relative("lorc")
+    assert relative("qera-exact") == pytest.approx(relative("quailora"), rel=5e-3)
+    assert relative("cloq") < relative("qera-exact")
+    assert relative("caldera") < relative("qera-exact")
+    assert relative("joint") <= relative("caldera")
+    assert relative("srr") <= relative("qera-exact")
+
+
+@pytest.mark.parametrize("start", ["quantize", "low-rank", "outliers"])
+def test_alternation_by_hand(start):
+    """One round against the definition, with SciPy's decomposition."""
+    problem = make_problem(12, 20)
+    base = Uniform(bits=2, group_size=None)
+
+    def best(matrix):
+        u, s, vh = svd(matrix.double().numpy())
+        return torch.from_numpy((u[:, :3] * s[:3]) @ vh[:3]).float()
+
+    weight = problem.weight
+    if start == "quantize":
+        taken = best(weight - base.quantize(weight).dequantize())
+    elif start == "low-rank":
+        taken = best(weight)
+    else:
+        taken = torch.zeros_like(weight)
+        loud = problem.statistics.second_moment.diagonal().topk(3).indices
+        taken[:, loud] = weight[:, loud]
+    candidates = [base.quantize(weight).dequantize(), base.quantize(weight - taken).dequantize()]
+    expected = min((weight - q - best(weight - q)).square().sum().item() for q in candidates)
+    alternating = Initializer(base, SVD(), 3, "identity", Alternate(rounds=1, start=start))
+    layer = alternating(weight, problem.statistics)
+    assert layer.low_rank.error == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_feedback_does_not_see_what_the_correction_repairs():
+    """`H'` is `L (I - V V^T) L^T` with the right singular vectors of `E L`."""
+    problem = make_problem(10, 16)
+    layer = QuantizedLayer.of(Uniform(bits=2), problem.weight, problem.statistics)
+    moment = problem.statistics.second_moment
+    root = torch.linalg.cholesky(moment)
+    _, _, vh = torch.linalg.svd(layer.objective.error.double() @ root)
+    kept = torch.eye(16, dtype=torch.float64) - vh[:3].T @ vh[:3]
+    expected = root @ kept @ root.T
+    found = deflated(problem.statistics, layer.objective, 3).second_moment
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_preserved_rank_by_definition():
+    problem = make_problem(12, 16, "decaying")
+    noise = torch.rand(12, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    layer = QuantizedLayer.of(Uniform(bits=3), problem.weight, problem.statistics)
+    root = torch.linalg.cholesky(problem.statistics.second_moment + 1e-12 * torch.eye(16, dtype=torch.float64))
+    tails = []
+    for matrix in (problem.weight, noise):
+        energies = torch.linalg.svdvals(matrix.double() @ root).square()
+        tails.append([energies[kept:].sum() / energies.sum() for kept in range(6)])
+    expected = min(range(6), key=lambda kept: tails[0][kept] * tails[1][5 - kept])
+    assert preserved_rank(layer.objective_of(problem.weight), layer.objective_of(noise), 5) == expected
+
+
+@given(seed=st.integers(0, 2**16), columns=st.integers(1, 12), radius=st.floats(0.01, 5))
+def test_projection_onto_the_1_norm_ball(seed, columns, radius):
+    """Inside, the point itself; outside, soft thresholding that ends on the ball (its optimality condition)."""
+    rows = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for point, found in zip(rows, onto_l1_ball(rows, radius), strict=True):
+        if point.abs().sum() <= radius:
+            torch.testing.assert_close(found, point)
+            continue
+        assert found.abs().sum().item() == pytest.approx(radius)
+        live = found != 0
+        threshold = (point.abs() - found.abs())[live]
+        torch.testing.assert_close(threshold, threshold[:1].expand_as(threshold))
+        assert (point.abs()[~live] <= threshold[0] + 1e-12).all()
+
+
+def test_reduced_magnitudes_minimise_their_objective():
+    """Against SciPy's minimiser from the same start, for one row."""
+    problem = make_problem(1, 6)
+    metric = Gram(problem.statistics.second_moment)
+    moment = problem.statistics.second_moment.numpy()
+    scaled = moment / np.linalg.eigvalsh(moment)[-1]
+    row = problem.weight[0].double().numpy()
+
+    def value(x):
+        return 0.5 * (x - row) @ scaled @ (x - row) + 1e-3 * np.abs(x).max()
+
+    found = reduced(problem.weight, metric, 1e-3, 3000)
+    best = min(
+        minimize(
+            value, row * scale, method="Nelder-Mead", options={"maxiter": 20000, "fatol": 1e-14, "xatol": 1e-10}
+        ).fun
+        for scale in (1, 0.5, 0.9)
+    )
+    assert value(found[0].double().numpy()) <= best * (1 + 1e-3)
+    assert found.abs().max() < problem.weight.abs().max()
+
+
+def test_feedback_keeps_the_grid():
+    assert with_feedback(NF4(block_size=128)) == NF4GPTQ(block_size=128)
+    assert with_feedback(Uniform(3, 32, symmetric=True)) == GPTQ(3, 32, symmetric=True)
+    assert with_feedback(GPTQ()) == GPTQ()
+    for other in (Int8(), FP4()):
+        with pytest.raises(ConfigurationError, match=r"no rounding with error feedback for .*; take NF4 or Uniform"):
+            with_feedback(other)
+
+
+def test_bad_compositions_are_refused():
+    problem = make_problem(8, 16)
+    with pytest.raises(ConfigurationError, match="at least 1 round, got 0"):
+        Alternate(rounds=0)
+    with pytest.raises(ConfigurationError, match="needs a quantizer with error feedback"):
+        Initializer(NF4(), Optimal(), 2, schedule=Project())(problem.weight, problem.statistics)
+    with pytest.raises(CalibrationError, match="needs calibration"):
+        initializer(RECIPES["srr"], NF4(), 2)(problem.weight)
+    with pytest.raises(ConfigurationError, match=r"Unknown recipe 'lora'. Expected one of qlora, "):
+        find_recipe("lora")
+    assert Once() == Once()
+    assert Preserve().changes_base

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .comparison import Comparison, Row
 from .record import by_ending
@@ -27,7 +27,7 @@ th, td { padding: 0.25rem 0.75rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid; } td { border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
 th:first-child, td:first-child { text-align: left; }
 tr.best td { font-weight: 600; }
-svg { width: 100%; height: auto; }
+svg { width: 100%; min-width: 42rem; height: auto; }
 p { max-width: 45rem; }
 """
 
@@ -128,7 +128,8 @@ def plots(comparison: Comparison, text: str) -> Iterator[str]:
         )
     with mpl.rc_context(_PLOT):
         for title, caption, draw in pictures:
-            yield f"<h2>{escape(title)}</h2>\n{picture(draw, title)}\n<p>{escape(caption)}</p>"
+            drawn = f'<div class="wide">{picture(draw, title)}</div>'
+            yield f"<h2>{escape(title)}</h2>\n{drawn}\n<p>{escape(caption)}</p>"
 
 
 def picture(draw: Callable[[Axes], None], title: str) -> str:
@@ -154,7 +155,9 @@ def draw_sizes(axes: Axes, comparison: Comparison, text: str) -> None:
     """Draw perplexity against stored bytes."""
     alone = sorted((row.base_bytes / 1e6, row.scores[text].perplexity) for row in comparison.rows if is_alone(row))
     worst = max((row.scores[text].perplexity for row in comparison.rows if row.recipe), default=0.0)
-    axes.plot(*zip(*alone, strict=True), "o-", color="grey", label="bases alone")
+    worth = [point for index, point in enumerate(alone) if all(point[1] < smaller[1] for smaller in alone[:index])]
+    axes.plot(*zip(*alone, strict=True), "o", color="grey", label="bases alone")
+    axes.plot(*zip(*worth, strict=True), color="grey")
     recipes = [row for row in comparison.rows if row.recipe]
     for index, recipe in enumerate(dict.fromkeys(row.recipe for row in recipes)):
         points = [
@@ -236,6 +239,7 @@ def marker(index: int) -> str:
     return "osD^vP*X"[index // 10 % 8]
 
 
-def legend(axes: Axes) -> Any:
-    """Put the legend beside the plot."""
-    return axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+def legend(axes: Axes) -> None:
+    """Put the legend beside the plot, if there is anything in it."""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")

@@ -61,7 +61,7 @@ class Row:
 
     @property
     def base_bytes(self) -> int:
-        """Stored bytes of all quantized layers, everything counted; full precision in 16 bits."""
+        """Stored bytes of all quantized layers, everything counted; 0 for full precision."""
         sizes = [layer.shape[0] * layer.shape[1] * layer.bits_per_weight / 8 for layer in self.layers]
         return round(sum(sizes))
 

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from .errors import QuailoraError
 from .initializer import Initializer, LayerInitialization
 from .metrics import Diagonal, Gram, Identity
-from .quantizers import FP4, GPTQ, NF4, NF4GPTQ, Int8, Quantizer, Uniform
+from .quantizers import FP4, GPTQ, NF4, NF4GPTQ, NF4MSE, Int8, Quantizer, Uniform
 from .solvers import SVD, AlternatingLeastSquares, LowRank, Optimal, Solver, Zero
 from .statistics import InputStatistics
 
@@ -14,6 +14,7 @@ __all__ = [
     "GPTQ",
     "NF4",
     "NF4GPTQ",
+    "NF4MSE",
     "SVD",
     "AlternatingLeastSquares",
     "Diagonal",

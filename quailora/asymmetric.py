@@ -14,8 +14,8 @@ tokens, the share in closed form, before anything is solved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import final
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .errors import ConfigurationError
 from .initializer import Initializer, LayerInitialization
-from .layer import QuantizedLayer
+from .layer import QuantizedLayer, Trial
 from .linalg import safe_cholesky
 from .statistics import InputStatistics
 
@@ -69,19 +69,26 @@ class PairedMoments:
         """Return `W (G - H~)`, float64: minus half the gradient of the error at `W`."""
         return weight.double() @ (self.cross - self.quantized)
 
+    def error(
+        self, weight: Float[Tensor, "out_features in_features"], other: Float[Tensor, "out_features in_features"]
+    ) -> float:
+        """Return the error of another weight in place of `W`, less its part `tr(W H W^T)` that is the same for all."""
+        given = other.double()
+        return ((given @ self.quantized - 2 * (weight.double() @ self.cross)) * given).sum().item()
+
     def shift(
-        self, weight: Float[Tensor, "out_features in_features"], ridge: float
+        self, change: Float[Tensor, "out_features in_features"], ridge: float
     ) -> Float[Tensor, "out_features in_features"]:
         """Return `W (G + l I) (H~ + l I)^-1 - W`, float64.
 
         Args:
-            weight: `W`.
+            change: of `W`, see `change`.
             ridge: `l`, as a multiple of the median of `diag(H~)`.
         """
         power = self.quantized.diagonal()
         damped = self.quantized.clone()
         damped.diagonal().add_(ridge * (power.median().item() or power.mean().item() or 1.0))
-        return torch.cholesky_solve(self.change(weight).T, safe_cholesky(damped)).T
+        return torch.cholesky_solve(change.T, safe_cholesky(damped)).T
 
 
 @torch.no_grad()
@@ -113,10 +120,18 @@ def initialize_asymmetric(
         raise ConfigurationError(f"Asymmetric inputs need the metric 'gram', got {initializer.metric!r}.")
     merged = seen.once(("merged", held_out), lambda: seen.merge(held_out))
     every, inputs = PairedMoments(merged.second_moment), merged.once("quantized", lambda: quantized_inputs(merged))
-    ridge, share = choose_shrinkage(weight, PairedMoments(seen.second_moment), PairedMoments(held_out.second_moment))
+    fitted, judge = PairedMoments(seen.second_moment), PairedMoments(held_out.second_moment)
+    ridge, share = choose_shrinkage(weight, fitted, judge)
     share *= trust
-    target = (weight.double() + share * every.shift(weight, ridge)).float()
-    layer = QuantizedLayer.of(initializer.quantizer, weight, inputs, target)
+
+    def aimed(moments: PairedMoments, inputs: InputStatistics) -> QuantizedLayer:
+        target = (weight.double() + share * moments.shift(moments.change(weight), ridge)).float()
+        return QuantizedLayer.of(initializer.quantizer, weight, inputs, target)
+
+    layer = aimed(every, inputs)
+    if initializer.schedule.judged:
+        part = seen.once("quantized", lambda: quantized_inputs(seen))
+        layer = replace(layer, trial=Trial(aimed(fitted, part), partial(judge.error, weight)))
     return initializer.correct(layer), share
 
 
@@ -130,10 +145,10 @@ def choose_shrinkage(
         fitted: moments to take the target from.
         judge: moments of other tokens.
     """
-    slope = judge.change(weight)
+    slope, change = judge.change(weight), fitted.change(weight)
     choices = []
     for ridge in RIDGES:
-        shift = fitted.shift(weight, ridge)
+        shift = fitted.shift(change, ridge)
         gradient, curvature = (slope * shift).sum().item(), ((shift @ judge.quantized) * shift).sum().item()
         share = min(1.0, max(0.0, gradient / curvature)) if curvature > 0 else 0.0
         choices.append((share * (2 * gradient - share * curvature), ridge, share))

@@ -10,9 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .adapters.lora import LoraScaling
-from .calibration import Calibration, TextSource, evaluation_windows, shipped_text
+from .calibration import Calibration, CalibrationDtype, TextSource, evaluation_windows, shipped_text
 from .checkpoint import locked
 from .contest import FULL_PRECISION, Contender, Contest
+from .errors import ConfigurationError
 from .fingerprint import digest, fingerprint
 from .models.layers import linear_layers
 from .models.load import DeviceName, DtypeName, LoadedModel, check_sequence_length, load_model
@@ -25,7 +26,13 @@ from .scoreboard import Scoreboard, write_comparison
 
 logger = logging.getLogger("quailora")
 
-BASELINES: tuple[Quantizer, ...] = (Int8(), Uniform(bits=6), Uniform(bits=5), Uniform(bits=4), Uniform(bits=3))
+BASELINES: dict[str, Quantizer] = {
+    "int8": Int8(),
+    "6-bit": Uniform(bits=6),
+    "5-bit": Uniform(bits=5),
+    "4-bit": Uniform(bits=4),
+    "3-bit": Uniform(bits=3),
+}
 """Bases alone, with more bits and fewer, since an adapter has to beat spending its bytes on them."""
 
 
@@ -37,6 +44,7 @@ def compare(
     ranks: Sequence[int] = (16,),
     quantizer: Quantizer = NF4(),  # noqa: B008 # frozen
     against: str = "quailora",
+    baselines: Sequence[str] = tuple(BASELINES),
     text: Sequence[str] = (),
     text_fields: Sequence[str] = ("text",),
     windows: int = 10,
@@ -47,6 +55,7 @@ def compare(
     samples: int = 16,
     sequence_length: int = 1024,
     seed: int = 0,
+    calibration_dtype: CalibrationDtype = "auto",
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     fresh: bool = False,
@@ -63,6 +72,8 @@ def compare(
         ranks: ranks of the adapters.
         quantizer: of the base.
         against: the recipe that differences are taken from, at the same rank.
+        baselines: other bases to measure without an adapter: int8, and round to nearest in groups of 64 with 6, 5, 4
+            or 3 bits. Gaps are closed towards int8.
         text: text or .jsonl files to evaluate on; the shipped text by default. Do not use the calibration text.
         text_fields: text fields of a .jsonl record.
         windows: windows of each text at most.
@@ -73,6 +84,7 @@ def compare(
         samples: number of calibration windows.
         sequence_length: tokens in a calibration window.
         seed: seed of the draw of windows and of untrained directions.
+        calibration_dtype: arithmetic of the calibration pass, see `quailora init`.
         dtype: dtype of the model; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
         fresh: forget earlier results in the folder.
@@ -81,11 +93,11 @@ def compare(
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     names = list(RECIPES) if "all" in recipes else [*recipes]
-    rows = {name: find_recipe(name) for name in dict.fromkeys(("qlora", against, *names))}
-    contenders = [Contender.alone("base alone", quantizer), *map(baseline, BASELINES)]
+    rows = {name: find_recipe(name) for name in dict.fromkeys((against, *names))}
+    contenders = [Contender.alone("base alone", quantizer), *map(baseline, baselines)]
     contenders += [Contender.of(name, row, quantizer, rank) for rank in ranks for name, row in rows.items()]
     calibrate_on = TextSource(calibration, tuple(calibration_fields), calibration_split)
-    source = Calibration(calibrate_on, samples, sequence_length, seed)
+    source = Calibration(calibrate_on, samples, sequence_length, seed, calibration_dtype)
 
     loaded = load_model(model, dtype, device)
     check_sequence_length(loaded.model, max(sequence_length, window_length))
@@ -93,7 +105,8 @@ def compare(
         check_scaling(linear_layers(loaded.model), LoraScaling(rank))
     seen = source.windows(loaded.tokenizer)
     texts = dict(evaluation_texts(loaded, text, text_fields, windows, window_length))
-    settings = {"quantizer": describe(quantizer), "seed": seed} | {name: digest(ids) for name, ids in texts.items()}
+    settings = {"quantizer": describe(quantizer), "seed": seed, "calibration dtype": calibration_dtype}
+    settings |= {name: digest(ids) for name, ids in texts.items()}
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "work"):
@@ -112,10 +125,15 @@ def compare(
     return comparison
 
 
-def baseline(quantizer: Quantizer) -> Contender:
-    """Return a base of `BASELINES` alone."""
-    name = "int8" if isinstance(quantizer, Int8) else f"uniform {getattr(quantizer, 'bits', '')} bits"
-    return Contender.alone(name, quantizer)
+def baseline(name: str) -> Contender:
+    """Return one of `BASELINES`.
+
+    Raises:
+        ConfigurationError: if there is none of this name.
+    """
+    if name not in BASELINES:
+        raise ConfigurationError(f"Unknown baseline {name!r}. Expected some of {', '.join(BASELINES)}.")
+    return Contender.alone(name, BASELINES[name])
 
 
 def evaluation_texts(

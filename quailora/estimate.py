@@ -10,7 +10,6 @@ from typing import Any, Literal, final
 import torch
 from torch import nn
 
-from .adapters.lora import LoraScaling
 from .calibration import Calibration
 from .errors import DoesNotFitError
 from .layerwise import Method
@@ -149,7 +148,7 @@ def estimate(
         seconds=seconds_for(
             layers,
             inputs,
-            scaling,
+            method,
             tokens=tokens,
             shares={name: share_of_tokens(model, layer) for name, layer in layers.items()},
             width=width,
@@ -216,7 +215,7 @@ def share_of_tokens(model: Any, layer: Layer) -> float:
 def seconds_for(
     layers: Mapping[str, Layer],
     inputs: Mapping[str, Layer],
-    scaling: LoraScaling,
+    method: Method,
     *,
     tokens: int,
     shares: Mapping[str, float],
@@ -226,18 +225,22 @@ def seconds_for(
 ) -> float:
     """Return roughly how long calibration and initialization take here, from a short test of this machine.
 
-    Counted are the model's own products, those of the statistics, and a solution's: two dense products for errors and
-    some twenty thin ones for each rank. Schedules that solve in rounds take a multiple of that.
+    Counted are the model's own products, backward passes among them, those of the statistics, and a solution's: two
+    dense products for errors and some twenty thin ones for each rank.
     """
     single, fast = flops(torch.float32), flops(torch.bfloat16 if low else torch.float32)
     seen = {name: tokens * share for name, share in shares.items()}
     forward = sum(2 * seen[name] * layer.shape[0] * layer.shape[1] for name, layer in layers.items()) * runs
+    passes = 3.0 * tokens if method.initializer.metric == "fisher" else 0.0
+    if method.polish is not None:  # forward in full precision; forward and backward in the quantized network
+        passes += 4.0 * method.polish.steps * method.polish.batch * method.polish.sequence_length
+    forward += sum(2 * passes * layer.shape[0] * layer.shape[1] for layer in layers.values())
     grams = sum(2 * seen[name] * (width * layer.shape[1]) ** 2 * 5 / 8 for name, layer in inputs.items())
     solutions = 0.0
     for layer in layers.values():
         rows, columns = layer.shape
-        thin = 20.0 * scaling.rank_of(layer.group) * (2 * rows * columns + columns**2)
-        solutions += 2 * 2.0 * rows * columns**2 + thin
+        thin = 20.0 * method.scaling.rank_of(layer.group) * (2 * rows * columns + columns**2)
+        solutions += (2 * 2.0 * rows * columns**2 + thin) * method.initializer.schedule.solutions
     return forward / fast + (grams + solutions) / single
 
 

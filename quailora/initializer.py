@@ -14,6 +14,7 @@ from .metrics import METRICS, Identity, MetricName
 from .objective import Objective
 from .quantizers import QuantizedWeight, Quantizer
 from .schedules import Once, Schedule
+from .sensitivity import Sensitivity
 from .solvers import LowRank, Solver
 from .solvers.base import check_rank
 from .statistics import InputStatistics
@@ -73,8 +74,9 @@ class Initializer:
         quantizer: makes `Q` from `W`.
         solver: makes `C` from `W - Q`.
         rank: rank of `C`.
-        metric: what the solver minimises: "gram" (the layer's output error), "diagonal", "magnitude" or "identity". The
-            errors of the result are always reported in the Gram metric.
+        metric: what the solver minimises: "gram" (the layer's output error), "diagonal", "magnitude", "identity", or
+            "fisher", which weighs outputs and inputs by the loss. The errors of the result are always reported in the
+            Gram metric.
         schedule: how quantization and correction follow each other.
     """
 
@@ -84,29 +86,34 @@ class Initializer:
     metric: MetricName = "gram"
     schedule: Schedule = Once()  # noqa: RUF009 # frozen
 
-    def __call__(self, weight: Tensor, statistics: InputStatistics | None = None) -> LayerInitialization:
+    def __call__(
+        self, weight: Tensor, statistics: InputStatistics | None = None, sensitivity: Sensitivity | None = None
+    ) -> LayerInitialization:
         """Initialize one layer.
 
         Args:
             weight: `W`, shape (out_features, in_features), any float dtype, any device.
             statistics: second moment of the layer's inputs; may be left out if neither part is calibrated.
+            sensitivity: for the metric "fisher".
 
         Raises:
             ValueError: if the rank or a shape is out of range.
-            CalibrationError: if a part is calibrated and there are no statistics.
+            CalibrationError: if a part is calibrated and there are no statistics, or no sensitivity.
             NumericalError: if the weight has NaN or infinite entries.
         """
-        return self.correct(self.quantize(weight, statistics))
+        return self.correct(self.quantize(weight, statistics, sensitivity))
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor, statistics: InputStatistics | None = None) -> QuantizedLayer:
+    def quantize(
+        self, weight: Tensor, statistics: InputStatistics | None = None, sensitivity: Sensitivity | None = None
+    ) -> QuantizedLayer:
         """Quantize a layer, and prepare what every solver needs; see `__call__`."""
         check_rank(self.rank, weight.shape)
         if statistics is None and self.solver.calibrated and self.metric != "identity":
             raise CalibrationError(
                 f"{self.solver!r} needs calibration: pass the InputStatistics of the layer's inputs."
             )
-        return QuantizedLayer.of(self.quantizer, weight, statistics)
+        return QuantizedLayer.of(self.quantizer, weight, statistics, sensitivity=sensitivity)
 
     @torch.no_grad()
     def correct(self, layer: QuantizedLayer) -> LayerInitialization:
@@ -115,17 +122,23 @@ class Initializer:
         Raises:
             ValueError: if the rank is out of range.
             ConfigurationError: if the schedule cannot work with the quantizer, or without calibration.
+            CalibrationError: if the metric is "fisher" and there is no sensitivity.
         """
         check_rank(self.rank, layer.objective.error.shape)
+        sensitivity = layer.sensitivity
+        if self.metric == "fisher" and sensitivity is None:
+            raise CalibrationError('The metric "fisher" needs the Sensitivity of the layer; see find_sensitivities.')
 
         def solve(objective: Objective) -> LowRank:
+            if self.metric == "fisher" and sensitivity is not None:
+                return sensitivity.minimise(objective, self.solver, self.rank)
             if layer.statistics is not None and self.metric != "gram":
                 objective = Objective(objective.error, METRICS[self.metric](layer.statistics))
             return self.solver.minimise(objective, self.rank)
 
         layer = self.schedule.choose(layer, solve, self.rank)
         objective, low_rank = layer.objective, solve(layer.objective)
-        own_metric = layer.statistics is None or self.metric == "gram"
+        own_metric = self.metric == "gram" or (layer.statistics is None and self.metric != "fisher")
         uncalibrated = objective.projection(objective.subspace(self.rank, Identity()))
         return LayerInitialization(
             quantized=layer.quantized,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from .metrics import METRICS, Identity
 from .objective import Objective
 from .quantizers import QuantizedWeight, Quantizer
+from .sensitivity import Sensitivity
 from .statistics import InputStatistics
 
 
@@ -27,6 +29,8 @@ class QuantizedLayer:
         weight_energy: `tr(W H W^T)`, the energy of the full-precision output.
         statistics: second moment of the layer's inputs, if there was calibration.
         dtype: dtype of `W`, which is what gets quantized.
+        sensitivity: weights of outputs and inputs, for methods in the metric "fisher".
+        trial: the layer fitted to a part of the tokens, where some are held out.
     """
 
     weight: Tensor
@@ -36,6 +40,8 @@ class QuantizedLayer:
     weight_energy: float
     statistics: InputStatistics | None
     dtype: torch.dtype
+    sensitivity: Sensitivity | None = None
+    trial: Trial | None = None
 
     @classmethod
     def of(
@@ -44,6 +50,7 @@ class QuantizedLayer:
         weight: Tensor,
         statistics: InputStatistics | None = None,
         target: Tensor | None = None,
+        sensitivity: Sensitivity | None = None,
     ) -> QuantizedLayer:
         """Quantize a weight.
 
@@ -52,6 +59,7 @@ class QuantizedLayer:
             weight: `W`.
             statistics: second moment of the inputs.
             target: what `Q + C` should come close to; the weight itself if it is missing.
+            sensitivity: see the class.
 
         Raises:
             ValueError, CalibrationError, NumericalError: as `Quantizer.quantize` does.
@@ -63,7 +71,8 @@ class QuantizedLayer:
         quantized = quantizer.quantize(weight, statistics)
         aim = weight if target is None else target
         objective = Objective(difference(aim, quantized), judge)
-        return cls(aim, quantizer, quantized, objective, judge.energy(weight), statistics, weight.dtype)
+        energy = judge.energy(weight)
+        return cls(aim, quantizer, quantized, objective, energy, statistics, weight.dtype, sensitivity)
 
     def objective_of(self, matrix: Tensor) -> Objective:
         """Return the objective of another matrix in place of `W - Q`, in the same metric."""
@@ -79,6 +88,20 @@ class QuantizedLayer:
         quantized = self.quantizer.quantize(matrix.to(self.dtype), statistics or self.statistics)
         objective = Objective(difference(self.weight, quantized), self.objective.metric)
         return replace(self, quantized=quantized, objective=objective)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A layer that knows a part of the tokens, and a judge that knows the others.
+
+    Attributes:
+        layer: fitted to the part.
+        judge: error of the outputs of a weight `Q + C` on the others, up to a constant.
+    """
+
+    layer: QuantizedLayer
+    judge: Callable[[Tensor], float]
 
 
 def difference(weight: Tensor, quantized: QuantizedWeight) -> Tensor:

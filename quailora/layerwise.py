@@ -19,6 +19,7 @@ from .models.stream import Block
 from .polish import Polish
 from .progress import track
 from .report.record import LayerRecord
+from .sensitivity import Sensitivity
 from .solvers import LowRank
 from .statistics import InputStatistics
 
@@ -98,14 +99,18 @@ def layers_of(blocks: Iterable[Block]) -> Iterator[tuple[Block, Layer]]:
 
 
 def initialize_layer(
-    layer: Layer, inputs: InputStatistics, methods: Mapping[str, Method], seed: int
+    layer: Layer,
+    inputs: InputStatistics,
+    methods: Mapping[str, Method],
+    seed: int,
+    sensitivity: Sensitivity | None = None,
 ) -> Iterator[tuple[str, LayerInitialization]]:
     """Yield each method's name and the initialization of one layer; see `run_methods`."""
     prepared = {}
     for name, initializer in ranked(layer.group, methods).items():
         with named(layer.name), seeded(layer.name, seed):
             if initializer.quantizer not in prepared:
-                prepared[initializer.quantizer] = initializer.quantize(layer.weight, inputs)
+                prepared[initializer.quantizer] = initializer.quantize(layer.weight, inputs, sensitivity)
             result = initializer.correct(prepared[initializer.quantizer])
         yield name, result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from torch.nn import functional
 
 from .models.layers import Layer
 from .models.weights import replaced
-from .polish import divergence
-from .progress import counting
+from .progress import console, counting
+
+logger = logging.getLogger("quailora")
 
 _TOKENS = 256  # tokens whose whole distributions are compared at a time
 
@@ -113,19 +115,39 @@ def measure(
     device = next(model.parameters()).device
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     with counting(description, len(windows) * len(variants)) as advance:
-        for window in windows:
+        for number, window in enumerate(windows, 1):
             ids = window.to(device)
-            reference = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            reference = log_probabilities(model(input_ids=ids[None], use_cache=False).logits[0, :-1])
             for name, weights in variants.items():
                 with replaced(layers, weights):
                     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-                loss = functional.cross_entropy(logits.float(), ids[1:]).item()
-                scores[name].append((loss, mean_divergence(reference, logits)))
+                scores[name].append(score(reference, logits, ids[1:]))
                 advance()
+            if not console.is_terminal:  # where nobody sees a progress bar
+                logger.info("%s: window %d of %d.", description, number, len(windows))
     return {name: Scores(*map(tuple, zip(*pairs, strict=True))) for name, pairs in scores.items()}
 
 
-def mean_divergence(expected: Float[Tensor, "tokens vocabulary"], found: Float[Tensor, "tokens vocabulary"]) -> float:
-    """Return `divergence` of many tokens, some at a time."""
-    pairs = zip(torch.split(expected, _TOKENS), torch.split(found, _TOKENS), strict=True)
-    return sum(divergence(p, q).item() * len(p) for p, q in pairs) / len(expected)
+def log_probabilities(logits: Float[Tensor, "tokens vocabulary"]) -> Float[Tensor, "tokens vocabulary"]:
+    """Return the logarithm of each distribution, in float32."""
+    return functional.log_softmax(logits.float(), dim=-1)
+
+
+def score(
+    expected: Float[Tensor, "tokens vocabulary"],
+    logits: Float[Tensor, "tokens vocabulary"],
+    ids: Int[Tensor, " tokens"],
+) -> tuple[float, float]:
+    """Return the mean negative log likelihood of tokens, and the mean divergence from what was expected, in nats.
+
+    Args:
+        expected: logarithms of the full-precision distributions.
+        logits: of the variant.
+        ids: the tokens that did follow.
+    """
+    loss = apart = 0.0
+    for log_p, part, following in zip(*(torch.split(each, _TOKENS) for each in (expected, logits, ids)), strict=True):
+        log_q = log_probabilities(part)
+        loss += functional.nll_loss(log_q, following, reduction="sum").item()
+        apart += functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+    return loss / len(ids), apart / len(ids)

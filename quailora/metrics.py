@@ -173,7 +173,8 @@ class Damped(Metric):
         return self.inner.mean_power() + self.ridge
 
 
-MetricName = Literal["identity", "magnitude", "diagonal", "gram"]
+MetricName = Literal["identity", "magnitude", "diagonal", "gram", "fisher"]
+"""Those of `METRICS`; "fisher" weighs outputs, too, see `Sensitivity`."""
 
 METRICS: dict[MetricName, Callable[[InputStatistics], Metric]] = {
     "identity": lambda _: Identity(),

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from jaxtyping import Int
+from torch import Tensor
+
 from . import distributed
 from .adapters.lora import LoraScaling
 from .calibration import Calibration, CalibrationDtype, TextSource
@@ -20,8 +23,9 @@ from .initializer import Initializer
 from .layerwise import Method
 from .machine import memory_available
 from .metrics import MetricName
+from .models.gradients import find_sensitivities
 from .models.layers import ALL_LINEAR, Layer, base_layers, select_layers
-from .models.load import DeviceName, DtypeName, check_sequence_length, empty_model, load_model
+from .models.load import DeviceName, DtypeName, LoadedModel, check_sequence_length, empty_model, load_model
 from .models.stream import InputsOf, Walk
 from .outputs import check_output, new_folder
 from .quantizers import NF4, Quantizer
@@ -31,6 +35,7 @@ from .report.settings import describe
 from .report.tables import print_table
 from .results import Results
 from .runs import Run
+from .sensitivity import Sensitivity
 from .solvers import AlternatingLeastSquares, Solver
 
 logger = logging.getLogger("quailora")
@@ -107,7 +112,8 @@ def init(
         quantizer: how the base will be quantized; `quailora list` names them.
         solver: how the correction is found; `quailora list` names them.
         metric: what the solver minimises: "gram" is the output error, "diagonal" ignores correlations of the inputs,
-            "magnitude" weighs them by mean magnitude in place of power, "identity" ignores the inputs.
+            "magnitude" weighs them by mean magnitude in place of power, "identity" ignores the inputs, "fisher" weighs
+            outputs and inputs by squared gradients of the loss, for which the model has to fit into memory.
         recipe: a published method by name, in place of solver, metric and inputs; `quailora list` names them. Methods
             that choose another base than the quantizer alone write it, too.
         rank: rank of the adapter.
@@ -172,7 +178,7 @@ def init(
         if distributed.rank() == 0:
             held.enter_context(locked(work))
         on_disk = choose_offload(offload, memory_limit, needed)
-        check_polish(method, planned, on_disk)
+        check_trainable(method, planned, on_disk)
         with phases.measure("load"):
             place = work / f"offload-{distributed.rank()}" if on_disk else None
             loaded = load_model(model, dtype, device, offload=place, allow_pickle=allow_pickle)
@@ -191,10 +197,18 @@ def init(
             start=distributed.from_first(checkpoint.blocks_done),
             on_done=checkpoint.set_blocks_done,
         )
-        run = Run(walk, layers, {"": method}, checkpoint, [""] if save_base or method.polish else [], seed)
         with phases.measure("initialize"):
+            run = Run(
+                walk,
+                layers,
+                {"": method},
+                checkpoint,
+                keep_weights=[""] if save_base or method.polish else [],
+                seed=seed,
+                sensitivities=sensitivities_for(method, loaded, layers, windows, source),
+            )
             run.finish()
-            run.polish("", source, loaded.tokenizer)
+            run.polish("", method.polish, source, loaded.tokenizer)
         report = None
         if distributed.rank() == 0:
             results = Results(settings, phases, loaded, method, source, layers, windows.numel(), run)
@@ -211,13 +225,27 @@ def check_alone(asked: Initializer, inputs: InputsOf) -> None:
         raise ConfigurationError("A recipe decides solver, metric and inputs; leave these options out.")
 
 
-def check_polish(method: Method, layers: Mapping[str, Layer], on_disk: bool) -> None:
-    """Raise a `ConfigurationError` if a method trains the whole model and cannot, before hours of other work."""
-    if method.polish is not None and (on_disk or any(layer.expert is not None for layer in layers.values())):
+def check_trainable(method: Method, layers: Mapping[str, Layer], on_disk: bool) -> None:
+    """Raise a `ConfigurationError` if a method needs gradients of the whole model and cannot have them."""
+    needed = method.polish is not None or method.initializer.metric == "fisher"
+    if needed and (on_disk or any(layer.expert is not None for layer in layers.values())):
         raise ConfigurationError(
-            "This method trains the whole model, which has to fit into memory and to have no fused experts among its "
-            "targets. Take another recipe, such as best."
+            "This method takes gradients of the whole model, which has to fit into memory and to have no fused experts "
+            "among its targets. Take another recipe, such as best."
         )
+
+
+def sensitivities_for(
+    method: Method,
+    loaded: LoadedModel,
+    layers: Mapping[str, Layer],
+    windows: Int[Tensor, "samples sequence_length"],
+    source: Calibration,
+) -> dict[str, Sensitivity]:
+    """Return the sensitivities of layers, if a method needs them."""
+    if method.initializer.metric != "fisher":
+        return {}
+    return find_sensitivities(loaded.model, layers, windows, source.dtype)
 
 
 def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from torch.nn import functional
 from .calibration import Calibration, CalibrationDtype
 from .errors import ConfigurationError, NumericalError
 from .models.capture import arithmetic
+from .models.gradients import frozen
 from .models.layers import Layer
 from .models.weights import replaced
 from .progress import track
@@ -33,19 +34,21 @@ class Polish:
     """Trains the factors so that the quantized model predicts what full precision does (RILQ's idea).
 
     Minimises the mean over tokens of `KL(p || q)` from the full-precision distribution `p`, by AdamW with a rate that
-    falls to zero. The base stays as it is.
+    falls to zero. The base stays as it is. To compare, the text itself can be the target: plain fine-tuning.
 
     Attributes:
         steps: updates.
         batch: windows a step.
         sequence_length: tokens in a window.
         learning_rate: of the first step.
+        target: "full precision", or the next token of the "text".
     """
 
     steps: int = 60
     batch: int = 2
     sequence_length: int = 512
     learning_rate: float = 3e-4
+    target: Literal["full precision", "text"] = "full precision"
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch) < 1 or self.sequence_length < 2:
@@ -90,29 +93,38 @@ class Polish:
         trained = {name: (trainable(pair[0], device), trainable(pair[1], device)) for name, pair in factors.items()}
         optimizer = torch.optim.AdamW([factor for pair in trained.values() for factor in pair], self.learning_rate)
         rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
-        required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        model.requires_grad_(False)
         losses = []
-        try:
-            for ids in track(torch.split(windows.to(device), self.batch), "Distilling"):
-                with torch.no_grad(), arithmetic(model, dtype):
-                    expected = model(input_ids=ids, use_cache=False).logits
-                with torch.enable_grad(), replaced(layers, quantized), corrected(layers, trained):
-                    with arithmetic(model, dtype):
-                        found = model(input_ids=ids, use_cache=False).logits
-                    loss = divergence(expected.flatten(0, 1), found.flatten(0, 1))
-                    torch.autograd.backward(loss)  # inside, where the weights that it needs are in place
-                losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    raise NumericalError(f"The loss of step {len(losses)} is {losses[-1]}. Lower the learning rate.")
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                rate.step()
-        finally:
-            for parameter, flag in required.items():
-                parameter.requires_grad_(flag)
-        logger.info("Divergence from full precision: %.4f nats at first, %.4f at last.", losses[0], losses[-1])
+        for ids in track(torch.split(windows.to(device), self.batch), "Distilling"):
+            expected = self._expected(model, ids, dtype)
+            with frozen(model), torch.enable_grad(), replaced(layers, quantized), corrected(layers, trained):
+                with arithmetic(model, dtype):
+                    found = model(input_ids=ids, use_cache=False).logits
+                loss = next_token_loss(found, ids) if expected is None else divergence(expected, found.flatten(0, 1))
+                torch.autograd.backward(loss)  # inside, where the weights that it needs are in place
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise NumericalError(f"The loss of step {len(losses)} is {losses[-1]}. Lower the learning rate.")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rate.step()
+        logger.info("Loss of the training: %.4f nats a token at first, %.4f at last.", losses[0], losses[-1])
         return {name: (pair[0].detach(), pair[1].detach()) for name, pair in trained.items()}
+
+    @torch.no_grad()
+    def _expected(
+        self, model: Any, ids: Int[Tensor, "batch tokens"], dtype: CalibrationDtype
+    ) -> Float[Tensor, "all_tokens vocabulary"] | None:
+        """Return the logits to come close to, if the target is not the text."""
+        if self.target == "text":
+            return None
+        with arithmetic(model, dtype):
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits.flatten(0, 1)
+
+
+def next_token_loss(logits: Float[Tensor, "batch tokens vocabulary"], ids: Int[Tensor, "batch tokens"]) -> Tensor:
+    """Return the mean negative log likelihood of each token but the first of each window, in nats; differentiable."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def trainable(factor: Tensor, device: torch.device) -> Tensor:

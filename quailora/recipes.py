@@ -11,12 +11,14 @@ from typing import Literal, final
 from .adapters.lora import LoraScaling
 from .asymmetric import TRUST
 from .errors import ConfigurationError
+from .held_out import HeldOut
 from .initializer import Initializer
 from .layerwise import Method
 from .metrics import MetricName
 from .models.stream import InputsOf
 from .polish import Polish
-from .quantizers import GPTQ, NF4, NF4GPTQ, Quantizer, Uniform
+from .quantizers import Quantizer
+from .quantizers.variants import with_feedback
 from .schedules import Alternate, Once, Preserve, Project, ReduceMagnitude, Schedule
 from .solvers import SVD, AlternatingLeastSquares, Optimal, Solver, Zero
 
@@ -82,6 +84,13 @@ RECIPES: dict[str, Recipe] = {
         "the correction is fitted once more to the last base; the best iterate is kept",
         "identity",
         Alternate(rounds=5, start="low-rank"),
+    ),
+    "lq-lora": Recipe(
+        "Guo et al., 2023, arXiv 2311.12023, Fisher-weighted",
+        Optimal(),
+        "the same bits for all layers; the best iterate is kept",
+        "fisher",
+        Alternate(rounds=5),
     ),
     "lqer": Recipe(
         "L2QER, Zhang et al., 2024, arXiv 2402.02446",
@@ -150,25 +159,18 @@ RECIPES: dict[str, Recipe] = {
     ),
     "best": Recipe("quailora, for a base that stays as it is", Optimal(), inputs="asymmetric"),
     "joint": Recipe("quailora", Optimal(), schedule=Alternate(rounds=5, start="low-rank"), rounding="feedback"),
-    "best-joint": Recipe("quailora, for a base of its own", Optimal(), schedule=Preserve(), inputs="asymmetric"),
+    "best-joint": Recipe(
+        "quailora, for a base of its own", Optimal(), schedule=HeldOut(Preserve()), inputs="asymmetric"
+    ),
     "polished": Recipe("quailora, best and a short distillation", Optimal(), inputs="asymmetric", polish=Polish()),
+    "fine-tuned": Recipe(
+        "best and plain fine-tuning on the tokens of polished, to compare",
+        Optimal(),
+        inputs="asymmetric",
+        polish=Polish(target="text"),
+    ),
 }
 """The short names that the command line knows."""
-
-
-def with_feedback(quantizer: Quantizer) -> Quantizer:
-    """Return the quantizer that rounds with error feedback on the grid of another one.
-
-    Raises:
-        ConfigurationError: if there is none.
-    """
-    if quantizer.calibrated:
-        return quantizer
-    if isinstance(quantizer, Uniform):
-        return GPTQ(quantizer.bits, quantizer.group_size, quantizer.symmetric)
-    if isinstance(quantizer, NF4):
-        return NF4GPTQ(quantizer.block_size, quantizer.double_quantization)
-    raise ConfigurationError(f"There is no rounding with error feedback for {quantizer!r}; take NF4 or Uniform.")
 
 
 def find_recipe(name: str) -> Recipe:

@@ -60,7 +60,7 @@ class Results:
 
         Tensors of finished layers are memory-mapped and written from there.
         """
-        outcomes = self.run.outcomes("")
+        outcomes = self.run.outcomes("", self.method.polish)
         records = [outcome.record for outcome in outcomes.values() if outcome.record is not None]
         corrections = {name: outcome.low_rank for name, outcome in outcomes.items() if outcome.low_rank is not None}
         with self.phases.measure("write"):

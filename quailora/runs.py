@@ -15,16 +15,17 @@ from .asymmetric import initialize_asymmetric, quantized_inputs
 from .calibration import Calibration
 from .checkpoint import Checkpoint, Outcome
 from .errors import ConfigurationError, named
+from .fingerprint import digest
 from .initializer import LayerInitialization
 from .layerwise import Method, initialize_layer, layers_of, ranked, seeded
 from .models.layers import Layer
 from .models.stream import Block, Walk
+from .polish import Polish
 from .progress import console, counting
 from .report.record import LayerRecord
+from .sensitivity import Sensitivity
 
 logger = logging.getLogger("quailora")
-
-_POLISHED = "polished"
 
 
 @final
@@ -42,6 +43,7 @@ class Run:
         checkpoint: keeps outcomes, and holds those of an earlier run.
         keep_weights: methods whose quantized weights are kept, too.
         seed: seed of untrained directions.
+        sensitivities: of the targets, for methods in the metric "fisher".
         seconds: what each block took, filled in on the way.
     """
 
@@ -51,6 +53,7 @@ class Run:
     checkpoint: Checkpoint
     keep_weights: Collection[str] = ()
     seed: int = 0
+    sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
 
     def finish(self) -> None:
@@ -80,27 +83,31 @@ class Run:
                 if not console.is_terminal:  # where nobody sees a progress bar
                     logger.info("Block %d, %d layers: %.1f s.", block.index, len(block.layers), spent)
 
-    def outcomes(self, method: str) -> dict[str, Outcome]:
-        """Return what a finished run made of each layer by one of its methods; tensors are memory-mapped."""
+    def outcomes(self, method: str, polish: Polish | None = None) -> dict[str, Outcome]:
+        """Return what a finished run made of each layer by one of its methods; tensors are memory-mapped.
+
+        Args:
+            method: its name.
+            polish: a training that followed, see `polish`.
+        """
         found = {name: self.checkpoint.load(key(method, name)) for name in self.walk.layers}
-        polished = {name: key(key(_POLISHED, method), name) for name in self.targets}
-        if all(map(self.checkpoint.has, polished.values())) and self.methods[method].polish:
-            found |= {name: self.checkpoint.load(each) for name, each in polished.items()}
+        if polish is not None:
+            keys = polished_keys(method, polish, self.targets)
+            found |= {name: self.checkpoint.load(each) for name, each in keys.items()}
         return found
 
     def records(self, method: str) -> list[LayerRecord]:
         """Return the errors of each layer that a finished run has corrected by one of its methods."""
         return [outcome.record for outcome in self.outcomes(method).values() if outcome.record is not None]
 
-    def polish(self, method: str, source: Calibration, tokenizer: Any) -> None:
-        """Train what a finished run made by a method that says so; nothing happens for others, or if it was done.
+    def polish(self, method: str, settings: Polish | None, source: Calibration, tokenizer: Any) -> None:
+        """Train what a finished run made by one of its methods; nothing happens without settings, or if it was done.
 
         The first of several processes works, and the others wait. Errors of layers stay those before the training.
         """
-        settings = self.methods[method].polish
-        keys = {name: key(key(_POLISHED, method), name) for name in self.targets}
+        keys = polished_keys(method, settings, self.targets) if settings is not None else {}
         if settings is not None and distributed.rank() == 0 and not all(map(self.checkpoint.has, keys.values())):
-            before = {name: self.checkpoint.load(key(method, name)) for name in self.walk.layers}
+            before = self.outcomes(method)
             weights = {name: one.dequantized for name, one in before.items() if one.dequantized is not None}
             found = {name: one.low_rank for name, one in before.items() if one.low_rank is not None}
             trained = settings.train(
@@ -163,7 +170,7 @@ class Run:
                 result, asymmetry = initialize_asymmetric(initializer, layer.weight, inputs, held_out, trust)
             results = [(name, result)]
         else:
-            results = initialize_layer(layer, inputs, methods, self.seed)
+            results = initialize_layer(layer, inputs, methods, self.seed, self.sensitivities.get(layer.name))
         for name, result in results:
             spent, start = time.perf_counter() - start, time.perf_counter()
             record = LayerRecord.of(layer.name, result, block.tokens[layer.name], spent, asymmetry)
@@ -176,6 +183,11 @@ class Run:
 def key(method: str, layer: str) -> str:
     """Return the name of a layer's outcome in the checkpoint."""
     return f"{method}/{layer}" if method else layer
+
+
+def polished_keys(method: str, polish: Polish, layers: Iterable[str]) -> dict[str, str]:
+    """Return the name in the checkpoint of what training made of each layer."""
+    return {layer: key(f"polished-{digest([repr(polish)])}", key(method, layer)) for layer in layers}
 
 
 def cost(layer: Layer) -> float:

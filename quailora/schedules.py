@@ -42,6 +42,13 @@ class Schedule(ABC):
 
     changes_base: ClassVar[bool] = True
     """Whether the quantized weight differs from what quantizing the model alone gives, so that it has to be saved."""
+    judged: ClassVar[bool] = False
+    """Whether it looks at held-out tokens: see `QuantizedLayer.trial`."""
+
+    @property
+    def solutions(self) -> int:
+        """How often a layer is quantized and solved for, at most; for estimates of time."""
+        return 1
 
     @abstractmethod
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
@@ -85,6 +92,10 @@ class Alternate(Schedule):
         if self.rounds < 1:
             raise ConfigurationError(f"Expected at least 1 round, got {self.rounds}.")
 
+    @property
+    def solutions(self) -> int:  # noqa: D102
+        return self.rounds + 2
+
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
         if self.start == "quantize":
             return best_iterate(layer, solve, self.rounds, without_correction)
@@ -102,6 +113,10 @@ class Preserve(Schedule):
     `k` has the least `rho_k(W) rho_(r-k)(N)`, where `rho_p(M)` is the share of the energy of `M` outside of its `p`
     leading directions in the metric, and `N` is uniform noise in place of the rounding error that is not known yet.
     """
+
+    @property
+    def solutions(self) -> int:  # noqa: D102
+        return 5  # subspaces of the weight and of the noise, both bases, and the better one
 
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
         weight = layer.objective_of(layer.weight)
@@ -127,6 +142,10 @@ class Project(Schedule):
     """
 
     rounds: int = 5
+
+    @property
+    def solutions(self) -> int:  # noqa: D102
+        return self.rounds + 2
 
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
         del rank

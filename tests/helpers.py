@@ -9,6 +9,7 @@ from quailora import (
     GPTQ,
     NF4,
     NF4GPTQ,
+    NF4MSE,
     SVD,
     AlternatingLeastSquares,
     Int8,
@@ -31,11 +32,17 @@ QUANTIZERS: list[tuple[Quantizer, bool]] = [
     (Uniform(bits=3, group_size=32, symmetric=True), False),  # the lowest level lies beyond the highest
     (Uniform(bits=2, group_size=None), False),
     (Uniform(bits=8, group_size=7), False),
+    (Uniform(bits=3, group_size=16, mse=True), False),
+    (Uniform(bits=3, group_size=None, symmetric=True, mse=True), False),
     (GPTQ(), False),
     (GPTQ(bits=3, group_size=32, symmetric=True, damping=0.1), False),
     (GPTQ(bits=2, group_size=16, activation_order=True), False),
     (GPTQ(bits=4, group_size=16, activation_order=True, static_groups=True, damping_scale="mean"), False),
+    (GPTQ(bits=3, group_size=16, mse=True), False),
     (NF4GPTQ(), False),
+    (NF4GPTQ(mse=True), False),
+    (NF4MSE(), False),
+    (NF4MSE(block_size=32, double_quantization=False), False),
     (NF4GPTQ(block_size=32, double_quantization=False, damping=0.1), False),
 ]
 

@@ -17,17 +17,15 @@ from scipy import stats
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from quailora import SVD, Initializer, Uniform
-from quailora.calibration import Calibration, evaluation_windows, shipped_text
+from quailora import SVD, Uniform
+from quailora.calibration import evaluation_windows, shipped_text
 from quailora.comparison import compare
-from quailora.errors import ConfigurationError, ModelError, NumericalError, ResumeError
+from quailora.errors import ConfigurationError, ModelError, ResumeError
 from quailora.evaluate import evaluate
-from quailora.measure import Corrected, Difference, Scores, mean_divergence, measure
+from quailora.measure import Difference, Scores, log_probabilities, score
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
-from quailora.models.weights import replaced
 from quailora.pipeline import init
-from quailora.polish import Polish, corrected
 from quailora.recipes import RECIPES
 from quailora.scoreboard import Scoreboard
 
@@ -40,8 +38,9 @@ def everything(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("comparison")
     base = Uniform(bits=3, group_size=32)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("rilq", "polished"):
-            patch.setitem(RECIPES, name, replace(RECIPES[name], polish=Polish(steps=3)))
+        for name, row in list(RECIPES.items()):
+            if row.polish is not None:
+                patch.setitem(RECIPES, name, replace(row, polish=replace(row.polish, steps=3)))
         return folder, compare(str(tiny_llama), out=str(folder), ranks=(2, 4), quantizer=base, **SMALL)
 
 
@@ -50,12 +49,9 @@ def test_every_recipe_has_a_row_for_each_rank(everything):
     expected = {f"{name} r{rank}" for name in RECIPES for rank in (2, 4)}
     found = {row.name: row for row in comparison.rows}
     assert expected <= set(found)
-    assert {"full precision", "base alone", "int8", "uniform 5 bits"} <= set(found)
+    assert {"full precision", "base alone", "int8", "5-bit"} <= set(found)
     assert found["full precision"].scores["shipped text"].divergence == pytest.approx(0, abs=1e-7)
-    assert (
-        found["uniform 6 bits"].scores["shipped text"].divergence
-        < found["base alone"].scores["shipped text"].divergence
-    )
+    assert found["6-bit"].scores["shipped text"].divergence < found["base alone"].scores["shipped text"].divergence
     for row in comparison.rows:
         assert row.scores["shipped text"].divergence >= -1e-7
         assert len(row.scores["shipped text"].losses) == 3
@@ -67,13 +63,24 @@ def test_rows_equal_evaluating_the_adapter(everything, tiny_llama, tmp_path):
     _, comparison = everything
     rows = {row.name: row for row in comparison.rows}
     common = {"samples": 8, "sequence_length": 64, "rank": 4, "quantizer": Uniform(bits=3, group_size=32)}
-    for name in ("qera-exact", "joint", "asymmetric", "eora"):
+    for name in ("qera-exact", "joint", "asymmetric", "eora", "lq-lora", "best-joint"):
         init(str(tiny_llama), out=str(tmp_path / name), recipe=name, save_base=True, **common)
         found = evaluate(str(tiny_llama), adapter=str(tmp_path / name), windows=3, sequence_length=128).results
         row = rows[f"{name} r4"].scores["shipped text"]
         assert row.perplexity == pytest.approx(found["quantized + adapter"].perplexity, rel=1e-5)
         full = rows["full precision"].scores["shipped text"].perplexity
         assert full == pytest.approx(found["full precision"].perplexity, rel=1e-6)
+
+
+def test_training_starts_from_what_a_walk_has_made(everything):
+    """Rows that differ in a training share their walk, and differ in nothing before it."""
+    _, comparison = everything
+    rows = {row.name: row for row in comparison.rows}
+    for start, *trained in (("best r4", "polished r4", "fine-tuned r4"), ("qlora r4", "rilq r4")):
+        for name in trained:
+            assert rows[name].layers == rows[start].layers
+            assert rows[name].scores != rows[start].scores
+            assert rows[name].seconds > rows[start].seconds
 
 
 def test_bytes_are_those_of_the_files(everything):
@@ -143,7 +150,7 @@ def test_finished_rows_are_kept_and_others_added(tiny_llama, tmp_path, monkeypat
     monkeypatch.setattr(Scoreboard, "add", lambda self, row: (added.append(row.name), plain(self, row)))
     options = {"out": str(tmp_path), "ranks": (2,), **SMALL}
     first = compare(str(tiny_llama), recipes=["qera-exact"], **options)
-    assert added[-3:] == ["qlora r2", "quailora r2", "qera-exact r2"]
+    assert added[-2:] == ["quailora r2", "qera-exact r2"]
     added.clear()
     second = compare(str(tiny_llama), recipes=["qera-exact", "lorc"], **options)
     assert added == ["lorc r2"]
@@ -181,8 +188,11 @@ def test_divergence_by_definition(generator):
     first, second = torch.randn(600, 50, generator=generator), torch.randn(600, 50, generator=generator)
     p, q = functional.softmax(first.double(), -1), functional.softmax(second.double(), -1)
     expected = (p * (p / q).log()).sum(-1).mean().item()
-    assert mean_divergence(first, second) == pytest.approx(expected, rel=1e-5)
-    assert mean_divergence(first, first) == pytest.approx(0, abs=1e-9)
+    ids = torch.arange(600) % 50
+    loss, divergence = score(log_probabilities(first), second, ids)
+    assert divergence == pytest.approx(expected, rel=1e-5)
+    assert loss == pytest.approx(functional.cross_entropy(second, ids).item(), rel=1e-5)
+    assert score(log_probabilities(first), first, ids)[1] == pytest.approx(0, abs=1e-9)
 
 
 def test_differences_of_equal_scores():
@@ -197,6 +207,8 @@ def test_differences_of_equal_scores():
 def test_bad_input_is_refused(tiny_llama, tmp_path):
     with pytest.raises(ConfigurationError, match=r"Unknown recipe 'lorca'. Expected one of qlora"):
         compare(str(tiny_llama), out=str(tmp_path), recipes=["lorca"], **SMALL)
+    with pytest.raises(ConfigurationError, match=r"Unknown baseline '7-bit'. Expected some of int8, 6-bit"):
+        compare(str(tiny_llama), out=str(tmp_path), baselines=["7-bit"], **SMALL)
     with pytest.raises(ConfigurationError, match="A recipe decides solver, metric and inputs"):
         init(str(tiny_llama), out=str(tmp_path), recipe="lorc", inputs="quantized")
 
@@ -243,67 +255,3 @@ def test_a_changed_nf4_base_is_a_stock_checkpoint(name, whole_blocks, tmp_path):
     if name == "loftq":
         with pytest.raises(ModelError, match="belongs on the base that was written with it"):
             evaluate(str(whole_blocks), adapter=str(out), sequence_length=128)
-
-
-def test_distillation_lowers_the_divergence_and_leaves_the_model(tiny_llama, tokenizer):
-    """On the text it trains on, in full precision arithmetic, from the closed form."""
-    model = load_model(str(tiny_llama)).model
-    layers = linear_layers(model)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    source = Calibration(samples=8, sequence_length=64)
-    quantized, factors = {}, {}
-    for name, layer in layers.items():
-        found = Initializer(Uniform(bits=2), SVD(), 4)(layer.weight)
-        quantized[name] = found.quantized.dequantize()
-        factors[name] = (found.low_rank.lora_A, found.low_rank.lora_B)
-    polish = Polish(steps=20, batch=2, sequence_length=64, learning_rate=3e-3)
-    windows = polish.windows(source, tokenizer)
-    trained = polish.train(model, layers, quantized, factors, windows, "model")
-    scores = measure(
-        model, layers, {"start": Corrected(quantized, factors), "end": Corrected(quantized, trained)}, windows[:8]
-    )
-    assert scores["end"].divergence < 0.9 * scores["start"].divergence
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name])
-        assert parameter.requires_grad
-        assert parameter.grad is None
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_the_correction_in_training_is_that_of_the_adapter(tiny_llama):
-    model = load_model(str(tiny_llama)).model
-    layers = linear_layers(model)
-    generator = torch.Generator().manual_seed(0)
-    factors = {
-        name: (torch.randn(3, layer.shape[1], generator=generator), torch.randn(layer.shape[0], 3, generator=generator))
-        for name, layer in layers.items()
-    }
-    weights = {name: layer.weight.clone() for name, layer in layers.items()}
-    ids = torch.arange(32)[None]
-    with torch.no_grad():
-        with corrected(layers, factors):
-            found = model(ids).logits
-        with replaced(layers, Corrected(weights, factors)):
-            expected = model(ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_bad_training_is_refused(tiny_llama, tmp_path):
-    with pytest.raises(ConfigurationError, match="has to fit into memory"):
-        init(
-            str(tiny_llama),
-            out=str(tmp_path),
-            recipe="polished",
-            rank=2,
-            offload="always",
-            samples=4,
-            sequence_length=32,
-        )
-    with pytest.raises(ConfigurationError, match="got 0 steps of 2 x 512"):
-        Polish(steps=0)
-    model = load_model(str(tiny_llama)).model
-    layers = linear_layers(model)
-    weights = {name: layer.weight * float("nan") for name, layer in layers.items()}
-    factors = {name: (torch.ones(1, layer.shape[1]), torch.ones(layer.shape[0], 1)) for name, layer in layers.items()}
-    with pytest.raises(NumericalError, match="The loss of step 1 is nan"):
-        Polish(steps=1, batch=1, sequence_length=8).train(model, layers, weights, factors, torch.ones(1, 8).long())

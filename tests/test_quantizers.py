@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracles import load_auto_gptq, run_auto_gptq
 from strategies import problems
 
-from quailora import FP4, GPTQ, NF4, NF4GPTQ, Gram, InputStatistics, Int8, Uniform
+from quailora import FP4, GPTQ, NF4, NF4GPTQ, NF4MSE, Gram, InputStatistics, Int8, Uniform
 from quailora.errors import CalibrationError, NumericalError
 from quailora.quantizers import fourbit, gptq
 from quailora.quantizers.grid import Grid
@@ -154,8 +154,8 @@ def test_gptq_is_never_worse_than_rounding_to_nearest(quantizer, problem):
 
 def without_feedback(quantizer):
     if isinstance(quantizer, NF4GPTQ):
-        return NF4(quantizer.block_size, quantizer.double_quantization)
-    return Uniform(quantizer.bits, quantizer.group_size, quantizer.symmetric)
+        return (NF4MSE if quantizer.mse else NF4)(quantizer.block_size, quantizer.double_quantization)
+    return Uniform(quantizer.bits, quantizer.group_size, quantizer.symmetric, quantizer.mse)
 
 
 @pytest.mark.parametrize("shape", [(12, 128), (5, 100), (3, 7)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -21,12 +21,20 @@ Inputs = dict[str, list[Tensor]]
 """What each layer was run on, call by call."""
 
 
+class _Seen(Exception):  # noqa: N818 # not an error
+    """Every watched layer has been run."""
+
+
 @contextmanager
-def captured(layers: Mapping[str, Layer]) -> Iterator[Inputs]:
+def captured(layers: Mapping[str, Layer], *, cut: bool = False) -> Iterator[Inputs]:
     """Collect the inputs of resident layers inside a `with` statement.
 
     A linear layer is watched by a hook. An expert's input is whatever is multiplied by its slice of the fused
     parameter, whoever wrote the loop over experts.
+
+    Args:
+        layers: the layers to watch.
+        cut: end the body of the statement as soon as every layer has been run once.
 
     Raises:
         ModelError: if the model overwrites an input after the layer has used it.
@@ -37,6 +45,8 @@ def captured(layers: Mapping[str, Layer]) -> Iterator[Inputs]:
     def observe(name: str, tensor: Tensor) -> None:
         inputs[name].append(tensor)
         versions[name].append(tensor._version)  # noqa: SLF001 # counts changes in place
+        if cut and len(inputs) == len(layers):
+            raise _Seen
 
     with ExitStack() as watching:
         for name, layer in layers.items():
@@ -45,7 +55,8 @@ def captured(layers: Mapping[str, Layer]) -> Iterator[Inputs]:
         experts = [layer for layer in layers.values() if layer.expert is not None]
         if experts:
             watching.enter_context(_ExpertInputs(experts, observe))
-        yield inputs
+        with suppress(_Seen):
+            yield inputs
     for name, tensors in inputs.items():
         if [tensor._version for tensor in tensors] != versions[name]:  # noqa: SLF001
             raise ModelError(f"The model overwrites the input of {name} after use, so it cannot be measured.")

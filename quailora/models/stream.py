@@ -174,25 +174,25 @@ class Walk:
     ) -> Iterator[Block]:
         device = execution_device(self.model)
 
-        def run(batch: int, network: str, watched: Mapping[str, Layer], *, keep: bool) -> Inputs:
+        def run(batch: int, network: str, watched: Mapping[str, Layer], *, keep: bool, cut: bool = False) -> Inputs:
             hidden = self.activations.load(index, network, batch, device)
-            with arithmetic(self.model, self.dtype), captured(watched) as inputs:
+            with captured(watched, cut=cut and not keep) as inputs, arithmetic(self.model, self.dtype):
                 hidden = forward(batch, hidden)
             if keep:
                 self.activations.save(index + 1, network, batch, hidden)
             return inputs
 
-        groups = [layers] if self.inputs == "full" or not layers else self._in_order(layers, batches, run)
+        groups, cut = self._in_order(layers, batches, run)
         replacements: dict[str, Tensor] = {}
         for members in groups:
             seen, held = Tally(device), Tally(device)
             for batch in batches:
                 inputs: Inputs = {}
                 if self.inputs != "quantized":
-                    inputs = run(batch, "full", members, keep=members is groups[0])
+                    inputs = run(batch, "full", members, keep=members is groups[0], cut=cut)
                 if self.inputs != "full":
                     with replaced(layers, replacements):
-                        quantized = run(batch, "quantized", members, keep=False)
+                        quantized = run(batch, "quantized", members, keep=False, cut=cut)
                     inputs = joined(members, inputs, quantized) if inputs else quantized
                     del quantized
                 (held if batch in held_out else seen).add(inputs)
@@ -205,21 +205,30 @@ class Walk:
                 for batch in batches:
                     run(batch, "quantized", {}, keep=True)
 
-    def _in_order(self, layers: Mapping[str, Layer], batches: Iterable[int], run: Run) -> list[dict[str, Layer]]:
+    def _in_order(
+        self, layers: Mapping[str, Layer], batches: Iterable[int], run: Run
+    ) -> tuple[list[Mapping[str, Layer]], bool]:
         """Return the layers in groups with the same input, or of the same fused parameter, in the order they run in.
+
+        All are one group for inputs in full precision. The second result says whether each layer is run just once, so
+        that what comes after a group need not be run for its inputs.
 
         One layer after the other, each sees what those before it in the block have become. Fitted all at once to the
         block as it was, each would make up for the same errors of earlier blocks, and together they would overshoot.
         """
+        if self.inputs == "full" or not layers:
+            return [layers], False
         found: list[tuple[str, ...]] = []
+        once = True
         for batch in list(batches)[:1]:
-            found = shared_inputs(run(batch, "quantized", layers, keep=False))
+            inputs = run(batch, "quantized", layers, keep=False)
+            found, once = shared_inputs(inputs), all(len(tensors) == 1 for tensors in inputs.values())
         order = next(filter(None, distributed.gather(found)))
         groups: dict[str, dict[str, Layer]] = {}
         for name in [*(name for names in order for name in names), *layers]:
             leader = next((names[0] for names in order if name in names), name)
             groups.setdefault(layers[leader].group, {})[name] = layers[name]
-        return list(groups.values())
+        return list(groups.values()), once and all(layer.expert is None for layer in layers.values())
 
 
 def _run_block(

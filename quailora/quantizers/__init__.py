@@ -7,6 +7,7 @@ from .gptq import GPTQ as GPTQ
 from .int8 import Int8 as Int8
 from .nf4 import NF4 as NF4
 from .nf4_gptq import NF4GPTQ as NF4GPTQ
+from .nf4_mse import NF4MSE as NF4MSE
 from .uniform import Uniform as Uniform
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
@@ -16,5 +17,6 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "uniform": Uniform,
     "gptq": GPTQ,
     "nf4_gptq": NF4GPTQ,
+    "nf4_mse": NF4MSE,
 }
 """The short names that the command line knows."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 """The block sizes that bitsandbytes' kernels know."""
 
+SHARES = (1.06, 1.03, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73)
+"""Of a block's largest magnitude, to choose its scale from where the squared error decides."""
+
 _STOCK_BLOCK_SIZE = 64  # the only one that transformers can ask it for
 
 
@@ -97,6 +100,65 @@ def with_codes(stored: FourBitWeight, codes: Float[Tensor, "out_features in_feat
     flat = codes.flatten().to(torch.uint8)
     pairs = functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)
     return replace(stored, codes=(pairs[:, :1] << 4) | pairs[:, 1:])
+
+
+def with_scales(stored: FourBitWeight, scales: Float[Tensor, " blocks"]) -> FourBitWeight:
+    """Return a weight with the same codes and other scales, stored as bitsandbytes stores its own."""
+    from bitsandbytes.functional import QuantState, quantize_blockwise
+
+    state, kept = stored.state, {}
+    if state.nested:
+        kept["offset"] = scales.mean()
+        scales, kept["state2"] = quantize_blockwise(scales - kept["offset"], blocksize=state.state2.blocksize)
+    changed = QuantState(
+        scales, state.shape, state.code, state.blocksize, state.quant_type, state.dtype, **kept
+    )
+    return replace(stored, state=changed)
+
+
+def with_least_error(stored: FourBitWeight, weight: Float[Tensor, "out_features in_features"]) -> FourBitWeight:
+    """Return a weight with the scale, among `SHARES` of the one that it has, that gives each block the least error.
+
+    Args:
+        stored: the weight as bitsandbytes quantizes it.
+        weight: the weight itself.
+    """
+    table, size, full = stored.state.code.to(weight.device), stored.state.blocksize, weight.float()
+    scales = scales_of(stored)
+    flat = functional.pad(full.flatten(), (0, -full.numel() % size)).view(-1, size)
+    largest = scales.flatten()[::size]
+    least, best = torch.full_like(largest, torch.inf), largest
+    for share in (1.0, *SHARES):
+        levels = ScaledTable(table, share * largest[:, None])
+        error = (flat - levels.decode(levels.encode(flat))).square().sum(1)
+        least, best = torch.minimum(error, least), torch.where(error < least, share * largest, best)
+    found = with_scales(stored, best)
+    found = with_codes(found, ScaledTable(table, scales_of(found)).encode(full))
+    errors = [(full - each.dequantize().float()).square().sum() for each in (found, stored)]
+    return found if errors[0] < errors[1] else stored  # 8 bits round scales, too
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ScaledTable:
+    """The 16 values of a code, times a scale for each weight.
+
+    Attributes:
+        table: values of the codes, ascending.
+        scale: of each weight, or broadcast to them.
+    """
+
+    table: Float[Tensor, " levels"]
+    scale: Float[Tensor, "*scales"]
+
+    def encode(self, value: Float[Tensor, "*weights"]) -> Float[Tensor, "*weights"]:
+        """Return the code of the nearest value, held in float32."""
+        middles = (self.table[1:] + self.table[:-1]) / 2
+        return torch.bucketize(value / self.scale.clamp(min=torch.finfo(value.dtype).tiny), middles).to(value.dtype)
+
+    def decode(self, codes: Float[Tensor, "*weights"]) -> Float[Tensor, "*weights"]:
+        """Return the values of codes."""
+        return self.table[codes.long()] * self.scale
 
 
 def four_bit_config(

@@ -43,6 +43,7 @@ class GPTQ(Quantizer):
         damping: added to the diagonal of `H`, relative to the `damping_scale` of that diagonal.
         damping_scale: "mean", as in the GPTQ papers' code, or "median". One massive activation can raise the mean of
             the diagonal a thousandfold, which then blurs every other channel; the median does not notice it.
+        mse: scales with the least squared error, in place of those that span the range of their group.
     """
 
     bits: int = 4
@@ -52,6 +53,7 @@ class GPTQ(Quantizer):
     static_groups: bool = False
     damping: float = 0.01
     damping_scale: Literal["mean", "median"] = "median"
+    mse: bool = False
 
     calibrated: ClassVar[bool] = True
 
@@ -73,14 +75,14 @@ class GPTQ(Quantizer):
         grids: list[Grid] = []
         group_index = None
         if order is not None and self.static_groups:
-            grids.append(Grid.fit(split_groups(full.float(), group_size), self.bits, self.symmetric))
+            grids.append(Grid.fit(split_groups(full.float(), group_size), self.bits, self.symmetric, self.mse))
             codes, loss = sweep(columns, factor, grids[0].at(order // group_size).column)
             grid = grids[0]
         else:
 
             def levels(column: int) -> Grid:
                 if column % group_size == 0:
-                    grids.append(Grid.fit(columns[column : column + group_size].T, self.bits, self.symmetric))
+                    grids.append(Grid.fit(columns[column : column + group_size].T, self.bits, self.symmetric, self.mse))
                 return grids[-1]
 
             codes, loss = sweep(columns, factor, levels, group_size)
@@ -103,7 +105,7 @@ class GPTQ(Quantizer):
         )
 
         # The loss is that of the damped metric. Near a tie, rounding to nearest is as good, and certain to be.
-        plain, plain_grid = nearest(full.float(), self.bits, self.symmetric, group_size)
+        plain, plain_grid = nearest(full.float(), self.bits, self.symmetric, group_size, self.mse)
         plain_energy = METRICS["gram"](statistics).energy(full - plain_grid.decode_groups(plain, group_size))
         energy = loss - damping * (full - result.dequantize()).square().sum(dtype=torch.float64).item()
         if energy + _TIE * loss < plain_energy:

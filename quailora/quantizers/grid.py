@@ -15,6 +15,10 @@ from .base import QuantizedWeight
 from .packing import pack, unpack
 
 
+SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+"""Of the range of a group, to choose from where the squared error decides."""
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -31,20 +35,50 @@ class Grid:
     bits: int
 
     @classmethod
-    def fit(cls, weight: Float[Tensor, "out_features *groups group"], bits: int, symmetric: bool) -> Grid:
+    def fit(
+        cls, weight: Float[Tensor, "out_features *groups group"], bits: int, symmetric: bool, mse: bool = False
+    ) -> Grid:
         """Span the range of each group, zero included.
 
         Asymmetric: from the smallest to the largest value. Symmetric: from minus to plus the largest magnitude, with
         zero at code `2^(bits-1)`, so the top level falls half a step short of it. Both as in the GPTQ papers' code.
 
+        Args:
+            weight: groups of columns.
+            bits: width of a code.
+            symmetric: see above.
+            mse: span the share of the range, among `SHARES`, that gives each group the least squared error.
+
         Raises:
             NumericalError: if a scale overflows float16.
         """
-        top = 2**bits - 1
         low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
         if symmetric:
             high = torch.maximum(-low, high)
             low = -high
+        best = cls.spanning(low, high, bits, symmetric)
+        if not mse:
+            return best
+        least = best.over_groups().squared_error(weight)
+        for share in SHARES:
+            grid = cls.spanning(share * low, share * high, bits, symmetric)
+            error = grid.over_groups().squared_error(weight)
+            better = error < least
+            least = torch.where(better, error, least)
+            scale = torch.where(better, grid.scale, best.scale)
+            best = cls(scale, torch.where(better, grid.zero_point, best.zero_point), bits)
+        return best
+
+    @classmethod
+    def spanning(
+        cls,
+        low: Float[Tensor, "out_features *groups"],
+        high: Float[Tensor, "out_features *groups"],
+        bits: int,
+        symmetric: bool,
+    ) -> Grid:
+        """Return the grid from one end to another; see `fit`."""
+        top = 2**bits - 1
         scale = ((high - low) / top).half().float()
         if not scale.isfinite().all():
             largest = max(high.max().item(), -low.min().item())
@@ -60,6 +94,10 @@ class Grid:
     def decode(self, codes: Float[Tensor, "out_features *columns"]) -> Float[Tensor, "out_features *columns"]:
         """Return the level of each code."""
         return (codes - self.zero_point) * self.scale
+
+    def squared_error(self, weight: Float[Tensor, "out_features *groups group"]) -> Float[Tensor, "out_features *groups"]:
+        """Return the squared error of rounding each group to the nearest levels; see `over_groups`."""
+        return (weight - self.decode(self.encode(weight))).square().sum(-1)
 
     def over_groups(self) -> Grid:
         """Return the grid for weights that `split_groups` has reshaped."""

@@ -12,7 +12,15 @@ from torch import Tensor
 from ..metrics import METRICS, check_damping
 from ..statistics import InputStatistics
 from .base import Quantizer
-from .fourbit import BlockSize, FourBitWeight, encode_four_bit, scales_of, with_codes
+from .fourbit import (
+    BlockSize,
+    FourBitWeight,
+    ScaledTable,
+    encode_four_bit,
+    scales_of,
+    with_codes,
+    with_least_error,
+)
 from .gptq import damped_factor, sweep
 
 _TIE = 1e-4  # share by which the sweep has to be better than rounding to nearest, against float32's errors
@@ -32,12 +40,14 @@ class NF4GPTQ(Quantizer):
         double_quantization: store the scales in 8 bits (`bnb_4bit_use_double_quant`).
         damping: added to the diagonal of `H`, relative to the `damping_scale` of that diagonal.
         damping_scale: "mean" or "median"; see `GPTQ`.
+        mse: scales with the least squared error, in place of those of nearest rounding.
     """
 
     block_size: BlockSize = 64
     double_quantization: bool = True
     damping: float = 0.01
     damping_scale: Literal["mean", "median"] = "median"
+    mse: bool = False
 
     calibrated: ClassVar[bool] = True
 
@@ -50,6 +60,7 @@ class NF4GPTQ(Quantizer):
         assert statistics is not None  # `quantize` has checked it
         statistics = statistics.to(weight.device)
         nearest = encode_four_bit(weight, "nf4", self.block_size, self.double_quantization)
+        nearest = with_least_error(nearest, weight) if self.mse else nearest
         scales = scales_of(nearest)
         full = weight.float()
         columns = full.T.clone(memory_format=torch.contiguous_format)
@@ -64,26 +75,3 @@ class NF4GPTQ(Quantizer):
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102
         return None
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class ScaledTable:
-    """The 16 values of a code, times a scale for each weight.
-
-    Attributes:
-        table: values of the codes, ascending.
-        scale: of each weight.
-    """
-
-    table: Float[Tensor, " levels"]
-    scale: Float[Tensor, " out_features"]
-
-    def encode(self, value: Float[Tensor, " out_features"]) -> Float[Tensor, " out_features"]:
-        """Return the code of the nearest value, held in float32."""
-        middles = (self.table[1:] + self.table[:-1]) / 2
-        return torch.bucketize(value / self.scale.clamp(min=torch.finfo(value.dtype).tiny), middles).to(value.dtype)
-
-    def decode(self, codes: Float[Tensor, " out_features"]) -> Float[Tensor, " out_features"]:
-        """Return the values of codes."""
-        return self.table[codes.long()] * self.scale

@@ -25,11 +25,13 @@ class Uniform(Quantizer):
         bits: width of a code.
         group_size: consecutive input columns that share a scale; None for one scale a row.
         symmetric: fixed zero point `2^(bits-1)` instead of a stored one.
+        mse: scales with the least squared error, in place of those that span the range of their group.
     """
 
     bits: int = 4
     group_size: int | None = 64
     symmetric: bool = False
+    mse: bool = False
 
     def __post_init__(self) -> None:
         check_bits_and_group(self.bits, self.group_size)
@@ -39,7 +41,7 @@ class Uniform(Quantizer):
     ) -> GridWeight:
         del statistics
         group_size = self.group_size or weight.shape[1]
-        codes, grid = nearest(weight.float(), self.bits, self.symmetric, group_size)
+        codes, grid = nearest(weight.float(), self.bits, self.symmetric, group_size, self.mse)
         return GridWeight.store(codes, grid, symmetric=self.symmetric, group_size=group_size, dtype=weight.dtype)
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102
@@ -47,9 +49,9 @@ class Uniform(Quantizer):
 
 
 def nearest(
-    weight: Float[Tensor, "out_features in_features"], bits: int, symmetric: bool, group_size: int
+    weight: Float[Tensor, "out_features in_features"], bits: int, symmetric: bool, group_size: int, mse: bool = False
 ) -> tuple[Float[Tensor, "out_features in_features"], Grid]:
     """Return the codes of the nearest levels, and the grid of each group of consecutive columns."""
     grouped = split_groups(weight, group_size)
-    grid = Grid.fit(grouped, bits, symmetric)
+    grid = Grid.fit(grouped, bits, symmetric, mse)
     return join_groups(grid.over_groups().encode(grouped), weight.shape[1]), grid

@@ -42,11 +42,6 @@ class Row:
     method: str = ""
 
     @classmethod
-    def of(cls, name: str, layers: Sequence[LayerRecord], scores: Mapping[str, Scores]) -> Row:
-        """Return the row of a base alone, with the seconds of its layers."""
-        return cls(name, scores, seconds=sum(layer.seconds for layer in layers), layers=layers)
-
-    @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Row:
         """Build what `as_dict` wrote down."""
         scores = {
@@ -99,9 +94,12 @@ class Comparison:
     rows: tuple[Row, ...]
 
     def gap_closed(self, row: Row, text: str) -> float | None:
-        """Return the share of the gap in perplexity from the base alone to int8 that a row closes."""
+        """Return the share of the gap in perplexity from the base alone to int8 that a row closes.
+
+        None for rows without an adapter, and where int8 was not measured or there is no gap.
+        """
         of = {each.name: each.scores[text].perplexity for each in self.rows}
-        gap = of["base alone"] - of["int8"]
+        gap = of["base alone"] - of.get("int8", of["base alone"])
         return (of["base alone"] - row.scores[text].perplexity) / gap if row.recipe and gap > 0 else None
 
     def difference(self, row: Row, text: str) -> Difference | None:

@@ -127,8 +127,14 @@ def finish(
     root = singular.sqrt()
     lora_B, lora_A = (left * root).to(dtype), (root[:, None] * right).to(dtype)
 
-    # Below the resolution of the factors a direction carries rounding only. Plain LoRA's start keeps it trainable.
-    spent = singular <= 8 * torch.finfo(factors[0].dtype).eps * singular[0]
+    # Below the resolution of the factors a direction carries rounding only, unless it meets a massive input channel.
+    # Plain LoRA's start keeps it trainable.
+    resolution = 8 * torch.finfo(factors[0].dtype).eps
+    spent = singular <= resolution * singular[0]
+    if spent.any():
+        rows = singular[spent, None] * right[spent]
+        energy = (objective.metric.product(rows) * rows).sum(1)
+        spent[spent.clone()] = energy <= resolution**2 * objective.value_at_zero
     if spent.any():
         bound = 1 / math.sqrt(lora_A.shape[1])
         fresh = torch.empty(lora_A.shape, dtype=dtype).uniform_(-bound, bound).to(lora_A.device)

@@ -107,7 +107,7 @@ def initialize_asymmetric(
     `W* - Q - C` in the metric `H~`, without the constant that no weight can change.
 
     Args:
-        initializer: quantizer and solver; its metric has to be "gram".
+        initializer: quantizer and solver; its metric has to be "gram" or "shrunk".
         weight: `W`.
         seen: joint statistics of the inputs of both networks, twice as wide as the layer.
         held_out: the same from other tokens.
@@ -116,8 +116,8 @@ def initialize_asymmetric(
     Raises:
         ConfigurationError: if the metric is another.
     """
-    if initializer.metric != "gram":
-        raise ConfigurationError(f"Asymmetric inputs need the metric 'gram', got {initializer.metric!r}.")
+    if initializer.metric not in {"gram", "shrunk"}:
+        raise ConfigurationError(f"Asymmetric inputs need the metric 'gram' or 'shrunk', got {initializer.metric!r}.")
     merged = seen.once(("merged", held_out), lambda: seen.merge(held_out))
     every, inputs = PairedMoments(merged.second_moment), merged.once("quantized", lambda: quantized_inputs(merged))
     fitted, judge = PairedMoments(seen.second_moment), PairedMoments(held_out.second_moment)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jaxtyping import Int
@@ -12,7 +12,8 @@ from torch import Tensor
 from .adapters.lora import LoraScaling
 from .calibration import Calibration, CalibrationDtype, TextSource, evaluation_windows, shipped_text
 from .checkpoint import locked
-from .contest import FULL_PRECISION, Contender, Contest
+from .contenders import Contender
+from .contest import FULL_PRECISION, Contest
 from .errors import ConfigurationError
 from .fingerprint import digest, fingerprint
 from .models.layers import linear_layers
@@ -20,9 +21,10 @@ from .models.load import DeviceName, DtypeName, LoadedModel, check_sequence_leng
 from .pipeline import check_scaling
 from .quantizers import NF4, Int8, Quantizer, Uniform
 from .recipes import RECIPES, find_recipe
-from .report.comparison import Comparison
+from .report.comparison import Comparison, Row
 from .report.settings import describe
 from .scoreboard import Scoreboard, write_comparison
+from .tasks import Tasks
 
 logger = logging.getLogger("quailora")
 
@@ -49,6 +51,9 @@ def compare(
     text_fields: Sequence[str] = ("text",),
     windows: int = 10,
     window_length: int = 2048,
+    tasks: Sequence[str] = (),
+    task_folder: str | None = None,
+    task_limit: int | None = None,
     calibration: str | None = None,
     calibration_fields: Sequence[str] = ("text",),
     calibration_split: str = "train",
@@ -62,7 +67,8 @@ def compare(
 ) -> Comparison:
     """Compare methods on the same calibration data: perplexity, divergence, bytes and seconds.
 
-    Every finished row is kept, so a comparison that was interrupted goes on, and more recipes can be added later.
+    Every finished row is kept, so a comparison that was interrupted goes on, and recipes, ranks and baselines that are
+    named later join those in the folder.
     Writes results.json, results.csv, results.md and report.html. `quailora init --recipe` gives the adapter of a row.
 
     Args:
@@ -78,6 +84,9 @@ def compare(
         text_fields: text fields of a .jsonl record.
         windows: windows of each text at most.
         window_length: tokens in such a window.
+        tasks: also score every row on these tasks of lm-eval, which has to be installed.
+        task_folder: folder with more tasks, as YAML files of lm-eval.
+        task_limit: examples of each task at most.
         calibration: a text file, a .jsonl file, or the name of a data set; the shipped text by default.
         calibration_fields: text fields of a record, joined in this order.
         calibration_split: split of a data set.
@@ -97,6 +106,8 @@ def compare(
     contenders = [Contender.alone("base alone", quantizer), *map(baseline, baselines)]
     contenders += [Contender.of(name, row, quantizer, rank) for rank in ranks for name, row in rows.items()]
     calibrate_on = TextSource(calibration, tuple(calibration_fields), calibration_split)
+    scored_on = Tasks(tuple(tasks), task_folder, task_limit)
+    scored_on.check()
     source = Calibration(calibrate_on, samples, sequence_length, seed, calibration_dtype)
 
     loaded = load_model(model, dtype, device)
@@ -106,6 +117,7 @@ def compare(
     seen = source.windows(loaded.tokenizer)
     texts = dict(evaluation_texts(loaded, text, text_fields, windows, window_length))
     settings = {"quantizer": describe(quantizer), "seed": seed, "calibration dtype": calibration_dtype}
+    settings |= {"tasks": list(tasks), "limit of tasks": task_limit} if tasks else {}
     settings |= {name: digest(ids) for name, ids in texts.items()}
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,16 +125,28 @@ def compare(
         board = Scoreboard(folder / "rows", fingerprint(settings, loaded, seen), fresh)
         board.open()
         layers = linear_layers(loaded.model)
-        Contest(loaded, layers, source, seen, texts, folder / "work", board, seed).measure(contenders)
-    kept = board.rows()
+        Contest(loaded, layers, source, seen, texts, scored_on, folder / "work", board, seed).measure(contenders)
     comparison = Comparison(
         title=f"{model}, {quantizer!r}",
         reference=against,
         texts=tuple(texts),
-        rows=tuple(kept[name] for name in [FULL_PRECISION, *(contender.name for contender in contenders)]),
+        tasks=tuple(tasks),
+        rows=tuple(standing(board.rows(), quantizer)),
     )
     write_comparison(comparison, folder)
     return comparison
+
+
+def standing(kept: Mapping[str, Row], quantizer: Quantizer) -> Iterator[Row]:
+    """Yield full precision and every row that holds still, those of earlier comparisons in the folder among them."""
+    possible = [Contender.alone("base alone", quantizer), *map(baseline, BASELINES)]
+    found = {row.recipe for row in kept.values()}
+    for rank in sorted({row.rank for row in kept.values() if row.recipe}):
+        possible += [Contender.of(name, row, quantizer, rank) for name, row in RECIPES.items() if name in found]
+    yield kept[FULL_PRECISION]
+    for contender in possible:
+        if contender.name in kept and kept[contender.name].method == contender.definition:
+            yield kept[contender.name]
 
 
 def baseline(name: str) -> Contender:

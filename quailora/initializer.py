@@ -74,9 +74,9 @@ class Initializer:
         quantizer: makes `Q` from `W`.
         solver: makes `C` from `W - Q`.
         rank: rank of `C`.
-        metric: what the solver minimises: "gram" (the layer's output error), "diagonal", "magnitude", "identity", or
-            "fisher", which weighs outputs and inputs by the loss. The errors of the result are always reported in the
-            Gram metric.
+        metric: what the solver minimises: "gram" (the layer's output error), "shrunk" (the same with less weight on
+            correlations), "diagonal", "magnitude", "identity", or "fisher", which weighs outputs and inputs by the
+            loss. The errors of the result are always reported in the Gram metric.
         schedule: how quantization and correction follow each other.
     """
 

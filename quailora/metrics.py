@@ -15,6 +15,9 @@ from torch import Tensor
 from .errors import ConfigurationError
 from .statistics import InputStatistics
 
+SHRINKAGE = 0.2
+"""Share of the correlations between input channels that the metric "shrunk" takes off."""
+
 _EXACT_WIDTH = 256  # up to here energies are computed in float64 throughout
 _LOUD = 64  # channels that stay in float64 in wider layers
 _ROWS = 1024  # rows whose energy is computed at a time, which bounds the copies
@@ -147,6 +150,38 @@ class Gram(Metric):
 
 
 @final
+@dataclass(frozen=True, eq=False)
+class Shrunk(Metric):
+    """`(1 - share) H + share diag(H)`: correlations between channels count less than the powers of channels.
+
+    Both are estimated from the same tokens, but correlations are many, and other text has others. Shrinking towards
+    the diagonal is what Ledoit and Wolf (2004) do to covariances of few samples.
+
+    Attributes:
+        inner: `H`.
+        diagonal: `diag(H)`.
+        share: of the correlations that is taken off.
+    """
+
+    inner: Metric
+    diagonal: Diagonal
+    share: float
+
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+        return torch.lerp(self.inner.product(matrix), self.diagonal.product(matrix), self.share)
+
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
+        return (1 - self.share) * self.inner.energy(matrix) + self.share * self.diagonal.energy(matrix)
+
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+        del matrix
+        return None
+
+    def mean_power(self) -> float:  # noqa: D102
+        return self.inner.mean_power()
+
+
+@final
 @dataclass(frozen=True)
 class Damped(Metric):
     """`H + ridge * I`.
@@ -173,7 +208,7 @@ class Damped(Metric):
         return self.inner.mean_power() + self.ridge
 
 
-MetricName = Literal["identity", "magnitude", "diagonal", "gram", "fisher"]
+MetricName = Literal["identity", "magnitude", "diagonal", "gram", "shrunk", "fisher"]
 """Those of `METRICS`; "fisher" weighs outputs, too, see `Sensitivity`."""
 
 METRICS: dict[MetricName, Callable[[InputStatistics], Metric]] = {
@@ -181,7 +216,13 @@ METRICS: dict[MetricName, Callable[[InputStatistics], Metric]] = {
     "magnitude": lambda statistics: Diagonal(statistics.mean_magnitude.square()),
     "diagonal": lambda statistics: Diagonal(statistics.second_moment.diagonal()),
     "gram": lambda statistics: statistics.once("gram", lambda: Gram(statistics.second_moment)),
+    "shrunk": lambda statistics: statistics.once("shrunk", lambda: shrunk(statistics)),
 }
+
+
+def shrunk(statistics: InputStatistics, share: float = SHRINKAGE) -> Shrunk:
+    """Return the metric of statistics with a share of the correlations taken off."""
+    return Shrunk(METRICS["gram"](statistics), Diagonal(statistics.second_moment.diagonal()), share)
 
 
 def squared_norm(matrix: Float[Tensor, "rows columns"]) -> float:

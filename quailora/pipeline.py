@@ -111,7 +111,8 @@ def init(
         out: folder to write the adapter to.
         quantizer: how the base will be quantized; `quailora list` names them.
         solver: how the correction is found; `quailora list` names them.
-        metric: what the solver minimises: "gram" is the output error, "diagonal" ignores correlations of the inputs,
+        metric: what the solver minimises: "gram" is the output error, "shrunk" the same with less weight on
+            correlations of the inputs, which generalises better, "diagonal" ignores them,
             "magnitude" weighs them by mean magnitude in place of power, "identity" ignores the inputs, "fisher" weighs
             outputs and inputs by squared gradients of the loss, for which the model has to fit into memory.
         recipe: a published method by name, in place of solver, metric and inputs; `quailora list` names them. Methods

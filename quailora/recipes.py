@@ -11,7 +11,6 @@ from typing import Literal, final
 from .adapters.lora import LoraScaling
 from .asymmetric import TRUST
 from .errors import ConfigurationError
-from .held_out import HeldOut
 from .initializer import Initializer
 from .layerwise import Method
 from .metrics import MetricName
@@ -19,7 +18,7 @@ from .models.stream import InputsOf
 from .polish import Polish
 from .quantizers import Quantizer
 from .quantizers.variants import with_feedback
-from .schedules import Alternate, Once, Preserve, Project, ReduceMagnitude, Schedule
+from .schedules import Alternate, HeldOut, Once, Preserve, Project, ReduceMagnitude, Schedule
 from .solvers import SVD, AlternatingLeastSquares, Optimal, Solver, Zero
 
 Rounding = Literal["as given", "feedback"]
@@ -157,8 +156,8 @@ RECIPES: dict[str, Recipe] = {
         "identity",
         polish=Polish(learning_rate=1e-3),
     ),
+    "shrunk": Recipe("quailora, the optimum with less trust in correlations", Optimal(), metric="shrunk"),
     "best": Recipe("quailora, for a base that stays as it is", Optimal(), inputs="asymmetric"),
-    "joint": Recipe("quailora", Optimal(), schedule=Alternate(rounds=5, start="low-rank"), rounding="feedback"),
     "best-joint": Recipe(
         "quailora, for a base of its own", Optimal(), schedule=HeldOut(Preserve()), inputs="asymmetric"
     ),

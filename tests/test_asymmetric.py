@@ -123,5 +123,7 @@ def test_it_beats_the_symmetric_problem_on_new_tokens():
 def test_other_metrics_are_refused():
     weight, full, quantized = problem(5)
     statistics = joint(full, quantized)
-    with pytest.raises(ConfigurationError, match="Asymmetric inputs need the metric 'gram', got 'diagonal'"):
+    with pytest.raises(
+        ConfigurationError, match="Asymmetric inputs need the metric 'gram' or 'shrunk', got 'diagonal'"
+    ):
         initialize_asymmetric(Initializer(NF4(), Optimal(), 3, "diagonal"), weight, statistics, statistics)

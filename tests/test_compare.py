@@ -63,7 +63,7 @@ def test_rows_equal_evaluating_the_adapter(everything, tiny_llama, tmp_path):
     _, comparison = everything
     rows = {row.name: row for row in comparison.rows}
     common = {"samples": 8, "sequence_length": 64, "rank": 4, "quantizer": Uniform(bits=3, group_size=32)}
-    for name in ("qera-exact", "joint", "asymmetric", "eora", "lq-lora", "best-joint"):
+    for name in ("qera-exact", "caldera", "asymmetric", "eora", "lq-lora", "best-joint"):
         init(str(tiny_llama), out=str(tmp_path / name), recipe=name, save_base=True, **common)
         found = evaluate(str(tiny_llama), adapter=str(tmp_path / name), windows=3, sequence_length=128).results
         row = rows[f"{name} r4"].scores["shipped text"]
@@ -152,14 +152,18 @@ def test_finished_rows_are_kept_and_others_added(tiny_llama, tmp_path, monkeypat
     first = compare(str(tiny_llama), recipes=["qera-exact"], **options)
     assert added[-2:] == ["quailora r2", "qera-exact r2"]
     added.clear()
-    second = compare(str(tiny_llama), recipes=["qera-exact", "lorc"], **options)
+    second = compare(str(tiny_llama), recipes=["lorc"], **options)
     assert added == ["lorc r2"]
+    assert [row.name for row in second.rows if row.recipe] == ["lorc r2", "qera-exact r2", "quailora r2"]
     kept = {row.name: row for row in first.rows}
     assert all(kept[row.name] == row for row in second.rows if row.name in kept)
     monkeypatch.setitem(RECIPES, "lorc", replace(RECIPES["lorc"], solver=SVD(tolerance=1e-4)))
     added.clear()
     compare(str(tiny_llama), recipes=["lorc"], **options)
     assert added == ["lorc r2"]  # whose definition has changed
+    monkeypatch.setitem(RECIPES, "lorc", replace(RECIPES["lorc"], solver=SVD(tolerance=1e-5)))
+    third = compare(str(tiny_llama), recipes=["quailora"], **options)
+    assert [row.name for row in third.rows if row.recipe] == ["qera-exact r2", "quailora r2"]  # lorc is another by now
     with pytest.raises(ResumeError, match=r"rows of another comparison, which differs in seed"):
         compare(str(tiny_llama), recipes=["lorc"], seed=1, **options)
     compare(str(tiny_llama), recipes=["lorc"], seed=1, fresh=True, **options)
@@ -230,7 +234,7 @@ def whole_blocks(tmp_path, tokenizer):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("name", ["loftq", "cloq"])
+@pytest.mark.parametrize("name", ["loftq", "cloq", "best-joint"])
 def test_a_changed_nf4_base_is_a_stock_checkpoint(name, whole_blocks, tmp_path):
     """Written beside the adapter in 4 bits, it loads without quailora and computes what the row was measured with."""
     from bitsandbytes.nn import Linear4bit

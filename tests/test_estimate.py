@@ -57,6 +57,18 @@ def test_sizes_are_those_of_the_adapter(family, tmp_path, tokenizer):
     assert found.seconds > 0
 
 
+def test_time_counts_rounds_and_training(tiny_llama, tmp_path, monkeypatch):
+    """On a machine that always does as much a second."""
+    monkeypatch.setattr("quailora.estimate.flops", lambda dtype: 1e9)
+    seconds = {
+        name: dry(tiny_llama, tmp_path, recipe=name).seconds
+        for name in ("qera-exact", "srr", "caldera", "lorc", "lq-lora", "best", "polished", "best-joint")
+    }
+    assert seconds["qera-exact"] < seconds["srr"] < seconds["caldera"]
+    assert seconds["lorc"] < seconds["lq-lora"]
+    assert seconds["qera-exact"] < seconds["best"] < seconds["best-joint"] < seconds["polished"]
+
+
 def test_bits_count_everything():
     weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1))
     assert bits_of(NF4(), (64, 1024)) == pytest.approx(NF4().quantize(weight).bits_per_weight, abs=0.01)

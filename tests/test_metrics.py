@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quailora import Diagonal, Gram, Identity
-from quailora.metrics import Damped
+from quailora.metrics import Damped, Shrunk, shrunk
 from quailora.testing import make_problem
 
 WIDTH = 300  # wide enough for energies in float32
@@ -20,6 +20,10 @@ METRICS = [
     (Identity(), torch.eye(WIDTH, dtype=torch.float64)),
     (Diagonal(moment().diagonal()), moment().diagonal().diag()),
     (Gram(moment()), moment()),
+    (
+        shrunk(make_problem(1, WIDTH, "massive channel").statistics, 0.3),
+        0.7 * moment() + 0.3 * moment().diagonal().diag(),
+    ),
     (Damped(Gram(moment()), 0.5), moment() + 0.5 * torch.eye(WIDTH, dtype=torch.float64)),
 ]
 each_metric = pytest.mark.parametrize(("metric", "dense"), METRICS, ids=lambda value: type(value).__name__)
@@ -63,7 +67,7 @@ def test_roots_of_diagonal_metrics(metric, dense, generator):
     matrix = torch.randn(5, WIDTH, generator=generator, dtype=torch.float64)
     rooted = metric.rooted(matrix)
     if rooted is None:
-        assert isinstance(metric, Gram | Damped)
+        assert isinstance(metric, Gram | Shrunk | Damped)
     else:
         torch.testing.assert_close(rooted @ rooted.T, matrix @ dense @ matrix.T)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -18,13 +19,15 @@ from strategies import problems
 from quailora import FP4, GPTQ, NF4, NF4GPTQ, NF4MSE, SVD, Gram, Initializer, Int8, Optimal, Uniform
 from quailora.adapters.lora import LoraScaling
 from quailora.errors import CalibrationError, ConfigurationError
-from quailora.held_out import HeldOut
 from quailora.layer import QuantizedLayer, Trial
-from quailora.magnitude import onto_l1_ball, reduced
 from quailora.metrics import METRICS
 from quailora.quantizers.variants import with_feedback, with_least_error
 from quailora.recipes import RECIPES, find_recipe
-from quailora.schedules import Alternate, Once, Preserve, Project, deflated, preserved_rank
+from quailora.report.settings import build, describe
+from quailora.schedules import Alternate, HeldOut, Once, Preserve, Project, Schedule
+from quailora.schedules.preserve import preserved_rank
+from quailora.schedules.project import deflated
+from quailora.schedules.reduce_magnitude import onto_l1_ball, reduced
 from quailora.sensitivity import Sensitivity
 from quailora.testing import make_problem, rounding
 
@@ -109,7 +112,6 @@ def test_the_methods_do_what_they_claim():
     assert relative("qera-exact") == pytest.approx(relative("quailora"), rel=5e-3)
     assert relative("cloq") < relative("qera-exact")
     assert relative("caldera") < relative("qera-exact")
-    assert relative("joint") <= relative("caldera")
     assert relative("srr") <= relative("qera-exact")
 
 
@@ -200,6 +202,12 @@ def test_reduced_magnitudes_minimise_their_objective():
     )
     assert value(found[0].double().numpy()) <= best * (1 + 1e-3)
     assert found.abs().max() < problem.weight.abs().max()
+
+
+@each_recipe
+def test_schedules_survive_the_sidecar(name):
+    schedule = find_recipe(name).schedule
+    assert build(Schedule, json.loads(json.dumps(describe(schedule)))) == schedule
 
 
 def test_feedback_keeps_the_grid():

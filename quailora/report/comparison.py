@@ -29,6 +29,7 @@ class Row:
         spectrum: mean over layers of the share of the output error that the first 1, 2, ... directions remove; empty
             for methods that minimise something else.
         method: full description of the method.
+        tasks: accuracy by task.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     layers: Sequence[LayerRecord] = field(default=(), repr=False)
     spectrum: Sequence[float] = field(default=(), repr=False)
     method: str = ""
+    tasks: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Row:
@@ -86,12 +88,14 @@ class Comparison:
         reference: the recipe that differences are taken from, at the same rank.
         texts: names of the texts, the first of which leads.
         rows: full precision first, then bases alone, then recipes.
+        tasks: names of the tasks.
     """
 
     title: str
     reference: str
     texts: tuple[str, ...]
     rows: tuple[Row, ...]
+    tasks: tuple[str, ...] = ()
 
     def gap_closed(self, row: Row, text: str) -> float | None:
         """Return the share of the gap in perplexity from the base alone to int8 that a row closes.
@@ -132,12 +136,14 @@ class Comparison:
                     "adapter_bytes": row.adapter_bytes,
                     "mean_relative_error": row.mean_relative_error,
                     "seconds": row.seconds,
+                    **{task: row.tasks.get(task) for task in self.tasks},
                 })
         return records
 
     def table(self, text: str) -> tuple[list[str], list[list[str]]]:
         """Return the header and the rows of the table for one text."""
         header = ["row", "perplexity", "KL", "gap closed", f"loss - {self.reference} (95 %)", "MB", "seconds"]
+        header += self.tasks
         rows = []
         for row in self.rows:
             gap, difference, scores = self.gap_closed(row, text), self.difference(row, text), row.scores[text]
@@ -150,6 +156,7 @@ class Comparison:
                 "" if difference is None else f"{difference.mean:+.4f} ({difference.low:+.4f} {difference.high:+.4f})",
                 f"{size:.1f}" if size else "",
                 f"{row.seconds:.0f}" if row.recipe else "",
+                *(f"{row.tasks[task]:.1%}" if task in row.tasks else "" for task in self.tasks),
             ])
         return header, rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 from ..errors import ModelError
@@ -15,7 +15,8 @@ def describe(value: Any) -> Any:
     """Return a value as JSON and YAML can hold it; components in the form that the command line reads."""
     if is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
-        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": asdict(value)}
+        arguments = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
+        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
     if isinstance(value, Mapping):
         return {key: describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -29,7 +30,7 @@ def build(base: type[Component], description: Mapping[str, Any]) -> Component:
     Only subclasses of `base` that are already imported are considered, so that reading a file imports nothing.
 
     Args:
-        base: `Quantizer` or `Solver`.
+        base: `Quantizer`, `Solver` or `Schedule`.
         description: `class_path` and `init_args`.
 
     Raises:
@@ -43,11 +44,18 @@ def build(base: type[Component], description: Mapping[str, Any]) -> Component:
             f"If it is your own {base.__name__}, import its module first."
         )
     cls = known[path]
-    arguments = description.get("init_args", {})
+    arguments = {name: _built(base, value) for name, value in description.get("init_args", {}).items()}
     unknown = set(arguments) - {field.name for field in fields(cls)}  # type: ignore[arg-type] # components are dataclasses
     if unknown:
         raise ModelError(f"{path} has no field {', '.join(sorted(unknown))}; it was written by another version.")
     return cls(**arguments)
+
+
+def _built(base: type[Component], value: Any) -> Any:
+    """Return an argument, which may be a component itself, or a tuple that was written as a list."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        return build(base, value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _subclasses(base: type[Component]) -> Iterator[type[Component]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
-from .errors import ConfigurationError
-from .layer import QuantizedLayer
-from .quantizers import Quantizer
-from .quantizers.variants import with_feedback, with_least_error
-from .schedules import Schedule, Solve
+from ..errors import ConfigurationError
+from ..layer import QuantizedLayer
+from ..quantizers import Quantizer
+from ..quantizers.variants import with_feedback, with_least_error
+from .base import Schedule, Solve
 
 DAMPINGS: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
 """Of the error feedback, to choose from, relative to the median power of an input channel."""

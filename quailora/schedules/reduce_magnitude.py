@@ -1,14 +1,41 @@
-"""Weights of smaller magnitude with nearly the same outputs: MagR (Zhang et al., 2024, arXiv 2406.00800)."""
+"""Weights of smaller magnitude with nearly the same outputs: MagR (Zhang et al., 2024, arXiv 2406.00800) in CLoQ."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .metrics import Metric
+from ..errors import ConfigurationError
+from ..layer import QuantizedLayer
+from ..metrics import Metric
+from .base import Schedule, Solve
 
 Matrix = Float[Tensor, "out_features in_features"]
+
+
+@final
+@dataclass(frozen=True)
+class ReduceMagnitude(Schedule):
+    """Shrink each output's largest weight, as far as its output barely changes, before rounding (MagR, in CLoQ).
+
+    Attributes:
+        alpha: weight of the largest magnitude.
+        iterations: steps.
+    """
+
+    alpha: float = 1e-3
+    iterations: int = 30
+
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
+        del solve, rank
+        if layer.statistics is None:
+            raise ConfigurationError("This schedule needs calibration.")
+        metric = layer.objective.metric
+        return layer.requantized(reduced(layer.weight, metric, self.alpha, self.iterations))
 
 
 def reduced(weight: Matrix, metric: Metric, alpha: float, iterations: int) -> Matrix:

@@ -1,0 +1,14 @@
+"""How quantization and correction of one layer follow each other: once, in turns, or one prepared for the other.
+
+A schedule decides what is quantized. The correction is always solved for last, on the quantized weight that was chosen,
+so it is optimal for that weight whatever came before.
+"""
+
+from .alternate import Alternate as Alternate
+from .base import Schedule as Schedule
+from .base import Solve as Solve
+from .held_out import HeldOut as HeldOut
+from .once import Once as Once
+from .preserve import Preserve as Preserve
+from .project import Project as Project
+from .reduce_magnitude import ReduceMagnitude as ReduceMagnitude

@@ -1,0 +1,62 @@
+"""Quantization and correction in turns: LoftQ, QPiSSA, CALDERA, ODLRI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..layer import QuantizedLayer
+from ..solvers import LowRank
+from .base import Schedule, Solve, best_iterate, better
+
+
+@final
+@dataclass(frozen=True)
+class Alternate(Schedule):
+    """Quantize `W - C` and solve for `C` in turns; keep the best iterate.
+
+    Attributes:
+        rounds: how often the weight is quantized again, at most; it ends early when two rounds gain nothing.
+        start: "quantize" `W` first (LoftQ, CALDERA); or take the best "low-rank" approximation of `W` off first
+            (QPiSSA); or the weights of the `rank` "outliers" among the input channels, those with the largest inputs
+            (ODLRI), which a correction of that rank can hold exactly.
+    """
+
+    rounds: int = 5
+    start: Literal["quantize", "low-rank", "outliers"] = "quantize"
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ConfigurationError(f"Expected at least 1 round, got {self.rounds}.")
+
+    @property
+    def solutions(self) -> int:  # noqa: D102
+        return self.rounds + 2
+
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
+        if self.start == "quantize":
+            return best_iterate(layer, solve, self.rounds, without_correction)
+        low_rank = self.start == "low-rank"
+        taken = solve(layer.objective_of(layer.weight)).dense() if low_rank else outliers(layer, rank)
+        started = layer.requantized(layer.weight - taken)
+        return better(layer, best_iterate(started, solve, self.rounds - 1, without_correction), solve)
+
+
+def without_correction(layer: QuantizedLayer, found: LowRank) -> QuantizedLayer:
+    """Quantize what the correction leaves to do, `W - C`."""
+    return layer.requantized(layer.weight - found.dense())
+
+
+def outliers(layer: QuantizedLayer, count: int) -> Float[Tensor, "out_features in_features"]:
+    """Return the weight's columns with the largest inputs; the others are zero."""
+    if layer.statistics is None:
+        raise ConfigurationError("A start from outliers needs calibration.")
+    loud = layer.statistics.second_moment.diagonal().topk(count).indices
+    taken = torch.zeros_like(layer.weight)
+    taken[:, loud] = layer.weight[:, loud]
+    return taken

@@ -1,0 +1,79 @@
+"""The interface of all schedules, and what those that go through several weights share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from ..layer import QuantizedLayer
+from ..objective import Objective
+from ..solvers import LowRank
+
+Solve = Callable[[Objective], LowRank]
+"""Solves an objective at the layer's rank, in the metric of the method; `LowRank.error` is in that metric."""
+
+_PATIENCE = 2  # rounds without a better iterate
+_GAIN = 1e-3  # a smaller share of the error is no gain
+
+
+class Schedule(ABC):
+    """Chooses the quantized weight of a layer.
+
+    Laws: the result is in the format of the layer's own quantizer; with an alternating schedule it is the best iterate,
+    in the metric that the method minimises, and so never worse than quantizing once.
+
+    A schedule is either this class or final. Its hyper-parameters are the fields of a frozen dataclass.
+    """
+
+    changes_base: ClassVar[bool] = True
+    """Whether the quantized weight differs from what quantizing the model alone gives, so that it has to be saved."""
+    judged: ClassVar[bool] = False
+    """Whether it looks at held-out tokens: see `QuantizedLayer.trial`."""
+
+    @property
+    def solutions(self) -> int:
+        """How often a layer is quantized and solved for, at most; for estimates of time."""
+        return 1
+
+    @abstractmethod
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
+        """Return the layer with the quantized weight to correct.
+
+        Args:
+            layer: the weight quantized as it is.
+            solve: finds corrections, see `Solve`.
+            rank: rank of the correction.
+        """
+
+
+def best_iterate(
+    layer: QuantizedLayer,
+    solve: Solve,
+    rounds: int,
+    following: Callable[[QuantizedLayer, LowRank], QuantizedLayer],
+) -> QuantizedLayer:
+    """Return the best of a layer and of those that follow, one after the other, in the metric that is solved in.
+
+    Args:
+        layer: the first.
+        solve: see `Solve`.
+        rounds: how many follow, at most; it ends early when two rounds gain nothing.
+        following: makes the next one from a layer and its correction.
+    """
+    found = solve(layer.objective)
+    best, least, stale = layer, found.error, 0
+    for _ in range(rounds):
+        layer = following(layer, found)
+        found = solve(layer.objective)
+        stale = 0 if found.error < (1 - _GAIN) * least else stale + 1
+        if found.error < least:
+            best, least = layer, found.error
+        if stale == _PATIENCE:
+            break
+    return best
+
+
+def better(first: QuantizedLayer, second: QuantizedLayer, solve: Solve) -> QuantizedLayer:
+    """Return the layer whose correction leaves less, the first one if they are equal."""
+    return min((first, second), key=lambda layer: solve(layer.objective).error)

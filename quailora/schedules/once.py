@@ -1,0 +1,21 @@
+"""Quantize, then correct."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from ..layer import QuantizedLayer
+from .base import Schedule, Solve
+
+
+@final
+@dataclass(frozen=True)
+class Once(Schedule):
+    """Quantize, then correct: the base is that of quantizing alone."""
+
+    changes_base: ClassVar[bool] = False
+
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
+        del solve, rank
+        return layer

@@ -1,0 +1,47 @@
+"""Leading directions of the weight come off before it is quantized: SRR (2026, arXiv 2602.02001)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from ..layer import QuantizedLayer
+from ..objective import Objective
+from .base import Schedule, Solve, better
+
+
+@final
+@dataclass(frozen=True)
+class Preserve(Schedule):
+    """Take the leading `k` directions of the weight off before quantizing (SRR, Preserve-then-quantize).
+
+    `k` has the least `rho_k(W) rho_(r-k)(N)`, where `rho_p(M)` is the share of the energy of `M` outside of its `p`
+    leading directions in the metric, and `N` is uniform noise in place of the rounding error that is not known yet.
+    """
+
+    @property
+    def solutions(self) -> int:  # noqa: D102
+        return 5  # subspaces of the weight and of the noise, both bases, and the better one
+
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
+        weight = layer.objective_of(layer.weight)
+        generator = torch.Generator(layer.weight.device).manual_seed(0)
+        noise = torch.empty_like(layer.weight, dtype=torch.float32).uniform_(-1, 1, generator=generator)
+        kept = preserved_rank(weight, layer.objective_of(noise), rank)
+        if not kept:
+            return layer
+        basis, coefficients = weight.projection(weight.subspace(rank).leading(kept))
+        return better(layer, layer.requantized(layer.weight - basis @ coefficients), solve)
+
+
+def preserved_rank(weight: Objective, noise: Objective, rank: int) -> int:
+    """Return how many directions of the weight to take off; see `Preserve`."""
+    tails = []
+    for objective in (weight, noise):
+        total, energies = objective.value_at_zero, objective.subspace(rank).energies
+        tails.append(1 - torch.cat([energies.new_zeros(1), energies.cumsum(0)]) / total if total > 0 else None)
+    if tails[0] is None or tails[1] is None:
+        return 0
+    return int((tails[0] * tails[1].flip(0)).argmin())

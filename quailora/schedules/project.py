@@ -1,0 +1,66 @@
+"""Error feedback that does not see what the correction repairs: ProjQ (2026, arXiv 2606.00494)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from ..errors import ConfigurationError
+from ..layer import QuantizedLayer
+from ..objective import Objective
+from ..solvers import LowRank
+from ..statistics import InputStatistics
+from .base import Schedule, Solve, best_iterate
+
+
+@final
+@dataclass(frozen=True)
+class Project(Schedule):
+    """Round with error feedback that does not see what the correction will repair (ProjQ).
+
+    With `U` the output directions of the correction so far, an error `E` leaves `E H E^T` outside of `U`. Its part
+    along the inputs `H E^T U` is the correction's, so the feedback works on `H` without these.
+
+    Attributes:
+        rounds: how often the weight is quantized again, at most.
+    """
+
+    rounds: int = 5
+
+    @property
+    def solutions(self) -> int:  # noqa: D102
+        return self.rounds + 2
+
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
+        del rank
+        if layer.statistics is None or not layer.quantizer.calibrated:
+            raise ConfigurationError("This schedule needs a quantizer with error feedback, and calibration.")
+
+        def projected(layer: QuantizedLayer, found: LowRank) -> QuantizedLayer:
+            assert layer.statistics is not None
+            return layer.requantized(layer.weight, deflated(layer.statistics, layer.objective, found.rank))
+
+        return best_iterate(layer, solve, self.rounds, projected)
+
+
+def deflated(statistics: InputStatistics, objective: Objective, rank: int) -> InputStatistics:
+    """Return statistics without the input directions in which the best correction removes all error.
+
+    `H' = H - K S^-1 K^T` with `K = H E^T U` and `S = U^T E H E^T U`, which is diagonal for the leading eigenvectors
+    `U`; with any root `H = L L^T` this is `L (I - V V^T) L^T`, `V` being the right singular vectors of `E L`.
+    """
+    # Added twice: for the rounding of H, and for what is left if rounding is all that is.
+    moment = statistics.second_moment
+    ridge = torch.finfo(torch.float32).eps * moment.trace() * torch.eye(len(moment), device=moment.device)
+    moment = moment + ridge
+    rows = objective.subspace(rank).basis.double().T @ objective.error.double()
+    along = rows @ moment  # K^T
+    values, vectors = torch.linalg.eigh(along @ rows.T)
+    live = values > torch.finfo(torch.float32).eps * values.max()
+    whitened = (vectors[:, live] / values[live].sqrt()).T @ along
+    rest = moment - whitened.T @ whitened + ridge
+    result = InputStatistics(statistics.in_features, rest.device)
+    result.add((rest + rest.T) / 2 * statistics.tokens, statistics.tokens)
+    return result

@@ -87,19 +87,6 @@ def quantize_in_place(model: Any, quantizer: Quantizer, walk: Walk | None = None
 
 
 @contextmanager
-def quantized(model: Any, quantizer: Quantizer) -> Iterator[None]:
-    """Quantize a model inside a `with` statement, and restore its weights from a copy at the end."""
-    originals = {name: layer.weight.clone() for name, layer in linear_layers(model).items()}
-    try:
-        quantize_in_place(model, quantizer)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, layer in linear_layers(model).items():
-                layer.weight.copy_(originals[name])
-
-
-@contextmanager
 def adapted(model: Any, adapter: Path) -> Iterator[Any]:
     """Attach an adapter by stock PEFT inside a `with` statement, and take it off at the end."""
     from peft import PeftModel

@@ -96,10 +96,6 @@ class Run:
             found |= {name: self.checkpoint.load(each) for name, each in keys.items()}
         return found
 
-    def records(self, method: str) -> list[LayerRecord]:
-        """Return the errors of each layer that a finished run has corrected by one of its methods."""
-        return [outcome.record for outcome in self.outcomes(method).values() if outcome.record is not None]
-
     def polish(self, method: str, settings: Polish | None, source: Calibration, tokenizer: Any) -> None:
         """Train what a finished run made by one of its methods; nothing happens without settings, or if it was done.
 

@@ -13,12 +13,12 @@ from .nf4_mse import NF4MSE
 from .uniform import Uniform
 
 
-def with_feedback(quantizer: Quantizer, damping: float = GPTQ.damping, mse: bool | None = None) -> Quantizer:
+def with_feedback(quantizer: Quantizer, damping: float | None = None, mse: bool | None = None) -> Quantizer:
     """Return the quantizer that rounds to the format of another one with error feedback.
 
     Args:
         quantizer: `Uniform`, `NF4` or one of their kin.
-        damping: relative to the median of the diagonal of `H`; see `GPTQ`.
+        damping: see `GPTQ`; as the quantizer's own by default, or that of `GPTQ` where it has none.
         mse: whether scales have the least squared error; as the quantizer's own by default.
 
     Raises:
@@ -26,6 +26,8 @@ def with_feedback(quantizer: Quantizer, damping: float = GPTQ.damping, mse: bool
     """
     if mse is None:
         mse = isinstance(quantizer, NF4MSE) or bool(getattr(quantizer, "mse", False))
+    if damping is None:
+        damping = float(getattr(quantizer, "damping", GPTQ.damping))
     if isinstance(quantizer, (GPTQ, NF4GPTQ)):
         return replace(quantizer, damping=damping, mse=mse)
     if isinstance(quantizer, Uniform):

@@ -162,6 +162,13 @@ RECIPES: dict[str, Recipe] = {
         "quailora, for a base of its own", Optimal(), schedule=HeldOut(Preserve()), inputs="asymmetric"
     ),
     "polished": Recipe("quailora, best and a short distillation", Optimal(), inputs="asymmetric", polish=Polish()),
+    "polished-joint": Recipe(
+        "quailora, best-joint and a short distillation",
+        Optimal(),
+        schedule=HeldOut(Preserve()),
+        inputs="asymmetric",
+        polish=Polish(),
+    ),
     "fine-tuned": Recipe(
         "best and plain fine-tuning on the tokens of polished, to compare",
         Optimal(),

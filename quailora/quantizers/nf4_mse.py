@@ -19,7 +19,7 @@ class NF4MSE(Quantizer):
     """NF4 with the scale of each block that leaves the least squared error, in place of its largest magnitude.
 
     bitsandbytes stores scales and does not ask how they were found: the result is a 4-bit checkpoint like any other,
-    with about a fifth less squared error. Never worse than `NF4`, in squared error.
+    with about a sixth less squared error. Never worse than `NF4`, in squared error.
 
     Attributes:
         block_size: weights that share a scale.

@@ -1,8 +1,9 @@
-"""Perplexity of an adapter on the stock 4-bit base, without quailora: torch, transformers, peft and bitsandbytes only.
+"""Perplexity of adapters on a quantized base, without quailora: by stock transformers and peft.
 
     python benchmarks/stock_perplexity.py BASE ADAPTER... --text wikitext2_raw_test.txt
 
-`quailora evaluate` must print the same numbers.
+A base in full precision is quantized to NF4 by bitsandbytes while it loads; a base in AutoGPTQ's format needs gptqmodel
+and optimum. `quailora evaluate` must print the same numbers.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import pathlib
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
 @torch.inference_mode()
@@ -20,9 +23,19 @@ def perplexity(model, windows):
     return math.exp(sum(losses) / len(losses))
 
 
+def quantization_of(base):
+    """Return what transformers has to be told to load a base."""
+    stored = getattr(AutoConfig.from_pretrained(base), "quantization_config", None)
+    if stored is None:
+        return {"quantization_config": BitsAndBytesConfig(**NF4)}
+    if stored["quant_method"] == "gptq":  # by a kernel that needs no compiler
+        return {"quantization_config": GPTQConfig(bits=stored["bits"], backend="gptq_torch")}
+    return {}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="hub name or folder of the full-precision model")
+    parser.add_argument("base", help="hub name or folder of a full-precision or quantized model")
     parser.add_argument("adapter", nargs="*", help="folders of adapters")
     parser.add_argument("--text", required=True)
     parser.add_argument("--windows", type=int, default=10)
@@ -33,14 +46,12 @@ def main():
     text = pathlib.Path(options.text).read_text(encoding="utf-8")
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     windows = tokens[: options.windows * 2048].view(-1, 2048)
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     for adapter in [None, *options.adapter]:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.base, quantization_config=quantization, dtype=getattr(torch, options.dtype)
-        )
+        dtype = getattr(torch, options.dtype)
+        model = AutoModelForCausalLM.from_pretrained(options.base, dtype=dtype, **quantization_of(options.base))
         if adapter:
             model = PeftModel.from_pretrained(model, adapter)
-        print(f"{adapter or 'nf4'}: {perplexity(model.eval(), windows):.4f}", flush=True)
+        print(f"{adapter or 'base'}: {perplexity(model.eval(), windows):.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,24 @@
 
 from importlib.metadata import version
 
+from .bases import Prequantized
 from .errors import QuailoraError
 from .initializer import Initializer, LayerInitialization
 from .metrics import Diagonal, Gram, Identity
-from .quantizers import FP4, GPTQ, NF4, NF4GPTQ, NF4MSE, Int8, Quantizer, Uniform
+from .quantizers import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
 from .solvers import SVD, AlternatingLeastSquares, LowRank, Optimal, Solver, Zero
 from .statistics import InputStatistics
 
 __all__ = [
     "FP4",
     "GPTQ",
+    "HQQ",
     "NF4",
     "NF4GPTQ",
     "NF4MSE",
     "SVD",
     "AlternatingLeastSquares",
+    "AutoGPTQ",
     "Diagonal",
     "Gram",
     "Identity",
@@ -26,9 +29,11 @@ __all__ = [
     "LayerInitialization",
     "LowRank",
     "Optimal",
+    "Prequantized",
     "QuailoraError",
     "Quantizer",
     "Solver",
+    "TorchaoInt8",
     "Uniform",
     "Zero",
 ]

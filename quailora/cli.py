@@ -16,6 +16,8 @@ from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
 from rich.logging import RichHandler
 from rich.text import Text
 
+from .adapters.convert import convert
+from .check import check
 from .comparison import compare
 from .demo import demo
 from .errors import ConfigurationError, QuailoraError
@@ -53,6 +55,8 @@ COMMANDS: dict[str, Any] = {
     "init": init,
     "evaluate": evaluate,
     "compare": compare,
+    "check": check,
+    "convert": convert,
     "demo": demo,
     "list": list_components,
 }

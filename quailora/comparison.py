@@ -18,7 +18,7 @@ from .errors import ConfigurationError
 from .fingerprint import digest, fingerprint
 from .models.layers import linear_layers
 from .models.load import DeviceName, DtypeName, LoadedModel, check_sequence_length, load_model
-from .pipeline import check_scaling
+from .plan import check_scaling
 from .quantizers import NF4, Int8, Quantizer, Uniform
 from .recipes import RECIPES, find_recipe
 from .report.comparison import Comparison, Row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,7 +118,8 @@ def estimate(
     parameters = sum(row[-1] for row in rows)
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
     quantizer = method.initializer.quantizer
-    stored = sum(count * shape[0] * shape[1] * bits_of(quantizer, shape) for (_, shape, _), count in groups.items())
+    first = {(kind(layer.name), layer.shape, scaling.rank_of(layer.group)): layer for layer in layers.values()}
+    stored = sum(groups[key] * math.prod(layer.shape) * bits_of(quantizer, layer) for key, layer in first.items())
 
     tokens = source.samples * source.sequence_length
     per_pass = max(source.sequence_length, min(tokens, TOKENS_PER_PASS))
@@ -195,13 +197,15 @@ def largest_hidden(model: Any) -> int:
     return embeddings.embedding_dim
 
 
-def bits_of(quantizer: Quantizer, shape: tuple[int, int]) -> float:
-    """Return the stored bits of each weight of a layer, from a small random one."""
-    rows, columns = (min(side, limit) for side, limit in zip(shape, _SAMPLE, strict=True))
+def bits_of(quantizer: Quantizer, layer: Layer) -> float:
+    """Return the stored bits of each weight of a layer, from a small random one unless it is stored already."""
+    own = quantizer.for_layer(layer.name)
+    limits = _SAMPLE if own is quantizer else layer.shape
+    rows, columns = (min(side, limit) for side, limit in zip(layer.shape, limits, strict=True))
     statistics = InputStatistics(columns)
     statistics.add(torch.eye(columns, dtype=torch.float64), 1)
     sample = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return quantizer.quantize(sample, statistics).bits_per_weight
+    return own.quantize(sample, statistics).bits_per_weight
 
 
 def share_of_tokens(model: Any, layer: Layer) -> float:

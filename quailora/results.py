@@ -6,18 +6,18 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import yaml
 
-from .adapters.card import model_card
+from .adapters.card import BESIDE, model_card
 from .adapters.lora import LoraScaling, expert_stacks, write_lora
 from .calibration import Calibration
 from .checkpoint import Outcome
 from .layerwise import Method
-from .models.four_bit import savable, save_four_bit
 from .models.layers import Layer, explicit_targets
 from .models.load import LoadedModel, quiet_transformers
+from .models.packed import savable, save_packed
 from .models.weights import is_offloaded, replace_for_good
 from .outputs import write_json
 from .report.phases import Phases
@@ -27,6 +27,8 @@ from .runs import Run
 from .solvers import LowRank
 
 _OF_ONE_RUN = {"out", "overwrite", "fresh", "dry_run"}  # not worth repeating
+BaseFormat = Literal["auto", "dequantized"]
+
 _SHARD = "2GB"  # what saving the base of a model on disk holds in memory
 
 
@@ -44,6 +46,7 @@ class Results:
         layers: the layers with a correction.
         tokens: calibration tokens.
         run: the finished run.
+        base: the checkpoint that the adapter is for, if it was there before; else that of the model, once quantized.
     """
 
     settings: Mapping[str, Any]
@@ -54,39 +57,44 @@ class Results:
     layers: Mapping[str, Layer]
     tokens: int
     run: Run
+    base: str | None = None
 
-    def write(self, folder: Path, save_base: bool) -> dict[str, Any]:
+    def write(self, folder: Path, base_format: BaseFormat | None) -> dict[str, Any]:
         """Write all files; return the report.
 
         Tensors of finished layers are memory-mapped and written from there.
+
+        Args:
+            folder: to write to.
+            base_format: of the base; None writes none.
         """
         outcomes = self.run.outcomes("", self.method.polish)
         records = [outcome.record for outcome in outcomes.values() if outcome.record is not None]
         corrections = {name: outcome.low_rank for name, outcome in outcomes.items() if outcome.low_rank is not None}
         with self.phases.measure("write"):
-            write_adapter(folder, self.loaded, self.layers, corrections, self.method.scaling)
-            if save_base:
-                self._write_base(folder / "base", outcomes)
+            write_adapter(folder, self.loaded, self.layers, corrections, self.method.scaling, self.base)
+            if base_format is not None:
+                self._write_base(folder / "base", outcomes, base_format)
         report = build_report(self.settings, self.phases.entries, records, self.tokens, self.run.seconds)
-        self._write_provenance(folder, report)
+        self._write_provenance(folder, report, {record.name: record.base for record in records})
         card = model_card(
             self.method.initializer,
             records,
             model=self.settings["model"],
-            base_model=self.loaded.name,
+            base_model=self.base or self.loaded.name,
             calibration_tokens=self.tokens,
             inputs=self.run.walk.inputs,
-            own_base=save_base,
+            quantized_base=f"{BESIDE}/base" if base_format else self.base,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         return report
 
-    def _write_base(self, folder: Path, outcomes: Mapping[str, Outcome]) -> None:
-        """Write the base: in 4 bits where stock transformers can make that of a model in memory, else dequantized."""
+    def _write_base(self, folder: Path, outcomes: Mapping[str, Outcome], base_format: BaseFormat) -> None:
+        """Write the base: packed, where transformers reads its format and the model is in memory, else dequantized."""
         layers = self.run.walk.layers
         packed = {name: outcome.packed for name, outcome in outcomes.items()}
-        if savable(layers, packed) and not is_offloaded(self.loaded.model):
-            save_four_bit(folder, self.loaded, packed)
+        if base_format == "auto" and savable(layers, packed) and not is_offloaded(self.loaded.model):
+            save_packed(folder, self.loaded, packed)
             return
         weights = {name: outcome.dequantized for name, outcome in outcomes.items() if outcome.dequantized is not None}
         replace_for_good(layers, weights, self.run.checkpoint.folder_for("base"))
@@ -94,7 +102,7 @@ class Results:
             self.loaded.model.save_pretrained(folder, max_shard_size=_SHARD)
         self.loaded.tokenizer.save_pretrained(folder)
 
-    def _write_provenance(self, folder: Path, report: Mapping[str, Any]) -> None:
+    def _write_provenance(self, folder: Path, report: Mapping[str, Any], base: Mapping[str, str]) -> None:
         config = {key: value for key, value in self.settings.items() if key not in _OF_ONE_RUN}
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         write_json(folder / "report.json", report)
@@ -109,6 +117,7 @@ class Results:
             "calibration_tokens": report["calibration_tokens"],
             "mean_error_share": report["mean_error_share"],
             "versions": versions(),
+            "base": dict(base),
         }
         write_json(folder / "quailora.json", sidecar)
 
@@ -119,13 +128,14 @@ def write_adapter(
     layers: Mapping[str, Layer],
     corrections: Mapping[str, LowRank],
     scaling: LoraScaling,
+    base: str | None = None,
 ) -> None:
-    """Write the adapter's own two files, which are all that PEFT reads."""
+    """Write the adapter's own two files, which are all that PEFT reads; they name the base, by default the model."""
     write_lora(
         folder,
         corrections,
         scaling,
         target_modules=explicit_targets(loaded.model, layers),
-        base_model=loaded.name,
+        base_model=base or loaded.name,
         experts=expert_stacks(layers),
     )

@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint, Outcome
 from .errors import ConfigurationError, named
 from .fingerprint import digest
 from .initializer import LayerInitialization
-from .layerwise import Method, initialize_layer, layers_of, ranked, seeded
+from .layerwise import Method, initialize_layer, initializers, layers_of, seeded
 from .models.layers import Layer
 from .models.stream import Block, Walk
 from .polish import Polish
@@ -154,13 +154,13 @@ class Run:
         if layer.name not in self.targets:
             own = quantized_inputs(inputs, block.held_out[layer.name]) if paired else inputs
             for name, method in methods.items():
-                stored = method.initializer.quantizer.quantize(layer.weight, own)
+                stored = method.initializer.quantizer.for_layer(layer.name).quantize(layer.weight, own)
                 yield name, Outcome(dequantized=stored.dequantize(), packed=stored.packed())
             return
         asymmetry = None
         results: Iterable[tuple[str, LayerInitialization]]
         if paired:
-            ((name, initializer),) = ranked(layer.group, methods).items()
+            ((name, initializer),) = initializers(layer, methods).items()
             held_out, trust = block.held_out[layer.name], methods[name].trust
             with named(layer.name), seeded(layer.name, self.seed):
                 result, asymmetry = initialize_asymmetric(initializer, layer.weight, inputs, held_out, trust)

@@ -7,6 +7,7 @@ import pytest
 from quailora import (
     FP4,
     GPTQ,
+    HQQ,
     NF4,
     NF4GPTQ,
     NF4MSE,
@@ -16,6 +17,7 @@ from quailora import (
     Optimal,
     Quantizer,
     Solver,
+    TorchaoInt8,
     Uniform,
     Zero,
 )
@@ -44,6 +46,9 @@ QUANTIZERS: list[tuple[Quantizer, bool]] = [
     (NF4MSE(), False),
     (NF4MSE(block_size=32, double_quantization=False), False),
     (NF4GPTQ(block_size=32, double_quantization=False, damping=0.1), False),
+    (HQQ(), False),
+    (HQQ(bits=3, group_size=24), False),
+    (TorchaoInt8(), False),  # its scales reach half a step beyond its highest level
 ]
 
 SOLVERS: list[Solver] = [

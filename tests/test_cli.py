@@ -181,6 +181,8 @@ def test_saved_base_is_what_the_adapter_was_made_for(run, tiny_llama, tmp_path):
         "--quantizer",
         "uniform",
         "--save-base",
+        "--base-format",
+        "dequantized",
         "--targets",
         "q_proj",
     )
@@ -191,7 +193,7 @@ def test_saved_base_is_what_the_adapter_was_made_for(run, tiny_llama, tmp_path):
         weight = getattr(original.model.layers[0].self_attn, name).weight
         expected = Uniform().quantize(weight).dequantize()
         torch.testing.assert_close(getattr(base.model.layers[0].self_attn, name).weight, expected, check_dtype=False)
-    assert "written by --save-base" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert '"path/to/this/folder/base", dtype' in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_base_that_depends_on_corrections_is_evaluated_as_saved(run, tiny_llama, tmp_path):
@@ -202,7 +204,8 @@ def test_a_base_that_depends_on_corrections_is_evaluated_as_saved(run, tiny_llam
     status, _, error = run("evaluate", tiny_llama, "--adapter", tmp_path / "a", *evaluated)
     assert status == 1
     assert "--save-base" in error
-    assert run("init", tiny_llama, "--out", tmp_path / "b", *made, "--save-base")[0] == 0
+    made += ["--save-base", "--base-format", "dequantized"]
+    assert run("init", tiny_llama, "--out", tmp_path / "b", *made)[0] == 0
     assert run("evaluate", tiny_llama, "--adapter", tmp_path / "b", *evaluated)[0] == 0
     found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["results"]
     assert run("evaluate", tmp_path / "b" / "base", *evaluated)[0] == 0

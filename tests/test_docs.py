@@ -65,6 +65,17 @@ def test_readme_example_prints_what_it_says():
     assert printed == promised
 
 
+def test_training_example_for_peft(tiny_llama, tmp_path, monkeypatch):
+    from quailora.pipeline import init
+
+    init(str(tiny_llama), out=str(tmp_path / "adapter"), rank=4, samples=4, sequence_length=64)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"MODEL": str(tiny_llama)}
+    exec(examples("docs/training.md")[0], namespace)
+    trainable = [name for name, each in namespace["model"].named_parameters() if each.requires_grad]
+    assert len(trainable) == 2 * 14
+
+
 def test_checks_are_importable_by_third_parties():
     assert callable(check_quantizer)
     assert callable(check_solver)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from families import FAMILIES, make_model
 from safetensors.torch import load_file
+from torch import nn
 
 from quailora import GPTQ, NF4, Optimal
 from quailora.errors import ConfigurationError, DoesNotFitError, ModelError, TargetError
 from quailora.estimate import Estimate, bits_of
 from quailora.machine import duration, parse_size, size
+from quailora.models.layers import Layer
 from quailora.pipeline import init
 
 SETTINGS = {"rank": 4, "samples": 4, "sequence_length": 32}
@@ -71,8 +73,9 @@ def test_time_counts_rounds_and_training(tiny_llama, tmp_path, monkeypatch):
 
 def test_bits_count_everything():
     weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1))
-    assert bits_of(NF4(), (64, 1024)) == pytest.approx(NF4().quantize(weight).bits_per_weight, abs=0.01)
-    assert 3 < bits_of(GPTQ(bits=3), (5000, 14336)) < 4
+    small, large = (Layer("layer", nn.Linear(*sides, device="meta")) for sides in ((1024, 64), (14336, 5000)))
+    assert bits_of(NF4(), small) == pytest.approx(NF4().quantize(weight).bits_per_weight, abs=0.01)
+    assert 3 < bits_of(GPTQ(bits=3), large) < 4
 
 
 def test_a_limit_decides_where_weights_stay(tiny_llama, tmp_path, monkeypatch):

@@ -10,9 +10,22 @@ from hypothesis import strategies as st
 from oracles import load_auto_gptq, run_auto_gptq
 from strategies import problems
 
-from quailora import FP4, GPTQ, NF4, NF4GPTQ, NF4MSE, Gram, InputStatistics, Int8, Uniform
-from quailora.errors import CalibrationError, NumericalError
-from quailora.quantizers import fourbit, gptq
+from quailora import (
+    FP4,
+    GPTQ,
+    HQQ,
+    NF4,
+    NF4GPTQ,
+    NF4MSE,
+    AutoGPTQ,
+    Gram,
+    InputStatistics,
+    Int8,
+    TorchaoInt8,
+    Uniform,
+)
+from quailora.errors import CalibrationError, ConfigurationError, NumericalError
+from quailora.quantizers import auto_gptq, fourbit, gptq
 from quailora.quantizers.grid import Grid
 from quailora.quantizers.packing import pack, unpack
 from quailora.testing import make_problem
@@ -51,6 +64,27 @@ def test_int8_equals_bitsandbytes_layer(dtype, generator):
     torch.testing.assert_close(quantized.absmax, parameter.SCB, rtol=0, atol=0)
     by_hand = quantized.codes.double() * quantized.absmax[:, None].double() / 127
     torch.testing.assert_close(quantized.dequantize().double(), by_hand, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchao_equals_its_own_layer(dtype, generator):
+    torchao = pytest.importorskip("torchao.quantization")
+    layer = torch.nn.Linear(128, 96, bias=False, dtype=dtype)
+    weight = layer.weight.detach().clone()
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
+    torch.testing.assert_close(TorchaoInt8().quantize(weight).dequantize(), layer.weight.dequantize(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_hqq_equals_its_own_layer(bits, generator):
+    hqq = pytest.importorskip("hqq.core.quantize")
+    layer = torch.nn.Linear(128, 96, bias=False)
+    weight = layer.weight.detach().clone()
+    config = hqq.BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
+    theirs = hqq.HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu").dequantize()
+    found = HQQ(bits=bits).quantize(weight)
+    torch.testing.assert_close(found.dequantize(), theirs, rtol=2e-3, atol=1e-3)  # its scales in float16 here
+    assert found.bits_per_weight == bits + 32 / 64
 
 
 @pytest.mark.parametrize(
@@ -255,3 +289,31 @@ def test_gptq_gives_the_codes_of_auto_gptq(quantizer, kind, monkeypatch):
     found = quantizer.quantize(problem.weight, problem.statistics).dequantize().double()
     same = (found - expected).abs() <= 1e-6 * expected.abs().max()
     assert same.double().mean() >= 0.999
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_order": True}, {"activation_order": True, "static_groups": True}])
+def test_auto_gptq_backend_stores_what_its_class_finds(options, monkeypatch):
+    """Dequantized from codes and float16 scales, it is the weight that the class leaves behind."""
+    oracle = load_auto_gptq()
+    if oracle is None:
+        pytest.skip("the wheel of auto-gptq is not here")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    left = []
+
+    class Watched(oracle):
+        def fasterquant(self, **arguments):
+            found = super().fasterquant(**arguments)
+            left.append(self.layer.weight.data)
+            return found
+
+    monkeypatch.setattr(auto_gptq, "backend", lambda: Watched)
+    problem = make_problem(64, 128, "decaying")
+    stored = AutoGPTQ(bits=3, group_size=32, symmetric=False, **options).quantize(problem.weight, problem.statistics)
+    torch.testing.assert_close(stored.dequantize(), left[0], rtol=1e-3, atol=1e-4)
+    assert stored.packed().keys() == {"qweight", "qzeros", "scales", "g_idx"}
+
+
+def test_auto_gptq_says_what_it_needs():
+    problem = make_problem(16, 32)
+    with pytest.raises(ConfigurationError, match="needs an environment of early 2024"):
+        AutoGPTQ().quantize(problem.weight, problem.statistics)

@@ -53,6 +53,9 @@ _NETWORKS = {
     "asymmetric": "the quantized and corrected model and the outputs of the full-precision one, block after block",
 }
 
+BESIDE = "path/to/this/folder"
+"""Stands for the folder that the card is in."""
+
 _SNIPPET = """\
 import torch
 from peft import PeftModel
@@ -72,7 +75,7 @@ def model_card(
     base_model: str,
     calibration_tokens: int,
     inputs: str = "full",
-    own_base: bool = False,
+    quantized_base: str | None = None,
 ) -> str:
     """Return the text of an adapter's `README.md`.
 
@@ -83,7 +86,7 @@ def model_card(
         base_model: hub name or folder that the base is loaded from.
         calibration_tokens: tokens that it was calibrated on.
         inputs: whose inputs layers are fitted to; see `Walk`.
-        own_base: whether the base was written beside the adapter.
+        quantized_base: where the base is loaded from, if it is not quantized while it loads.
     """
     share = error_reduction(layers)
     summary = [
@@ -107,18 +110,19 @@ def model_card(
         tokens=calibration_tokens,
         network=_NETWORKS[inputs],
         count=len(layers),
-        snippet=loading_snippet(initializer, base_model, own_base),
+        snippet=loading_snippet(initializer, base_model, quantized_base),
         summary=markdown_table(("correction", "output error"), summary),
         kinds=markdown_table(("layers", "count", "SVD", "this adapter", "optimum"), kinds),
     )
 
 
-def loading_snippet(initializer: Initializer, base_model: str, own_base: bool) -> str:
+def loading_snippet(initializer: Initializer, base_model: str, quantized_base: str | None) -> str:
     """Return Python code that loads the base and the adapter with stock packages."""
-    config = None if own_base else initializer.quantizer.stock_config()
-    if config is None:
-        # Stock transformers cannot make this base while loading: it was saved, or has to be.
-        return _SNIPPET.format(config_import="", arguments='"path/to/this/folder/base",  # written by --save-base')
+    config = initializer.quantizer.stock_config()
+    if quantized_base is not None or config is None:
+        place = f'"{quantized_base or f"{BESIDE}/base"}", dtype=torch.bfloat16,'
+        remark = "" if quantized_base is not None else "  # written by --save-base"
+        return _SNIPPET.format(config_import="", arguments=place + remark)
     inner = ", ".join(f"{key}={value!r}" for key, value in config.items())
     arguments = f'"{base_model}",\n    quantization_config=BitsAndBytesConfig({inner}),\n    dtype=torch.bfloat16,'
     return _SNIPPET.format(config_import=", BitsAndBytesConfig", arguments=arguments)

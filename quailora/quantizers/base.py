@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -35,7 +36,10 @@ class QuantizedWeight(ABC):
         """Return `Q`, the weight that the quantized layer computes with."""
 
     def packed(self) -> Mapping[str, Tensor]:
-        """Return what stock packages need to load exactly this weight; empty where none of them can."""
+        """Return what a checkpoint that transformers loads has in place of the weight; empty where there is no format.
+
+        Names are those inside the layer, such as `qweight`, or `weight.absmax`.
+        """
         return {}
 
     @final
@@ -43,6 +47,16 @@ class QuantizedWeight(ABC):
     def nbytes(self) -> int:
         """Bytes of all stored tensors: codes, scales, zero points, second-level scales."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    @final
+    @property
+    def digest(self) -> str:
+        """A short hash of all stored tensors: equal weights in the same format have the same one, on any device."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.tensors().items()):
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:16]
 
     @final
     @property
@@ -89,6 +103,11 @@ class Quantizer(ABC):
             raise ValueError(f"Expected statistics of width {weight.shape[1]}, got {statistics.in_features}.")
         with torch.no_grad():
             return self.encode(weight.detach(), statistics)
+
+    def for_layer(self, name: str) -> Quantizer:
+        """Return the quantizer of one layer of a model; this one, unless it knows layers by name."""
+        del name
+        return self
 
     @abstractmethod
     def encode(

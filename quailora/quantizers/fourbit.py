@@ -57,7 +57,7 @@ class FourBitWeight(QuantizedWeight):
         """Return the codes and bitsandbytes' own tensors for its state, if transformers knows the block size."""
         if self.state.blocksize != _STOCK_BLOCK_SIZE:
             return {}
-        return {"codes": self.codes, **self.state.as_dict(packed=True)}
+        return {"weight": self.codes, **{f"weight.{key}": part for key, part in self.state.as_dict(packed=True).items()}}
 
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
         from bitsandbytes.functional import dequantize_4bit

@@ -98,7 +98,6 @@ class GPTQ(Quantizer):
         result = GridWeight.store(
             codes.T if order is None else codes.T[:, order.argsort()],
             grid,
-            symmetric=self.symmetric,
             group_size=group_size,
             dtype=weight.dtype,
             group_index=group_index,
@@ -111,7 +110,7 @@ class GPTQ(Quantizer):
         if energy + _TIE * loss < plain_energy:
             return result
         return GridWeight.store(
-            plain, plain_grid, symmetric=self.symmetric, group_size=group_size, dtype=weight.dtype
+            plain, plain_grid, group_size=group_size, dtype=weight.dtype
         )
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Float, Int, Real, Shaped, UInt8
 from torch import Tensor
 
 from ..errors import ConfigurationError, NumericalError
@@ -17,6 +17,10 @@ from .packing import pack, unpack
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 """Of the range of a group, to choose from where the squared error decides."""
+
+
+STOCK_BITS = (2, 3, 4, 8)
+"""Widths of a code that transformers reads in AutoGPTQ's format."""
 
 
 @final
@@ -123,6 +127,8 @@ class Grid:
 class GridWeight(QuantizedWeight):
     """Packed codes, float16 scales, and zero points and group indices only where they are not implied.
 
+    Equal weights are stored equally, whatever quantizer or checkpoint they come from.
+
     Attributes:
         codes: packed codes, row-major.
         scale: float16, a row's groups in order.
@@ -146,16 +152,21 @@ class GridWeight(QuantizedWeight):
     @classmethod
     def store(
         cls,
-        codes: Float[Tensor, "out_features in_features"],
+        codes: Real[Tensor, "out_features in_features"],
         grid: Grid,
         *,
-        symmetric: bool,
         group_size: int,
         dtype: torch.dtype,
         group_index: Int[Tensor, " in_features"] | None = None,
     ) -> GridWeight:
-        """Pack codes and the grid of each group."""
-        zero_point = None if symmetric else pack(grid.zero_point.to(torch.uint8), grid.bits)
+        """Pack codes and the grid of each group; leave out zero points and group indices that are implied."""
+        zero_point = None
+        if not bool((grid.zero_point == 2 ** (grid.bits - 1)).all()):
+            zero_point = pack(grid.zero_point.to(torch.uint8), grid.bits)
+        if group_index is not None:
+            group_index = group_index.to(torch.int32)
+            implied = consecutive_groups(codes.shape[1], group_size, group_index.device)
+            group_index = None if torch.equal(group_index, implied.to(torch.int32)) else group_index
         return cls(
             codes=pack(codes.to(torch.uint8), grid.bits),
             scale=grid.scale.half(),
@@ -176,13 +187,34 @@ class GridWeight(QuantizedWeight):
         present = {name: tensor for name, tensor in optional.items() if tensor is not None}
         return {"codes": self.codes, "scale": self.scale, **present}
 
-    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+    def packed(self) -> Mapping[str, Tensor]:
+        """Return `qweight`, `qzeros`, `scales` and `g_idx` of AutoGPTQ's format, zero points as they are ("gptq_v2").
+
+        Codes run along the inputs and zero points along the outputs, and both have to fill whole words of 32 bits. Empty
+        where they do not, and for widths that transformers does not read.
+        """
+        (rows, columns), bits = self.shape, self.bits
+        if bits not in STOCK_BITS or rows * bits % 32 or columns * bits % 32:
+            return {}
+        groups = consecutive_groups(columns, self.group_size, self.scale.device).int()
+        zero_point = pack(self.grid.zero_point.T.to(torch.uint8), bits)
+        return {
+            "qweight": self.codes.view(torch.int32).view(rows, -1).T.contiguous(),
+            "qzeros": zero_point.view(torch.int32).view(-1, rows * bits // 32),
+            "scales": self.scale.T.contiguous(),
+            "g_idx": groups if self.group_index is None else self.group_index,
+        }
+
+    @property
+    def grid(self) -> Grid:
+        """Scales and zero points of the groups."""
         scale = self.scale.float()
         if self.zero_point is None:
-            zero_point = torch.full_like(scale, 2.0 ** (self.bits - 1))
-        else:
-            zero_point = unpack(self.zero_point, self.bits, tuple(scale.shape)).float()
-        grid = Grid(scale, zero_point, self.bits)
+            return Grid(scale, torch.full_like(scale, 2.0 ** (self.bits - 1)), self.bits)
+        return Grid(scale, unpack(self.zero_point, self.bits, tuple(scale.shape)).float(), self.bits)
+
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+        grid = self.grid
         codes = unpack(self.codes, self.bits, self.shape).float()
         if self.group_index is not None:
             return grid.at(self.group_index.long()).decode(codes).to(self.dtype)

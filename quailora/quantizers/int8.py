@@ -37,6 +37,10 @@ class Int8Weight(QuantizedWeight):
     def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
         return {"codes": self.codes, "absmax": self.absmax}
 
+    def packed(self) -> Mapping[str, Tensor]:
+        """Return bitsandbytes' own tensors; the last one says that codes are stored row after row."""
+        return {"weight": self.codes, "SCB": self.absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
         from bitsandbytes.functional import int8_vectorwise_dequant
 

@@ -42,7 +42,7 @@ class Uniform(Quantizer):
         del statistics
         group_size = self.group_size or weight.shape[1]
         codes, grid = nearest(weight.float(), self.bits, self.symmetric, group_size, self.mse)
-        return GridWeight.store(codes, grid, symmetric=self.symmetric, group_size=group_size, dtype=weight.dtype)
+        return GridWeight.store(codes, grid, group_size=group_size, dtype=weight.dtype)
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102
         return None

@@ -33,6 +33,7 @@ class LayerRecord:
         iterations: rounds that the solver ran.
         seconds: what it took to quantize and correct; what several methods share counts for the first of them.
         asymmetry: for asymmetric inputs, share of the way from `W` (0) to `W*` (1) at which the target lies.
+        base: hash of the quantized weight that the correction belongs to, see `QuantizedWeight.digest`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerRecord:
     iterations: int
     seconds: float = 0.0
     asymmetry: float | None = None
+    base: str = ""
 
     @classmethod
     def of(
@@ -73,6 +75,7 @@ class LayerRecord:
             iterations=layer.low_rank.iterations,
             seconds=round(seconds, 4),
             asymmetry=asymmetry,
+            base=layer.quantized.digest,
         )
 
 

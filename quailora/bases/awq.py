@@ -1,0 +1,46 @@
+"""Layers of checkpoints in AutoAWQ's format (Lin et al., 2023, arXiv 2306.00978)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from ..quantizers.grid import Grid, GridWeight
+from ..quantizers.packing import unpack
+from .gptq import as_bytes
+
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where in its word of eight codes each output's is."""
+
+
+def read_awq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> GridWeight:
+    """Return the weight of a layer.
+
+    Args:
+        tensors: `qweight`, `qzeros` and `scales`; codes and zero points run along the outputs, interleaved.
+        config: the checkpoint's `quantization_config`.
+        dtype: that the layer computes in.
+
+    Raises:
+        ModelError: if the checkpoint has other than 4 bits, is of another layout, or shapes do not fit together.
+    """
+    bits, layout = int(config.get("bits", 4)), str(config.get("version") or config.get("format") or "gemm").lower()
+    if bits != 4 or layout != "gemm":
+        raise ModelError(f"Expected an AWQ checkpoint of 4 bits in the layout 'gemm', got {bits} bits in {layout!r}.")
+    columns, (groups, rows) = len(tensors["qweight"]), tensors["scales"].shape
+    if tensors["qweight"].shape[1] * 8 != rows or tensors["qzeros"].shape != (groups, rows // 8):
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ModelError(f"Expected the tensors of one layer, got {shapes}.")
+    grid = Grid(tensors["scales"].T.float(), codes_of(tensors["qzeros"], rows).T.float(), bits)
+    codes = codes_of(tensors["qweight"], rows).T
+    return GridWeight.store(codes, grid, group_size=columns // groups, dtype=dtype)
+
+
+def codes_of(words: Tensor, outputs: int) -> Tensor:
+    """Return codes in the order of the outputs, shape (rows of words, outputs)."""
+    eights = unpack(as_bytes(words), 4, (len(words), outputs)).view(len(words), -1, 8)
+    return eights[:, :, list(_ORDER)].flatten(1)

@@ -1,0 +1,48 @@
+"""Layers of checkpoints in AutoGPTQ's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from ..quantizers.grid import Grid, GridWeight
+from ..quantizers.packing import unpack
+
+
+def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> GridWeight:
+    """Return the weight of a layer.
+
+    Args:
+        tensors: `qweight`, `qzeros`, `scales` and maybe `g_idx`. In format "gptq" zero points are stored less one, in
+            "gptq_v2" as they are.
+        config: the checkpoint's `quantization_config`.
+        dtype: that the layer computes in.
+
+    Raises:
+        ModelError: if the shapes do not fit together.
+    """
+    bits, group_size = int(config["bits"]), int(config["group_size"])
+    columns, (groups, rows) = len(tensors["qweight"]) * 32 // bits, tensors["scales"].shape
+    if tensors["qweight"].shape[1] != rows or tensors["qzeros"].shape != (groups, rows * bits // 32):
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ModelError(f"Expected the tensors of one layer with {bits} bits, got {shapes}.")
+    codes = unpack(as_bytes(tensors["qweight"].T), bits, (rows, columns))
+    zero_point = unpack(as_bytes(tensors["qzeros"]), bits, (groups, rows)).T.float()
+    if (config.get("checkpoint_format") or config.get("format") or "gptq") == "gptq":
+        zero_point = (zero_point + 1) % 2**bits
+    return GridWeight.store(
+        codes,
+        Grid(tensors["scales"].T.float(), zero_point, bits),
+        group_size=group_size if group_size > 0 else columns,
+        dtype=dtype,
+        group_index=tensors.get("g_idx"),
+    )
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """Return 32-bit words as bytes, row after row."""
+    return words.contiguous().view(torch.uint8).flatten()

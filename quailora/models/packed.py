@@ -1,0 +1,108 @@
+"""Write a quantized model as the checkpoint that transformers loads: bitsandbytes in 4 or 8 bits, or AutoGPTQ's format.
+
+A checkpoint is the tensors of the model with those of each quantized layer in place of its weight, and a
+`quantization_config` that says what they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers.packing import pack, unpack
+from .layers import Layer
+from .load import LoadedModel, quiet_transformers
+
+Packed = Mapping[str, Mapping[str, Tensor]]
+"""`QuantizedWeight.packed` of each layer, by module name."""
+
+_FOUR_BIT = "weight.quant_state.bitsandbytes__"
+
+
+def savable(layers: Mapping[str, Layer], packed: Packed) -> bool:
+    """Return whether every layer is one that transformers replaces, with tensors that it can load."""
+    plain = all(layer.expert is None and isinstance(layer.module, nn.Linear) for layer in layers.values())
+    if not plain or not all(packed.get(name) for name in layers):
+        return False
+    in_blocks = all(re.search(r"\.\d+\.", name) for name in layers)
+    return in_blocks or not any("qweight" in tensors for tensors in packed.values())  # of GPTQ, blocks only
+
+
+def save_packed(folder: Path, loaded: LoadedModel, packed: Packed) -> None:
+    """Write the checkpoint and the tokenizer; all that is not quantized keeps its dtype.
+
+    Args:
+        folder: to write to.
+        loaded: the full-precision model, in memory.
+        packed: tensors of its quantized layers, all of one format.
+    """
+    config, model = quantization_config(packed), loaded.model
+    state = model.state_dict()
+    for name, tensors in packed.items():
+        del state[f"{name}.weight"]
+        kept = dict(tensors)
+        if config.get("checkpoint_format") == "gptq":
+            kept["qzeros"] = less_one(kept["qzeros"], config["bits"])
+        state |= {f"{name}.{key}": tensor for key, tensor in kept.items()}
+    model.config.quantization_config = config
+    try:
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=state)
+    finally:
+        del model.config.quantization_config
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def quantization_config(packed: Packed) -> dict[str, Any]:
+    """Return what the configuration of the checkpoint says of its quantized layers, found from their tensors."""
+    keys = set(next(iter(packed.values())))
+    if "qweight" in keys:
+        return gptq_config(packed)
+    from transformers import BitsAndBytesConfig
+
+    if "SCB" in keys:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=next(key for key in keys if key.startswith(_FOUR_BIT)).removeprefix(_FOUR_BIT),
+            bnb_4bit_use_double_quant="weight.nested_absmax" in keys,
+        )
+    content: dict[str, Any] = config.to_dict()
+    return content
+
+
+def gptq_config(packed: Packed) -> dict[str, Any]:
+    """Return the same for AutoGPTQ's format.
+
+    Its first version, "gptq", which everything reads, stores zero points less one and has no place for zero; "gptq_v2"
+    stores them as they are.
+    """
+    first = next(iter(packed.values()))
+    bits = len(first["qweight"]) * 32 // len(first["g_idx"])
+    grouped = [tensors["g_idx"] for tensors in packed.values() if tensors["g_idx"].any()]
+    zeros = [zero_points(tensors["qzeros"], bits) for tensors in packed.values()]
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": max((int(groups.bincount().max()) for groups in grouped), default=-1),
+        "desc_act": any(bool((tensors["g_idx"].diff() < 0).any()) for tensors in packed.values()),
+        "sym": all(bool((each == 2 ** (bits - 1)).all()) for each in zeros),
+        "checkpoint_format": "gptq" if all(bool((each > 0).all()) for each in zeros) else "gptq_v2",
+        "lm_head": False,
+    }
+
+
+def less_one(qzeros: Tensor, bits: int) -> Tensor:
+    """Return packed zero points less one."""
+    return pack(zero_points(qzeros, bits) - 1, bits).view(torch.int32).view(qzeros.shape)
+
+
+def zero_points(qzeros: Tensor, bits: int) -> Tensor:
+    """Return zero points from their words, shape (groups, out_features)."""
+    return unpack(qzeros.contiguous().view(torch.uint8).flatten(), bits, (len(qzeros), qzeros.shape[1] * 32 // bits))

@@ -1,0 +1,76 @@
+"""The row-wise 8-bit weights of torchao."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import ConfigurationError
+from ..statistics import InputStatistics
+from .base import QuantizedWeight, Quantizer
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TorchaoWeight(QuantizedWeight):
+    """One signed byte a weight, one scale a row, as torchao's `Int8Tensor` has them.
+
+    Attributes:
+        codes: signed 8-bit codes.
+        scale: of each row, in the dtype of the weight.
+        dtype: dtype of the weight that was quantized.
+    """
+
+    codes: Int8[Tensor, "out_features in_features"]
+    scale: Float[Tensor, "out_features 1"]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
+        return {"codes": self.codes, "scale": self.scale}
+
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+        return (self.codes.to(self.scale.dtype) * self.scale).to(self.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class TorchaoInt8(Quantizer):
+    """8 bits: nearest of 255 levels, scaled by each row's largest magnitude, as `Int8WeightOnlyConfig` does.
+
+    Needs the package torchao. Unlike bitsandbytes' `Int8`, weights are not rounded to float16 first, and inputs stay as
+    they are.
+    """
+
+    def encode(  # noqa: D102
+        self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
+    ) -> TorchaoWeight:
+        del statistics
+        logging.getLogger("torchao").setLevel(logging.ERROR)  # kernels for other devices that it cannot load
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError as error:
+            raise ConfigurationError(
+                f"TorchaoInt8 needs the package torchao ({error}): pip install 'quailora[torchao]'."
+            ) from error
+        columns = weight.shape[1]
+        working = weight.float() if weight.dtype == torch.float64 else weight  # it knows no float64
+        padded = functional.pad(working, (0, int(columns == 1)))  # it takes a single column for one scale in all
+        module = nn.Linear(padded.shape[1], len(padded), bias=False, device="meta")
+        module.weight = nn.Parameter(padded, requires_grad=False)
+        quantize_(module, Int8WeightOnlyConfig())
+        stored: Any = module.weight
+        return TorchaoWeight(stored.qdata[:, :columns].contiguous(), stored.scale, weight.dtype)
+
+    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+        return None

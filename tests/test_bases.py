@@ -1,0 +1,224 @@
+"""Bases that are quantized already, against formats packed by hand and checkpoints that stock packages write."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import each_quantizer
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from quailora import FP4, GPTQ, NF4, NF4GPTQ, Int8, Optimal, Uniform
+from quailora.bases import READERS, Prequantized, StoredBase
+from quailora.bases.awq import read_awq
+from quailora.bases.gptq import read_gptq
+from quailora.check import check
+from quailora.errors import ConfigurationError, ModelError, TargetError
+from quailora.evaluate import evaluate
+from quailora.models.layers import linear_layers
+from quailora.models.packed import quantization_config, save_packed
+from quailora.pipeline import init
+from quailora.testing import make_problem
+
+FAST = {"solver": Optimal(), "rank": 4, "samples": 4, "sequence_length": 64}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    """A Llama whose widths suit every format."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        attention_bias=True,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@each_quantizer
+def test_what_is_packed_is_read_again(quantizer):
+    """Codes, scales and all: the weight that is read is the one that was written."""
+    problem = make_problem(64, 96)
+    stored = quantizer.quantize(problem.weight, problem.statistics)
+    packed = stored.packed()
+    if not packed:
+        pytest.skip("no stock format")
+    config = quantization_config({"layer": packed})
+    found = READERS[config["quant_method"]](packed, config | {"checkpoint_format": "gptq_v2"}, torch.float32)
+    assert found.digest == stored.digest
+    torch.testing.assert_close(found.dequantize(), stored.dequantize(), rtol=0, atol=0)
+
+
+def packed_by_hand(codes, bits):
+    """Codes of a column one after the other, lowest bit first, in words of 32 bits."""
+    rows, columns = codes.shape
+    words = torch.zeros(rows * bits // 32, columns, dtype=torch.int64)
+    for row in range(rows):
+        for bit in range(bits):
+            place = row * bits + bit
+            words[place // 32] |= (codes[row].long() >> bit & 1) << place % 32
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_gptq_by_hand(bits, layout, generator):
+    """`scale * (code - zero)`, with groups in any order and zero points less one in the first version."""
+    codes = torch.randint(0, 2**bits, (64, 32), generator=generator)
+    zeros = torch.randint(1, 2**bits, (4, 32), generator=generator)
+    scales = torch.rand(4, 32, generator=generator).half()
+    g_idx = torch.arange(64).remainder(4).int()
+    tensors = {
+        "qweight": packed_by_hand(codes, bits),
+        "qzeros": packed_by_hand((zeros - int(layout == "gptq")).T, bits).T.contiguous(),
+        "scales": scales,
+        "g_idx": g_idx,
+    }
+    config = {"bits": bits, "group_size": 16, "checkpoint_format": layout}
+    found = read_gptq(tensors, config, torch.float32).dequantize()
+    torch.testing.assert_close(found, (scales.float()[g_idx] * (codes - zeros[g_idx])).T, rtol=0, atol=0)
+    with pytest.raises(ModelError, match="Expected the tensors of one layer"):
+        read_gptq(tensors | {"scales": scales[:, :16]}, config, torch.float32)
+
+
+def test_awq_by_hand(generator):
+    """Eight outputs to a word, the even ones first."""
+    codes = torch.randint(0, 16, (64, 32), generator=generator)
+    zeros = torch.randint(0, 16, (2, 32), generator=generator)
+    scales = torch.rand(2, 32, generator=generator).half()
+
+    def pack(values):
+        words = torch.zeros(len(values), 4, dtype=torch.int64)
+        for word in range(4):
+            for nibble, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                words[:, word] |= values[:, 8 * word + output] << 4 * nibble
+        return torch.where(words >= 2**31, words - 2**32, words).int()
+
+    tensors = {"qweight": pack(codes), "qzeros": pack(zeros), "scales": scales}
+    found = read_awq(tensors, {"bits": 4, "group_size": 32, "version": "gemm"}, torch.float32).dequantize()
+    groups = torch.arange(64) // 32
+    torch.testing.assert_close(found, (scales.float()[groups] * (codes - zeros[groups])).T, rtol=0, atol=0)
+    with pytest.raises(ModelError, match="in the layout 'gemm', got 4 bits in 'gemv'"):
+        read_awq(tensors, {"version": "gemv"}, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [GPTQ(group_size=32), GPTQ(bits=3, symmetric=True, activation_order=True), Int8(), NF4(), NF4GPTQ(), FP4()],
+    ids=repr,
+)
+def test_an_adapter_for_a_base_is_that_of_its_quantizer(quantizer, model, tmp_path):
+    """Written beside an adapter and taken with `--base`, a base gets the same adapter; `check` tells bases apart."""
+    init(str(model), out=str(tmp_path / "a"), quantizer=quantizer, save_base=True, **FAST)
+    base = tmp_path / "a" / "base"
+    init(str(model), out=str(tmp_path / "b"), base=str(base), **FAST)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert f'"{base}", dtype' in (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+    for name in "ab":
+        assert check(str(tmp_path / name), base=str(base)).layers == 14
+    found = [evaluate(str(model), adapter=str(tmp_path / name), windows=2, sequence_length=64).results for name in "ab"]
+    assert found[0]["quantized + adapter"].perplexity == pytest.approx(found[1]["quantized + adapter"].perplexity)
+    assert found[0]["quantized"].perplexity == found[1]["quantized"].perplexity
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "config"),
+    [
+        (NF4(), {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}),
+        (FP4(double_quantization=False), {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
+        (Int8(), {"load_in_8bit": True}),
+    ],
+    ids=repr,
+)
+def test_bitsandbytes_checkpoints_are_those_of_transformers(quantizer, config, model, tmp_path):
+    """What transformers saves has the tensors that we save, and what we save transformers loads."""
+    stock = AutoModelForCausalLM.from_pretrained(model, quantization_config=BitsAndBytesConfig(**config))
+    stock.save_pretrained(tmp_path / "stock")
+    init(str(model), out=str(tmp_path / "a"), quantizer=quantizer, save_base=True, **FAST)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "a" / "base", tmp_path / "stock"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        if "quant_state" not in name:
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
+    assert check(str(tmp_path / "a"), base=str(tmp_path / "stock")).layers == 14
+    assert check(str(tmp_path / "a"), base=str(model)).layers == 14  # quantized while it loads
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "base")
+    ids = torch.arange(32)[None]
+    torch.testing.assert_close(loaded(ids).logits, stock(ids).logits, rtol=0, atol=0)
+    PeftModel.from_pretrained(loaded, str(tmp_path / "a"))
+
+
+def test_check_tells_other_bases(model, tmp_path):
+    for name, quantizer in {"a": GPTQ(group_size=32), "b": GPTQ(group_size=64), "c": NF4GPTQ()}.items():
+        init(str(model), out=str(tmp_path / name), quantizer=quantizer, save_base=True, **FAST)
+    for name in "bc":
+        with pytest.raises(ModelError, match="14 of 14 layers have other codes or scales"):
+            check(str(tmp_path / "a"), base=str(tmp_path / name / "base"))
+    with pytest.raises(ModelError, match="is not quantized, and the base of this adapter is not made while"):
+        check(str(tmp_path / "a"), base=str(model))
+    sidecar = json.loads((tmp_path / "a" / "quailora.json").read_text(encoding="utf-8"))
+    file = tmp_path / "a" / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.qweight"][0, 0] ^= 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 of 14 layers .*, model.layers.1.mlp.up_proj first"):
+        check(str(tmp_path / "a"), base=str(tmp_path / "a" / "base"))
+    del sidecar["base"]
+    (tmp_path / "a" / "quailora.json").write_text(json.dumps(sidecar), encoding="utf-8")
+    with pytest.raises(ModelError, match="does not say which base it is for"):
+        check(str(tmp_path / "a"), base=str(model))
+
+
+def test_bad_bases_are_refused(model, tmp_path):
+    arguments = {"out": str(tmp_path / "out"), **FAST}
+    with pytest.raises(ModelError, match="has no quantization_config"):
+        init(str(model), base=str(model), **arguments)
+    with pytest.raises(ConfigurationError, match="leave out --quantizer"):
+        init(str(model), base=str(model), quantizer=Uniform(), **arguments)
+    init(str(model), out=str(tmp_path / "a"), quantizer=GPTQ(), save_base=True, **FAST)
+    base = tmp_path / "a" / "base"
+    with pytest.raises(ConfigurationError, match="no recipe that makes one"):
+        init(str(model), out=str(tmp_path / "out"), base=str(base), recipe="loftq", rank=4, samples=4)
+    with pytest.raises(ConfigurationError, match="knows layers by name"):
+        Prequantized(str(base)).quantize(torch.ones(4, 4))
+    tensors = load_file(base / "model.safetensors")
+    parts = {name: tensor for name, tensor in tensors.items() if "layers.0.mlp.up_proj" not in name}
+    save_file(parts, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TargetError, match=r"1 of 14 target layers are not quantized in .*layers.0.mlp.up_proj among"):
+        init(str(model), base=str(base), **arguments)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"]["quant_method"] = "aqlm"
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"is quantized by 'aqlm'. quailora reads gptq, awq, bitsandbytes"):
+        StoredBase(str(base)).config  # noqa: B018
+
+
+def test_zero_points_of_zero_need_the_second_version(model, tmp_path):
+    """The first version stores them less one; where a group has no negative weight, there is no such number."""
+    from quailora.models.load import load_model
+
+    loaded = load_model(str(model))
+    layers = linear_layers(loaded.model)
+    for positive, layout in ((False, "gptq"), (True, "gptq_v2")):
+        weights = {name: layer.weight.abs() if positive else layer.weight for name, layer in layers.items()}
+        stored = {name: Uniform().quantize(weight) for name, weight in weights.items()}
+        save_packed(tmp_path / layout, loaded, {name: each.packed() for name, each in stored.items()})
+        base = StoredBase(str(tmp_path / layout))
+        assert base.config["checkpoint_format"] == layout
+        for name, each in stored.items():
+            assert base.weight(name, torch.float32).digest == each.digest

@@ -1,0 +1,116 @@
+"""What training changed, on the full-precision model: `W + s (B A - B0 A0)` by stock PEFT."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from quailora import Optimal
+from quailora.adapters.convert import change, convert
+from quailora.errors import ConfigurationError, ModelError, OutputExistsError
+from quailora.models.layers import linear_layers
+from quailora.pipeline import init
+
+FAST = {"solver": Optimal(), "samples": 4, "sequence_length": 64}
+SCALINGS = {
+    "plain": {"rank": 4},
+    "alpha": {"rank": 4, "alpha": 11.0},
+    "rslora": {"rank": 4, "alpha": 7.0, "rslora": True},
+    "patterns": {
+        "rank": 4,
+        "rank_pattern": {"q_proj": 6, "mlp.down_proj": 2},
+        "alpha_pattern": {"k_proj": 3.0},
+        "rslora": True,
+    },
+}
+
+
+def train(folder, initial):
+    """Change every factor of an adapter by stock PEFT, and save it as training does."""
+    base = AutoModelForCausalLM.from_pretrained(initial.parent / "model")
+    model = PeftModel.from_pretrained(base, str(initial), is_trainable=True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(folder)
+    return {name: module.get_delta_weight("default") for name, module in wrapped(model)}
+
+
+def wrapped(model):
+    prefix = "base_model.model."
+    return [
+        (name.removeprefix(prefix), each) for name, each in model.named_modules() if hasattr(each, "get_delta_weight")
+    ]
+
+
+@pytest.fixture
+def original(tiny_llama, tmp_path):
+    (tmp_path / "model").symlink_to(tiny_llama)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_round_trip(scaling, original, tmp_path):
+    init(str(original), out=str(tmp_path / "initial"), **FAST, **scaling)
+    before = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(original), str(tmp_path / "initial"))
+    started = {name: module.get_delta_weight("default") for name, module in wrapped(before)}
+    ended = train(tmp_path / "trained", tmp_path / "initial")
+    convert(str(tmp_path / "trained"), initial=str(tmp_path / "initial"), out=str(tmp_path / "out")).show()
+    full = AutoModelForCausalLM.from_pretrained(original)
+    weights = {name: layer.weight.clone() for name, layer in linear_layers(full).items()}
+    merged = PeftModel.from_pretrained(full, str(tmp_path / "out")).merge_and_unload()
+    for name, layer in linear_layers(merged).items():
+        torch.testing.assert_close(layer.weight, weights[name] + ended[name] - started[name], rtol=0, atol=1e-6)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(original)
+
+
+def test_an_untrained_adapter_changes_nothing(original, tmp_path):
+    init(str(original), out=str(tmp_path / "initial"), rank=4, **FAST)
+    convert(str(tmp_path / "initial"), initial=str(tmp_path / "initial"), out=str(tmp_path / "out"))
+    full = AutoModelForCausalLM.from_pretrained(original)
+    ids = torch.arange(64)[None]
+    expected = full(ids).logits
+    found = PeftModel.from_pretrained(full, str(tmp_path / "out"))(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_by_hand(generator):
+    """One pair for all experts: rows of `lora_A` expert after expert, columns of `lora_B` interleaved."""
+    trained, before = ((torch.randn(6, 5, generator=generator), torch.randn(7, 6, generator=generator)) for _ in "ab")
+    lora_A, lora_B = change(trained, before, rank=2)
+
+    def of(expert, pair, rank):
+        return pair[1].reshape(7, rank, 3)[:, :, expert] @ pair[0][rank * expert : rank * (expert + 1)]
+
+    for expert in range(3):
+        expected = of(expert, trained, 2) - of(expert, before, 2)
+        torch.testing.assert_close(of(expert, (lora_A, lora_B), 4), expected)
+
+
+def test_bad_pairs_are_refused(original, tmp_path):
+    init(str(original), out=str(tmp_path / "a"), rank=4, **FAST)
+    init(str(original), out=str(tmp_path / "b"), rank=2, **FAST)
+    init(str(original), out=str(tmp_path / "c"), rank=4, targets=["q_proj"], **FAST)
+    arguments = {"initial": str(tmp_path / "a"), "out": str(tmp_path / "out")}
+    with pytest.raises(ConfigurationError, match=r"was not trained from .*: r is 2 in one and 4 in the other"):
+        convert(str(tmp_path / "b"), **arguments)
+    with pytest.raises(ConfigurationError, match="their layers or shapes differ"):
+        convert(str(tmp_path / "c"), **arguments)
+    with pytest.raises(ModelError, match="Expected an adapter's configuration and tensors"):
+        convert(str(original), **arguments)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "a" / "quailora.json").unlink()
+    with pytest.raises(ConfigurationError, match="name the full-precision model with --model"):
+        convert(str(tmp_path / "a"), **arguments)
+    convert(str(tmp_path / "a"), model="me/original", **arguments)
+    with pytest.raises(OutputExistsError):
+        convert(str(tmp_path / "a"), model="me/original", **arguments)
+    assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 28

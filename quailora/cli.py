@@ -143,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     logging.getLogger("quailora").setLevel(logging.INFO if first else logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # weights on disk are what was asked for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing optional kernel package is no news
+    for package in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # missing kernels of other devices are no news
+        logging.getLogger(package).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     load_yaml = get_loader("yaml")
     set_loader("yaml", lambda text: expand_in_yaml(load_yaml(text)), exceptions=(yaml.YAMLError,))

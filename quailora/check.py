@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,15 @@ from typing import Any, final
 
 import torch
 
+from .adapters.provenance import read_provenance
 from .bases import StoredBase
 from .errors import ModelError
-from .evaluate import read_provenance
 from .models.layers import all_layers
 from .models.load import DeviceName, DtypeName, load_model
 from .progress import track
 from .quantizers import Quantizer
 from .report.settings import build
 from .report.tables import print_table
-
-logger = logging.getLogger("quailora")
 
 
 @final
@@ -73,9 +70,8 @@ def check(adapter: str, *, base: str, dtype: DtypeName = "auto", device: DeviceN
 
 def hashes(stored: StoredBase, layers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield the hash of each layer that a checkpoint has."""
-    there = set(stored.layers)
     for name in track(layers, "Comparing", total=len(layers)):
-        if name in there:
+        if name in stored.layers:
             yield name, stored.weight(name, torch.float32).digest
 
 

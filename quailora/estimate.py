@@ -110,16 +110,16 @@ def estimate(
         available: bytes of memory that may be used.
     """
     scaling = method.scaling
-    groups: dict[tuple[str, tuple[int, int], int], int] = {}
+    groups: dict[tuple[str, tuple[int, int], int], list[Layer]] = {}
     for layer in layers.values():
-        key = kind(layer.name), layer.shape, scaling.rank_of(layer.group)
-        groups[key] = groups.get(key, 0) + 1
-    rows = [(what, count, shape, rank, count * rank * sum(shape)) for (what, shape, rank), count in groups.items()]
+        groups.setdefault((kind(layer.name), layer.shape, scaling.rank_of(layer.group)), []).append(layer)
+    rows = [
+        (what, len(same), shape, rank, len(same) * rank * sum(shape)) for (what, shape, rank), same in groups.items()
+    ]
     parameters = sum(row[-1] for row in rows)
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
     quantizer = method.initializer.quantizer
-    first = {(kind(layer.name), layer.shape, scaling.rank_of(layer.group)): layer for layer in layers.values()}
-    stored = sum(groups[key] * math.prod(layer.shape) * bits_of(quantizer, layer) for key, layer in first.items())
+    stored = sum(len(same) * math.prod(same[0].shape) * bits_of(quantizer, same[0]) for same in groups.values())
 
     tokens = source.samples * source.sequence_length
     per_pass = max(source.sequence_length, min(tokens, TOKENS_PER_PASS))

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from json import loads
 from pathlib import Path
 from typing import Any, final
 
@@ -16,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
+from .adapters.provenance import read_provenance
 from .bases import Prequantized, StoredBase
 from .calibration import Calibration, TextSource, evaluation_windows, shipped_text
 from .errors import ModelError
@@ -24,6 +24,7 @@ from .models.layers import linear_layers
 from .models.load import DeviceName, DtypeName, check_sequence_length, load_model
 from .models.stream import Walk
 from .outputs import write_json
+from .plan import quantized_layers
 from .progress import track
 from .quantizers import NF4, Quantizer
 from .report.settings import build
@@ -78,9 +79,7 @@ def quantize_in_place(model: Any, quantizer: Quantizer, walk: Walk | None = None
         quantizer: makes the new weights.
         walk: through this model's linear layers, on full-precision inputs, for calibrated quantizers.
     """
-    layers = linear_layers(model)
-    if isinstance(quantizer, Prequantized):
-        layers = quantizer.among(layers)
+    layers = quantized_layers(model, {}, quantizer)
     if walk is None:
         for layer in track(layers.values(), "Quantizing", total=len(layers)):
             layer.weight.copy_(quantizer.for_layer(layer.name).quantize(layer.weight).dequantize())
@@ -103,24 +102,6 @@ def adapted(model: Any, adapter: Path) -> Iterator[Any]:
         yield wrapped.eval()
     finally:
         wrapped.unload()
-
-
-def read_provenance(adapter: Path) -> dict[str, Any]:
-    """Return the sidecar `quailora.json` of an adapter, or an empty dict if the adapter has none.
-
-    Raises:
-        ModelError: if there is no adapter in the folder, or the sidecar is damaged.
-    """
-    if not (adapter / "adapter_config.json").is_file():
-        raise ModelError(f"Expected an adapter folder with adapter_config.json, but {adapter} has none.")
-    sidecar = adapter / "quailora.json"
-    if not sidecar.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"The sidecar {sidecar} is damaged: {error}.") from error
-    return content
 
 
 @final

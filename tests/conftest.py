@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from families import save_llama
 from hypothesis import settings
 
 from quailora.calibration import shipped_text
@@ -45,23 +46,8 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory, tokenizer) -> Path:
     """A random Llama with two blocks, saved with its tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    options = {"intermediate_size": 96, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    return save_llama(tmp_path_factory.mktemp("tiny-llama"), tokenizer, **options)
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from families import save_llama
 from helpers import each_quantizer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quailora import FP4, GPTQ, NF4, NF4GPTQ, Int8, Optimal, Uniform
 from quailora.bases import READERS, Prequantized, StoredBase
@@ -29,22 +30,8 @@ FAST = {"solver": Optimal(), "rank": 4, "samples": 4, "sequence_length": 64}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer):
     """A Llama whose widths suit every format."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        attention_bias=True,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    options = {"num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True}
+    return save_llama(tmp_path_factory.mktemp("model"), tokenizer, **options)
 
 
 @each_quantizer

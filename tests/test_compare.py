@@ -12,10 +12,11 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from families import save_llama
 from peft import PeftModel
 from scipy import stats
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quailora import SVD, Uniform
 from quailora.calibration import evaluation_windows, shipped_text
@@ -220,18 +221,7 @@ def test_bad_input_is_refused(tiny_llama, tmp_path):
 @pytest.fixture
 def whole_blocks(tmp_path, tokenizer):
     """A Llama whose widths are multiples of 64, which bitsandbytes' inference on a CPU asks for."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save_llama(tmp_path / "model", tokenizer)
 
 
 @pytest.mark.parametrize("name", ["loftq", "cloq", "best-joint"])

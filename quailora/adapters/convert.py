@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import ConfigurationError, ModelError
 from ..outputs import new_folder, write_json, write_tensors
 from ..report.tables import print_table
-from .lora import LoraScaling, plain_number
+from .lora import PREFIX, LoraScaling
+from .provenance import read_provenance
 
 _SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -114,17 +115,15 @@ def convert(adapter: str, *, initial: str, out: str, model: str | None = None, o
     """
     trained, before = SavedAdapter.read(Path(adapter).expanduser()), SavedAdapter.read(Path(initial).expanduser())
     check_pair(trained, before)
+    scaling = before.scaling
+    doubled = double_rank(scaling)
     stems = sorted(key.removesuffix(_A) for key in before.tensors if key.endswith(_A))
     tensors = {key: tensor for key, tensor in trained.tensors.items() if key not in before.tensors}
     for stem in stems:
-        rank = before.scaling.rank_of(stem.removeprefix("base_model.model."))
+        rank = scaling.rank_of(stem.removeprefix(PREFIX))
         tensors[stem + _A], tensors[stem + _B] = change(trained.pair(stem), before.pair(stem), rank)
-    doubled = double_rank(before.scaling)
-    config = dict(trained.config) | {
-        "r": doubled.rank,
-        "lora_alpha": plain_number(doubled.default_alpha),
-        "rank_pattern": dict(doubled.rank_pattern),
-        "alpha_pattern": {key: plain_number(alpha) for key, alpha in doubled.alpha_pattern.items()},
+    config = dict(trained.config) | doubled.as_config()
+    config |= {
         "base_model_name_or_path": model or original_model(before),
         "init_lora_weights": True,
     }
@@ -188,10 +187,10 @@ def original_model(before: SavedAdapter) -> str:
     Raises:
         ConfigurationError: if nothing says so.
     """
-    sidecar = before.folder / "quailora.json"
-    if not sidecar.is_file():
+    provenance = read_provenance(before.folder)
+    if not provenance:
         raise ConfigurationError(
             f"{before.folder} has no quailora.json, so name the full-precision model with --model."
         )
-    name: str = json.loads(sidecar.read_text(encoding="utf-8"))["base_model"]
+    name: str = provenance["base_model"]
     return name

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from ..models.layers import Layer
 from ..outputs import write_json, write_tensors
 from ..solvers import LowRank
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Stands before a module's name in an adapter file."""
 
 
 @final
@@ -59,6 +60,16 @@ class LoraScaling:
         alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, name), self.default_alpha)
         rank = self.rank_of(name)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def as_config(self) -> dict[str, Any]:
+        """Return what PEFT's `LoraConfig` says of ranks and alphas."""
+        return {
+            "r": self.rank,
+            "lora_alpha": plain_number(self.default_alpha),
+            "use_rslora": self.rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": {key: plain_number(alpha) for key, alpha in self.alpha_pattern.items()},
+        }
 
     def unused_patterns(self, names: Iterable[str]) -> list[str]:
         """Return the keys of both patterns that mean none of these layers; PEFT ignores such keys."""
@@ -107,16 +118,12 @@ def write_lora(
     for name in corrections:
         if name not in stacked:
             lora_A, lora_B = scaled_factors(name, corrections[name], scaling)
-            tensors |= {f"{_PREFIX}{name}.lora_A.weight": lora_A, f"{_PREFIX}{name}.lora_B.weight": lora_B}
+            tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_A, f"{PREFIX}{name}.lora_B.weight": lora_B}
     for stack in experts:
         factors = [scaled_factors(stack.parameter, corrections[name], scaling) for name in stack.members]
         tensors |= stack.tensors([lora_A for lora_A, _ in factors], [lora_B for _, lora_B in factors])
     config = LoraConfig(
-        r=scaling.rank,
-        lora_alpha=plain_number(scaling.default_alpha),
-        use_rslora=scaling.rslora,
-        rank_pattern=dict(scaling.rank_pattern),
-        alpha_pattern={key: plain_number(alpha) for key, alpha in scaling.alpha_pattern.items()},
+        **scaling.as_config(),
         target_modules=list(target_modules),
         target_parameters=[stack.parameter for stack in experts] or None,
         init_lora_weights=True,
@@ -168,7 +175,7 @@ class ExpertStack:
 
     def tensors(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the two tensors of an adapter file."""
-        place = f"{_PREFIX}{self.parameter.rpartition('.')[0]}{'.base_layer' * self.wrapped_by}"
+        place = f"{PREFIX}{self.parameter.rpartition('.')[0]}{'.base_layer' * self.wrapped_by}"
         return {
             f"{place}.lora_A.weight": torch.cat(list(lora_A)),
             f"{place}.lora_B.weight": torch.stack(list(lora_B), dim=-1).flatten(1),

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..quantizers.grid import Grid, GridWeight
-from ..quantizers.packing import unpack
-from .gptq import as_bytes
+from ..quantizers.packing import unpack_words
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in its word of eight codes each output's is."""
@@ -35,12 +34,12 @@ def read_awq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
     if tensors["qweight"].shape[1] * 8 != rows or tensors["qzeros"].shape != (groups, rows // 8):
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ModelError(f"Expected the tensors of one layer, got {shapes}.")
-    grid = Grid(tensors["scales"].T.float(), codes_of(tensors["qzeros"], rows).T.float(), bits)
-    codes = codes_of(tensors["qweight"], rows).T
+    grid = Grid(tensors["scales"].T.float(), codes_of(tensors["qzeros"]).T.float(), bits)
+    codes = codes_of(tensors["qweight"]).T
     return GridWeight.store(codes, grid, group_size=columns // groups, dtype=dtype)
 
 
-def codes_of(words: Tensor, outputs: int) -> Tensor:
+def codes_of(words: Tensor) -> Tensor:
     """Return codes in the order of the outputs, shape (rows of words, outputs)."""
-    eights = unpack(as_bytes(words), 4, (len(words), outputs)).view(len(words), -1, 8)
+    eights = unpack_words(words, 4).view(len(words), -1, 8)
     return eights[:, :, list(_ORDER)].flatten(1)

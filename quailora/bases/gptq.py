@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..quantizers.grid import Grid, GridWeight
-from ..quantizers.packing import unpack
+from ..quantizers.packing import unpack_words
 
 
 def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> GridWeight:
@@ -26,23 +26,18 @@ def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: t
         ModelError: if the shapes do not fit together.
     """
     bits, group_size = int(config["bits"]), int(config["group_size"])
-    columns, (groups, rows) = len(tensors["qweight"]) * 32 // bits, tensors["scales"].shape
+    groups, rows = tensors["scales"].shape
     if tensors["qweight"].shape[1] != rows or tensors["qzeros"].shape != (groups, rows * bits // 32):
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ModelError(f"Expected the tensors of one layer with {bits} bits, got {shapes}.")
-    codes = unpack(as_bytes(tensors["qweight"].T), bits, (rows, columns))
-    zero_point = unpack(as_bytes(tensors["qzeros"]), bits, (groups, rows)).T.float()
+    codes = unpack_words(tensors["qweight"].T, bits)
+    zero_point = unpack_words(tensors["qzeros"], bits).T.float()
     if (config.get("checkpoint_format") or config.get("format") or "gptq") == "gptq":
         zero_point = (zero_point + 1) % 2**bits
     return GridWeight.store(
         codes,
         Grid(tensors["scales"].T.float(), zero_point, bits),
-        group_size=group_size if group_size > 0 else columns,
+        group_size=group_size if group_size > 0 else codes.shape[1],
         dtype=dtype,
         group_index=tensors.get("g_idx"),
     )
-
-
-def as_bytes(words: Tensor) -> Tensor:
-    """Return 32-bit words as bytes, row after row."""
-    return words.contiguous().view(torch.uint8).flatten()

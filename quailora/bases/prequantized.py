@@ -42,7 +42,7 @@ class Prequantized(Quantizer):
 
     def among(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
         """Return the layers that the base has in quantized form."""
-        known = set(opened(self.base).layers)
+        known = opened(self.base).layers
         return {name: layer for name, layer in layers.items() if name in known}
 
     def for_layer(self, name: str) -> Quantizer:

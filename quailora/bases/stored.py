@@ -86,11 +86,11 @@ class StoredBase:
                     found.setdefault(module, {})[tensor] = file
         return found
 
-    @property
-    def layers(self) -> list[str]:
+    @cached_property
+    def layers(self) -> frozenset[str]:
         """Names of the quantized layers; raises as `config` does."""
         mark = _MARKS[self.config["quant_method"]]
-        return [name for name, tensors in self.index.items() if any(mark.match(each) for each in tensors)]
+        return frozenset(name for name, tensors in self.index.items() if any(map(mark.match, tensors)))
 
     def weight(self, layer: str, dtype: torch.dtype) -> QuantizedWeight:
         """Return the weight of a layer.
@@ -104,15 +104,18 @@ class StoredBase:
         """
         if layer not in self.layers:
             raise ModelError(f"Expected a quantized layer {layer} in {self.name!r}, and there is none.")
-        tensors = {}
-        for name, file in self.index[layer].items():
+        tensors: dict[str, Tensor] = {}
+        places = {name: file for name, file in self.index[layer].items() if name != "bias"}
+        for file in set(places.values()):
             with safe_open(file, "pt") as content:
-                tensors[name] = content.get_tensor(f"{layer}.{name}")
-        tensors.pop("bias", None)
+                tensors |= {name: content.get_tensor(f"{layer}.{name}") for name in places if places[name] == file}
         return READERS[self.config["quant_method"]](tensors, self.config, dtype)
 
 
 def split_key(key: str) -> tuple[str, str]:
     """Return the module of a tensor of a checkpoint, and the tensor's name in it, which may have dots."""
     place = key.rfind(".weight")
-    return (key[:place], key[place + 1 :]) if place > 0 else (key.rpartition(".")[0], key.rpartition(".")[2])
+    if place > 0:
+        return key[:place], key[place + 1 :]
+    module, _, tensor = key.rpartition(".")
+    return module, tensor

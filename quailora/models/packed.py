@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..quantizers.packing import pack, unpack
+from ..quantizers.packing import pack_words, unpack_words
 from .layers import Layer
 from .load import LoadedModel, quiet_transformers
 
@@ -47,7 +46,7 @@ def save_packed(folder: Path, loaded: LoadedModel, packed: Packed) -> None:
         del state[f"{name}.weight"]
         kept = dict(tensors)
         if config.get("checkpoint_format") == "gptq":
-            kept["qzeros"] = less_one(kept["qzeros"], config["bits"])
+            kept["qzeros"] = pack_words(unpack_words(kept["qzeros"], config["bits"]) - 1, config["bits"])
         state |= {f"{name}.{key}": tensor for key, tensor in kept.items()}
     model.config.quantization_config = config
     try:
@@ -86,7 +85,7 @@ def gptq_config(packed: Packed) -> dict[str, Any]:
     first = next(iter(packed.values()))
     bits = len(first["qweight"]) * 32 // len(first["g_idx"])
     grouped = [tensors["g_idx"] for tensors in packed.values() if tensors["g_idx"].any()]
-    zeros = [zero_points(tensors["qzeros"], bits) for tensors in packed.values()]
+    zeros = [unpack_words(tensors["qzeros"], bits) for tensors in packed.values()]
     return {
         "quant_method": "gptq",
         "bits": bits,
@@ -96,13 +95,3 @@ def gptq_config(packed: Packed) -> dict[str, Any]:
         "checkpoint_format": "gptq" if all(bool((each > 0).all()) for each in zeros) else "gptq_v2",
         "lm_head": False,
     }
-
-
-def less_one(qzeros: Tensor, bits: int) -> Tensor:
-    """Return packed zero points less one."""
-    return pack(zero_points(qzeros, bits) - 1, bits).view(torch.int32).view(qzeros.shape)
-
-
-def zero_points(qzeros: Tensor, bits: int) -> Tensor:
-    """Return zero points from their words, shape (groups, out_features)."""
-    return unpack(qzeros.contiguous().view(torch.uint8).flatten(), bits, (len(qzeros), qzeros.shape[1] * 32 // bits))

@@ -6,6 +6,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
@@ -49,13 +50,13 @@ class QuantizedWeight(ABC):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     @final
-    @property
+    @cached_property
     def digest(self) -> str:
         """A short hash of all stored tensors: equal weights in the same format have the same one, on any device."""
         found = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return found.hexdigest()[:16]
 
     @final

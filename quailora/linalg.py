@@ -31,10 +31,11 @@ def product_svd(
     return left @ u, s, vh @ right.T
 
 
-def safe_cholesky(matrix: Float[Tensor, "n n"], max_tries: int = 6) -> Float[Tensor, "n n"]:
+def safe_cholesky(matrix: Float[Tensor, "n n"], max_tries: int = 10) -> Float[Tensor, "n n"]:
     """Return the lower Cholesky factor of a positive semidefinite matrix, repaired if rounding made it indefinite.
 
-    Jitter starts at the rounding error of the largest diagonal entry and grows tenfold a try.
+    Jitter starts at the rounding error of the largest diagonal entry and grows tenfold a try, far enough for a float64
+    matrix whose sums were rounded to float32.
 
     Args:
         matrix: symmetric, positive semidefinite up to rounding.

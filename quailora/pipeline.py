@@ -122,7 +122,7 @@ def init(
         out: folder to write the adapter to.
         quantizer: how the base will be quantized; `quailora list` names them.
         base: a checkpoint of this model that is quantized already, hub name or folder, to make the adapter for, in
-            place of a quantizer: of bitsandbytes in 4 or 8 bits, GPTQ or AWQ.
+            place of a quantizer: of bitsandbytes in 4 or 8 bits, GPTQ, AWQ, HQQ, or torchao in 8 bits.
         solver: how the correction is found; `quailora list` names them.
         metric: what the solver minimises: "gram" is the output error, "shrunk" the same with less weight on
             correlations of the inputs, which generalises better, "diagonal" ignores them,
@@ -155,7 +155,7 @@ def init(
         allow_pickle: accept a checkpoint in PyTorch's pickle format, which can run any code while it is read.
         save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
         base_format: of the base: "auto" is packed as transformers reads it (bitsandbytes in 4 or 8 bits, AutoGPTQ's
-            format) where there is such a format and the model is in memory; "dequantized" needs no package to load.
+            format) where there is such a format; "dequantized" needs no package to load.
         overwrite: replace a result that is in the folder.
         fresh: forget what an unfinished run with this output folder has done, instead of going on from it.
         dry_run: load configuration and shapes only, print what the run would take, and write nothing.
@@ -218,6 +218,7 @@ def init(
                 {"": method},
                 checkpoint,
                 keep_weights=[""] if save_base or method.polish else [],
+                keep_packed=save_base,
                 seed=seed,
                 sensitivities=sensitivities_for(method, loaded, layers, windows, source),
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from .calibration import Calibration
 from .checkpoint import Outcome
 from .layerwise import Method
 from .models.layers import Layer, explicit_targets
-from .models.load import LoadedModel, quiet_transformers
+from .models.load import LoadedModel, save_model
 from .models.packed import savable, save_packed
-from .models.weights import is_offloaded, replace_for_good
+from .models.weights import replace_for_good
 from .outputs import write_json
 from .report.phases import Phases
 from .report.record import build_report, versions
@@ -28,8 +27,6 @@ from .solvers import LowRank
 
 _OF_ONE_RUN = {"out", "overwrite", "fresh", "dry_run"}  # not worth repeating
 BaseFormat = Literal["auto", "dequantized"]
-
-_SHARD = "2GB"  # what saving the base of a model on disk holds in memory
 
 
 @final
@@ -90,17 +87,15 @@ class Results:
         return report
 
     def _write_base(self, folder: Path, outcomes: Mapping[str, Outcome], base_format: BaseFormat) -> None:
-        """Write the base: packed, where transformers reads its format and the model is in memory, else dequantized."""
+        """Write the base: packed, where transformers reads its format, else dequantized."""
         layers = self.run.walk.layers
         packed = {name: outcome.packed for name, outcome in outcomes.items()}
-        if base_format == "auto" and savable(layers, packed) and not is_offloaded(self.loaded.model):
+        if base_format == "auto" and savable(layers, packed):
             save_packed(folder, self.loaded, packed)
             return
         weights = {name: outcome.dequantized for name, outcome in outcomes.items() if outcome.dequantized is not None}
         replace_for_good(layers, weights, self.run.checkpoint.folder_for("base"))
-        with quiet_transformers(), warnings.catch_warnings(action="ignore"):  # of shards larger than memory
-            self.loaded.model.save_pretrained(folder, max_shard_size=_SHARD)
-        self.loaded.tokenizer.save_pretrained(folder)
+        save_model(folder, self.loaded)
 
     def _write_provenance(self, folder: Path, report: Mapping[str, Any], base: Mapping[str, str]) -> None:
         config = {key: value for key, value in self.settings.items() if key not in _OF_ONE_RUN}

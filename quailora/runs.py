@@ -22,6 +22,7 @@ from .models.layers import Layer
 from .models.stream import Block, Walk
 from .polish import Polish
 from .progress import console, counting
+from .quantizers import QuantizedWeight
 from .report.record import LayerRecord
 from .sensitivity import Sensitivity
 
@@ -42,6 +43,7 @@ class Run:
         methods: how, by name; a name is a folder of the checkpoint, or empty.
         checkpoint: keeps outcomes, and holds those of an earlier run.
         keep_weights: methods whose quantized weights are kept, too.
+        keep_packed: whether they are also kept as a checkpoint has them.
         seed: seed of untrained directions.
         sensitivities: of the targets, for methods in the metric "fisher".
         seconds: what each block took, filled in on the way.
@@ -52,6 +54,7 @@ class Run:
     methods: Mapping[str, Method]
     checkpoint: Checkpoint
     keep_weights: Collection[str] = ()
+    keep_packed: bool = False
     seed: int = 0
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
@@ -155,7 +158,7 @@ class Run:
             own = quantized_inputs(inputs, block.held_out[layer.name]) if paired else inputs
             for name, method in methods.items():
                 stored = method.initializer.quantizer.for_layer(layer.name).quantize(layer.weight, own)
-                yield name, Outcome(dequantized=stored.dequantize(), packed=stored.packed())
+                yield name, Outcome(None, None, *self._kept(stored))
             return
         asymmetry = None
         results: Iterable[tuple[str, LayerInitialization]]
@@ -171,9 +174,10 @@ class Run:
             spent, start = time.perf_counter() - start, time.perf_counter()
             record = LayerRecord.of(layer.name, result, block.tokens[layer.name], spent, asymmetry)
             keep = name in self.keep_weights or self.walk.inputs != "full"
-            stored = result.quantized
-            kept = (stored.dequantize(), stored.packed()) if keep else (None, {})
-            yield name, Outcome(record, result.low_rank, *kept)
+            yield name, Outcome(record, result.low_rank, *(self._kept(result.quantized) if keep else ()))
+
+    def _kept(self, stored: QuantizedWeight) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return stored.dequantize(), stored.packed() if self.keep_packed else {}
 
 
 def key(method: str, layer: str) -> str:

@@ -10,15 +10,17 @@ from families import save_llama
 from helpers import each_quantizer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from quailora import FP4, GPTQ, NF4, NF4GPTQ, Int8, Optimal, Uniform
 from quailora.bases import READERS, Prequantized, StoredBase
 from quailora.bases.awq import read_awq
 from quailora.bases.gptq import read_gptq
+from quailora.bases.hqq import read_hqq
+from quailora.bases.torchao import read_torchao
 from quailora.check import check
 from quailora.errors import ConfigurationError, ModelError, TargetError
-from quailora.evaluate import evaluate
+from quailora.evaluate import evaluate, quantize_in_place
 from quailora.models.layers import linear_layers
 from quailora.models.packed import quantization_config, save_packed
 from quailora.pipeline import init
@@ -76,6 +78,8 @@ def test_gptq_by_hand(bits, layout, generator):
     config = {"bits": bits, "group_size": 16, "checkpoint_format": layout}
     found = read_gptq(tensors, config, torch.float32).dequantize()
     torch.testing.assert_close(found, (scales.float()[g_idx] * (codes - zeros[g_idx])).T, rtol=0, atol=0)
+    other = {"bits": 5, "group_size": 64, "checkpoint_format": layout}  # some layers have their own
+    assert read_gptq(tensors, other, torch.float32).digest == read_gptq(tensors, config, torch.float32).digest
     with pytest.raises(ModelError, match="Expected the tensors of one layer"):
         read_gptq(tensors | {"scales": scales[:, :16]}, config, torch.float32)
 
@@ -123,6 +127,69 @@ def test_an_adapter_for_a_base_is_that_of_its_quantizer(quantizer, model, tmp_pa
     assert found[0]["quantized"].perplexity == found[1]["quantized"].perplexity
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("as_float", [False, True])
+def test_hqq_layers(bits, axis, as_float):
+    """Whatever the width, the direction of groups and the dtype of the words, their layer's own weight."""
+    hqq = pytest.importorskip("hqq.core.quantize")
+    config = hqq.BaseQuantizeConfig(nbits=bits, group_size=32, axis=axis, view_as_float=as_float)
+    layer = hqq.HQQLinear(torch.nn.Linear(64, 96, bias=False), config, compute_dtype=torch.float32, device="cpu")
+    tensors = layer.state_dict()
+    found = read_hqq(tensors, {}, torch.float32)
+    torch.testing.assert_close(found.dequantize(), layer.dequantize(), rtol=0, atol=0)
+    del tensors["scale"]
+    with pytest.raises(ModelError, match="Expected a layer of hqq packed as one of"):
+        read_hqq(tensors, {}, torch.float32)
+
+
+def quantized_by_hqq(model, folder):
+    """Return a model with layers of hqq, and save it as hqq does."""
+    hqq = pytest.importorskip("hqq.core.quantize")
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    config = hqq.BaseQuantizeConfig(nbits=3, group_size=64, axis=1)
+    for name in linear_layers(loaded):
+        theirs = hqq.HQQLinear(loaded.get_submodule(name), config, compute_dtype=torch.float32, device="cpu")
+        loaded.set_submodule(name, theirs)
+    shared = {"lm_head.weight"}  # with the embedding
+    folder.mkdir()
+    save_file(
+        {name: tensor for name, tensor in loaded.state_dict().items() if name not in shared},
+        folder / "model.safetensors",
+    )
+    loaded.config.quantization_config = {"quant_config": config, "quant_method": "hqq", "skip_modules": ["lm_head"]}
+    loaded.config.save_pretrained(folder)
+    return loaded
+
+
+def quantized_by_torchao(model, folder):
+    """Return a model with layers of torchao, and save it by transformers."""
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+    loaded.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("quantized_by", [quantized_by_hqq, quantized_by_torchao])
+def test_an_adapter_for_a_base_of(quantized_by, model, tmp_path):
+    """Stock PEFT computes on that base what we compute."""
+    stock = quantized_by(model, tmp_path / "stock")
+    init(str(model), out=str(tmp_path / "a"), base=str(tmp_path / "stock"), **FAST)
+    assert check(str(tmp_path / "a"), base=str(tmp_path / "stock")).layers == 14
+    ours = AutoModelForCausalLM.from_pretrained(model)
+    quantize_in_place(ours, Prequantized(str(tmp_path / "stock")))
+    ids = torch.arange(32)[None]
+    torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-5)
+    ours, stock = (PeftModel.from_pretrained(each, str(tmp_path / "a")) for each in (ours, stock))
+    torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_torchao_in_less_than_8_bits_is_refused():
+    with pytest.raises(ModelError, match="Expected torchao's int8 weights"):
+        read_torchao({"_weight_qdata": torch.zeros(4, 4, dtype=torch.uint8)}, {}, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("quantizer", "config"),
     [
@@ -148,6 +215,17 @@ def test_bitsandbytes_checkpoints_are_those_of_transformers(quantizer, config, m
     ids = torch.arange(32)[None]
     torch.testing.assert_close(loaded(ids).logits, stock(ids).logits, rtol=0, atol=0)
     PeftModel.from_pretrained(loaded, str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("quantizer", [GPTQ(bits=3), NF4GPTQ(), Int8()], ids=repr)
+def test_a_model_on_disk_is_packed_too(quantizer, model, tmp_path):
+    for offload in ("always", "never"):
+        init(str(model), out=str(tmp_path / offload), quantizer=quantizer, save_base=True, offload=offload, **FAST)
+    found, expected = (tmp_path / offload / "base" for offload in ("always", "never"))
+    tensors = [load_file(folder / "model.safetensors") for folder in (found, expected)]
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (found, expected)]
+    assert configs[0] == configs[1]
 
 
 def test_check_tells_other_bases(model, tmp_path):
@@ -191,7 +269,9 @@ def test_bad_bases_are_refused(model, tmp_path):
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"]["quant_method"] = "aqlm"
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ModelError, match=r"is quantized by 'aqlm'. quailora reads gptq, awq, bitsandbytes"):
+    with pytest.raises(
+        ModelError, match=r"is quantized by 'aqlm'. quailora reads gptq, awq, bitsandbytes, hqq, torchao"
+    ):
         StoredBase(str(base)).config  # noqa: B018
 
 

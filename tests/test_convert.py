@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from families import make_model
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,6 +18,7 @@ from quailora.models.layers import linear_layers
 from quailora.pipeline import init
 
 FAST = {"solver": Optimal(), "samples": 4, "sequence_length": 64}
+FUSED = FAST | {"sequence_length": 32, "targets": ["q_proj", "experts"], "save_base": True}
 SCALINGS = {
     "plain": {"rank": 4},
     "alpha": {"rank": 4, "alpha": 11.0},
@@ -40,14 +42,15 @@ def train(folder, initial):
             if "lora_" in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder)
-    return {name: module.get_delta_weight("default") for name, module in wrapped(model)}
+    return deltas(model)
 
 
-def wrapped(model):
-    prefix = "base_model.model."
-    return [
-        (name.removeprefix(prefix), each) for name, each in model.named_modules() if hasattr(each, "get_delta_weight")
-    ]
+def deltas(model):
+    """What an adapter adds to each weight."""
+    modules = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    return {
+        name: each.get_delta_weight("default") for name, each in modules.items() if hasattr(each, "get_delta_weight")
+    }
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def original(tiny_llama, tmp_path):
 def test_round_trip(scaling, original, tmp_path):
     init(str(original), out=str(tmp_path / "initial"), **FAST, **scaling)
     before = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(original), str(tmp_path / "initial"))
-    started = {name: module.get_delta_weight("default") for name, module in wrapped(before)}
+    started = deltas(before)
     ended = train(tmp_path / "trained", tmp_path / "initial")
     convert(str(tmp_path / "trained"), initial=str(tmp_path / "initial"), out=str(tmp_path / "out")).show()
     full = AutoModelForCausalLM.from_pretrained(original)
@@ -70,6 +73,24 @@ def test_round_trip(scaling, original, tmp_path):
         torch.testing.assert_close(layer.weight, weights[name] + ended[name] - started[name], rtol=0, atol=1e-6)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == str(original)
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT looks for them among modules only
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_round_trip_of_fused_experts(family, tokenizer, tmp_path):
+    """Two parameters of one module, of different ranks."""
+    make_model(family).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    init(str(tmp_path / "model"), out=str(tmp_path / "a"), rank=4, rank_pattern={"gate_up_proj": 6}, **FUSED)
+    before = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), str(tmp_path / "a"))
+    started = deltas(before)
+    ended = train(tmp_path / "trained", tmp_path / "a")
+    convert(str(tmp_path / "trained"), initial=str(tmp_path / "a"), out=str(tmp_path / "out"))
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    found = deltas(PeftModel.from_pretrained(full, str(tmp_path / "out")))
+    assert found.keys() == started.keys()
+    for name, delta in found.items():
+        torch.testing.assert_close(delta, ended[name] - started[name], rtol=0, atol=1e-6)
 
 
 def test_an_untrained_adapter_changes_nothing(original, tmp_path):

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from examples import examples
 
 from quailora.testing import check_quantizer, check_solver
-
-ROOT = Path(__file__).parents[1]
-
-
-def examples(name):
-    """The Python blocks of a document."""
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def test_extending_example_is_a_conforming_quantizer():

@@ -56,7 +56,14 @@ def targets(family):
 def test_from_checkpoint_to_stock_peft(family, checkpoint, tokenizer, ids, tmp_path):
     """Streamed equals in memory; errors are what the report says; stock PEFT computes with `Q + C` (law 5)."""
     for offload in ("always", "never"):
-        run(checkpoint, tmp_path / offload, offload=offload, save_base=True, targets=targets(family))
+        run(
+            checkpoint,
+            tmp_path / offload,
+            offload=offload,
+            save_base=True,
+            base_format="dequantized",
+            targets=targets(family),
+        )
     streamed = load_file(tmp_path / "always" / "adapter_model.safetensors")
     torch.testing.assert_close(streamed, load_file(tmp_path / "never" / "adapter_model.safetensors"))
 
@@ -95,7 +102,15 @@ def test_from_checkpoint_to_stock_peft(family, checkpoint, tokenizer, ids, tmp_p
 @pytest.mark.parametrize("family", ["OPT", "Bloom", "GPT2", "Qwen3Moe"])
 def test_other_inputs(family, inputs, checkpoint, ids, tmp_path):
     """With layers outside the blocks, blocks that return tuples, turned weights, experts: closer to full precision."""
-    run(checkpoint, tmp_path / "out", inputs=inputs, offload="always", save_base=True, targets=targets(family))
+    run(
+        checkpoint,
+        tmp_path / "out",
+        inputs=inputs,
+        offload="always",
+        save_base=True,
+        base_format="dequantized",
+        targets=targets(family),
+    )
     base = load_model(str(tmp_path / "out" / "base")).model
     plain, full = base(ids).logits, load_model(str(checkpoint)).model(ids).logits
     found = PeftModel.from_pretrained(base, str(tmp_path / "out"))(ids).logits

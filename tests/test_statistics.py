@@ -79,6 +79,16 @@ def test_safe_cholesky_repairs_rounding_and_says_so(generator):
     torch.testing.assert_close(factor @ factor.T, indefinite, rtol=1e-5, atol=1e-6)
 
 
+def test_safe_cholesky_repairs_sums_that_were_rounded_to_float32(generator):
+    """One massive direction, fewer tokens than channels: the smallest eigenvalues drown in its rounding errors."""
+    inputs = torch.randn(64, 128, generator=generator)
+    inputs += 1000 * torch.randn(64, 1, generator=generator) * torch.randn(128, generator=generator)
+    summed = (inputs.T @ inputs).double() / 64
+    assert torch.linalg.eigvalsh(summed)[0] < -1e-3
+    with pytest.warns(NumericalWarning, match="indefinite by rounding"):
+        safe_cholesky(summed)
+
+
 def test_safe_cholesky_gives_up_on_a_negative_matrix():
     with pytest.raises(NumericalError, match="failed even after adding"):
         safe_cholesky(-torch.eye(3))

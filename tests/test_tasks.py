@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 import sys
 
 import pytest
 import torch
+from questions import QUESTIONS, save_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quailora import Uniform
@@ -17,14 +17,6 @@ from quailora.errors import ConfigurationError
 from quailora.tasks import Tasks
 
 SMALL = {"samples": 4, "sequence_length": 64, "windows": 2, "window_length": 64, "ranks": (2,), "baselines": ("int8",)}
-
-QUESTIONS = [
-    {"query": "The ship went down in the", "choices": ["sea", "captain's own cabin"], "gold": 0},
-    {"query": "He had", "choices": ["never seen it", "a"], "gold": 0},
-    {"query": "It was the", "choices": ["time", "whale of the south"], "gold": 1},
-    {"query": "She said that", "choices": ["he would", "the moon"], "gold": 1},
-    {"query": "On the road", "choices": ["to town", "of the men"], "gold": 0},
-]
 
 
 @pytest.fixture
@@ -40,23 +32,7 @@ def model_with_end(tiny_llama, tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """A task of the harness on a local file."""
-    data = tmp_path / "questions.jsonl"
-    data.write_text("".join(f"{json.dumps(question)}\n" for question in QUESTIONS), encoding="utf-8")
-    task = f"""
-task: questions
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{query}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{gold}}}}"
-metric_list:
-  - metric: acc
-"""
-    (tmp_path / "questions.yaml").write_text(task, encoding="utf-8")
+    save_task(tmp_path)
     return tmp_path
 
 

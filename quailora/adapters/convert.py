@@ -22,6 +22,7 @@ from .provenance import read_provenance
 
 _SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_INNER = ".base_layer"
 
 Pair = tuple[Tensor, Tensor]
 """`lora_A` and `lora_B` as a file holds them."""
@@ -91,6 +92,18 @@ class SavedAdapter:
         """Shape of each factor."""
         return {key: tuple(tensor.shape) for key, tensor in self.tensors.items() if key.endswith((_A, _B))}
 
+    def layer(self, stem: str) -> str:
+        """Return the name that ranks are looked up by: of the module, or of the parameter of fused experts.
+
+        PEFT wraps the parameters of a module one around the other, the first one innermost.
+        """
+        module = stem.removeprefix(PREFIX)
+        name = module
+        while name.endswith(_INNER):
+            name = name.removesuffix(_INNER)
+        fused = [each for each in self.config.get("target_parameters") or [] if each.rpartition(".")[0] == name]
+        return fused[len(fused) - 1 - module.count(_INNER)] if fused else module
+
     def pair(self, stem: str) -> Pair:
         """Return the factors of a layer, float32."""
         return self.tensors[stem + _A].float(), self.tensors[stem + _B].float()
@@ -120,7 +133,7 @@ def convert(adapter: str, *, initial: str, out: str, model: str | None = None, o
     stems = sorted(key.removesuffix(_A) for key in before.tensors if key.endswith(_A))
     tensors = {key: tensor for key, tensor in trained.tensors.items() if key not in before.tensors}
     for stem in stems:
-        rank = scaling.rank_of(stem.removeprefix(PREFIX))
+        rank = scaling.rank_of(before.layer(stem))
         tensors[stem + _A], tensors[stem + _B] = change(trained.pair(stem), before.pair(stem), rank)
     config = dict(trained.config) | doubled.as_config()
     config |= {

@@ -12,7 +12,7 @@ from ..errors import ModelError
 from ..quantizers.grid import Grid, GridWeight
 from ..quantizers.packing import unpack_words
 
-_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in its word of eight codes each output's is."""
 
 
@@ -42,4 +42,4 @@ def read_awq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
 def codes_of(words: Tensor) -> Tensor:
     """Return codes in the order of the outputs, shape (rows of words, outputs)."""
     eights = unpack_words(words, 4).view(len(words), -1, 8)
-    return eights[:, :, list(_ORDER)].flatten(1)
+    return eights[:, :, list(ORDER)].flatten(1)

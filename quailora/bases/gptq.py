@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..quantizers.grid import Grid, GridWeight
+from ..quantizers.grid import STOCK_BITS, Grid, GridWeight
 from ..quantizers.packing import unpack_words
 
 
@@ -25,11 +26,15 @@ def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: t
     Raises:
         ModelError: if the shapes do not fit together.
     """
-    bits, group_size = int(config["bits"]), int(config["group_size"])
     groups, rows = tensors["scales"].shape
-    if tensors["qweight"].shape[1] != rows or tensors["qzeros"].shape != (groups, rows * bits // 32):
+    bits = 32 * tensors["qzeros"].shape[-1] // rows  # by layer: gptqmodel's `dynamic` gives some layers their own
+    fits = tensors["qzeros"].shape == (groups, rows * bits // 32) and tensors["qweight"].shape[-1] == rows
+    if bits not in STOCK_BITS or not fits:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ModelError(f"Expected the tensors of one layer with {bits} bits, got {shapes}.")
+        raise ModelError(f"Expected the tensors of one layer with 2, 3, 4 or 8 bits, got {shapes}.")
+    columns, group_size = 32 * len(tensors["qweight"]) // bits, int(config["group_size"])
+    if group_size <= 0 or math.ceil(columns / group_size) != groups:
+        group_size = columns // groups
     codes = unpack_words(tensors["qweight"].T, bits)
     zero_point = unpack_words(tensors["qzeros"], bits).T.float()
     if (config.get("checkpoint_format") or config.get("format") or "gptq") == "gptq":
@@ -37,7 +42,7 @@ def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: t
     return GridWeight.store(
         codes,
         Grid(tensors["scales"].T.float(), zero_point, bits),
-        group_size=group_size if group_size > 0 else codes.shape[1],
+        group_size=group_size,
         dtype=dtype,
         group_index=tensors.get("g_idx"),
     )

@@ -20,7 +20,7 @@ from .stored import StoredBase
 @final
 @dataclass(frozen=True)
 class Prequantized(Quantizer):
-    """The base of another tool: bitsandbytes in 4 or 8 bits, GPTQ, AWQ.
+    """The base of another tool: bitsandbytes in 4 or 8 bits, GPTQ, AWQ, HQQ, torchao in 8 bits.
 
     It knows layers by their names, so it quantizes layers of whole models only.
 

@@ -19,6 +19,8 @@ from ..quantizers import QuantizedWeight
 from .awq import read_awq
 from .bitsandbytes import read_bitsandbytes
 from .gptq import read_gptq
+from .hqq import read_hqq
+from .torchao import read_torchao
 
 Reader = Callable[[Mapping[str, Tensor], Mapping[str, Any], torch.dtype], QuantizedWeight]
 
@@ -26,11 +28,18 @@ READERS: dict[str, Reader] = {
     "gptq": read_gptq,
     "awq": read_awq,
     "bitsandbytes": read_bitsandbytes,
+    "hqq": read_hqq,
+    "torchao": read_torchao,
 }
 """By `quant_method` of the checkpoint's `quantization_config`."""
 
-_PACKED = re.compile("qweight$")
-_MARKS = {"gptq": _PACKED, "awq": _PACKED, "bitsandbytes": re.compile(r"SCB$|weight\.quant_state\.")}
+_MARKS = {
+    "gptq": re.compile("qweight$"),
+    "awq": re.compile("qweight$"),
+    "bitsandbytes": re.compile(r"SCB$|weight\.quant_state\."),
+    "hqq": re.compile("W_q$"),
+    "torchao": re.compile("_weight_qdata$"),
+}
 """Tensors that only quantized layers have."""
 
 

@@ -8,13 +8,15 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
+from torch import Tensor
 
 from ..errors import ModelError
 from .weights import compute_on
@@ -24,6 +26,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 logger = logging.getLogger("quailora")
 
+_SHARD = "2GB"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -164,6 +167,22 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
+
+
+def save_model(folder: Path, loaded: LoadedModel, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the checkpoint and the tokenizer, one shard in memory at a time.
+
+    Args:
+        folder: to write to.
+        loaded: the model, in memory or on disk.
+        state: its tensors, where they are not those of the model; on the device "meta" where they wait on disk.
+    """
+    model = loaded.model
+    tied = model.all_tied_weights_keys  # those on disk, transformers would write twice
+    state = {name: tensor for name, tensor in (state or model.state_dict()).items() if name not in tied}
+    with quiet_transformers(), warnings.catch_warnings(action="ignore"):  # of shards larger than memory
+        model.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD)
+    loaded.tokenizer.save_pretrained(folder)
 
 
 def check_sequence_length(model: Any, sequence_length: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..quantizers.packing import pack_words, unpack_words
 from .layers import Layer
-from .load import LoadedModel, quiet_transformers
+from .load import LoadedModel, save_model
 
 Packed = Mapping[str, Mapping[str, Tensor]]
 """`QuantizedWeight.packed` of each layer, by module name."""
@@ -37,7 +37,7 @@ def save_packed(folder: Path, loaded: LoadedModel, packed: Packed) -> None:
 
     Args:
         folder: to write to.
-        loaded: the full-precision model, in memory.
+        loaded: the full-precision model, in memory or on disk.
         packed: tensors of its quantized layers, all of one format.
     """
     config, model = quantization_config(packed), loaded.model
@@ -50,11 +50,9 @@ def save_packed(folder: Path, loaded: LoadedModel, packed: Packed) -> None:
         state |= {f"{name}.{key}": tensor for key, tensor in kept.items()}
     model.config.quantization_config = config
     try:
-        with quiet_transformers():
-            model.save_pretrained(folder, state_dict=state)
+        save_model(folder, loaded, state)
     finally:
         del model.config.quantization_config
-    loaded.tokenizer.save_pretrained(folder)
 
 
 def quantization_config(packed: Packed) -> dict[str, Any]:
@@ -84,14 +82,20 @@ def gptq_config(packed: Packed) -> dict[str, Any]:
     """
     first = next(iter(packed.values()))
     bits = len(first["qweight"]) * 32 // len(first["g_idx"])
-    grouped = [tensors["g_idx"] for tensors in packed.values() if tensors["g_idx"].any()]
-    zeros = [unpack_words(tensors["qzeros"], bits) for tensors in packed.values()]
+    group_size, ordered, symmetric, lowest = -1, True, True, 2**bits
+    for tensors in packed.values():
+        groups, zeros = tensors["g_idx"], unpack_words(tensors["qzeros"], bits)
+        if groups.any():
+            group_size = max(group_size, int(groups.bincount().max()))
+        ordered = ordered and bool((groups.diff() >= 0).all())
+        symmetric = symmetric and bool((zeros == 2 ** (bits - 1)).all())
+        lowest = min(lowest, int(zeros.min()))
     return {
         "quant_method": "gptq",
         "bits": bits,
-        "group_size": max((int(groups.bincount().max()) for groups in grouped), default=-1),
-        "desc_act": any(bool((tensors["g_idx"].diff() < 0).any()) for tensors in packed.values()),
-        "sym": all(bool((each == 2 ** (bits - 1)).all()) for each in zeros),
-        "checkpoint_format": "gptq" if all(bool((each > 0).all()) for each in zeros) else "gptq_v2",
+        "group_size": group_size,
+        "desc_act": not ordered,
+        "sym": symmetric,
+        "checkpoint_format": "gptq" if lowest > 0 else "gptq_v2",
         "lm_head": False,
     }

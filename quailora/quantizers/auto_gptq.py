@@ -53,7 +53,7 @@ class AutoGPTQ(Quantizer):
         layer.weight = nn.Parameter(weight.float().clone(), requires_grad=False)
         run = backend()(layer)
         run.quantizer.configure(self.bits, perchannel=True, sym=self.symmetric, mse=False)
-        run.H, run.nsamples = statistics.to(weight.device).second_moment.float(), 1
+        run.H, run.nsamples = statistics.to(weight.device).second_moment.float().clone(), 1  # which it changes
         scale, zero_point, groups = run.fasterquant(
             percdamp=self.damping,
             group_size=self.group_size or -1,

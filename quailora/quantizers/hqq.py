@@ -13,44 +13,46 @@ from torch import Tensor
 from ..errors import ConfigurationError, NumericalError
 from ..statistics import InputStatistics
 from .base import QuantizedWeight, Quantizer
-from .grid import join_groups, split_groups
+from .grid import split_groups
 from .packing import pack, unpack
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class HQQWeight(QuantizedWeight):
-    """Levels `scale * (code - zero_point)`, where the zero point is a float16 number that need not be whole.
+    """Levels `scale * (code - zero_point)`, where the zero point is a number that need not be whole.
+
+    Codes form a matrix whose rows or columns are groups; its entries, row by row, are those of the weight.
 
     Attributes:
-        codes: packed codes, row-major, the last group of a row filled up.
-        scale: float16.
-        zero_point: float16.
+        codes: packed, row by row of their matrix.
+        scale: of each row or of each column of that matrix.
+        zero_point: likewise.
         bits: width of a code.
-        group_size: columns that share a scale.
-        columns: `in_features`.
+        matrix: shape of the matrix of codes.
+        size: shape of the weight; where its columns do not fill their last group, rows have padding at the end.
         dtype: dtype of the weight that was quantized.
     """
 
     codes: UInt8[Tensor, " packed"]
-    scale: Float[Tensor, "out_features groups"]
-    zero_point: Float[Tensor, "out_features groups"]
+    scale: Float[Tensor, "rows columns"]
+    zero_point: Float[Tensor, "rows columns"]
     bits: int
-    group_size: int
-    columns: int
+    matrix: tuple[int, int]
+    size: tuple[int, int]
     dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, int]:  # noqa: D102
-        return len(self.scale), self.columns
+        return self.size
 
     def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
         return {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
 
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
-        codes = unpack(self.codes, self.bits, (*self.scale.shape, self.group_size)).float()
-        levels = (codes - self.zero_point.float()[..., None]) * self.scale.float()[..., None]
-        return join_groups(levels, self.columns).to(self.dtype)
+        codes = unpack(self.codes, self.bits, self.matrix).float()
+        levels = (codes - self.zero_point.float()) * self.scale.float()
+        return levels.view(self.size[0], -1)[:, : self.size[1]].to(self.dtype)
 
 
 @final
@@ -76,9 +78,9 @@ class HQQ(Quantizer):
             from hqq.core.quantize import Quantizer as Backend
         except ImportError as error:
             raise ConfigurationError(f"HQQ needs the package hqq ({error}): pip install 'quailora[hqq]'.") from error
-        grouped = split_groups(weight.float(), self.group_size)
+        groups = split_groups(weight.float(), self.group_size).flatten(0, 1)
         codes, found = Backend.quantize(
-            grouped.flatten(0, 1),
+            groups,
             nbits=self.bits,
             group_size=self.group_size,
             axis=1,
@@ -86,11 +88,12 @@ class HQQ(Quantizer):
             bitpack=False,
             device=weight.device.type,
         )
-        scale, zero_point = (found[name].half().view(grouped.shape[:2]) for name in ("scale", "zero"))
+        scale, zero_point = (found[name].half().view(-1, 1) for name in ("scale", "zero"))
         if not bool(scale.isfinite().all() and zero_point.isfinite().all()):
             raise NumericalError("Expected scales and zero points that fit float16; a group of weights is far from zero.")
         packed = pack(codes.to(torch.uint8), self.bits)
-        return HQQWeight(packed, scale, zero_point, self.bits, self.group_size, weight.shape[1], weight.dtype)
+        matrix, size = (len(groups), self.group_size), (weight.shape[0], weight.shape[1])
+        return HQQWeight(packed, scale, zero_point, self.bits, matrix, size, weight.dtype)
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102
         return None

@@ -20,16 +20,16 @@ from .base import QuantizedWeight, Quantizer
 @final
 @dataclass(frozen=True, eq=False)
 class TorchaoWeight(QuantizedWeight):
-    """One signed byte a weight, one scale a row, as torchao's `Int8Tensor` has them.
+    """One signed byte a weight, one scale a row or a group of columns, as torchao's `Int8Tensor` has them.
 
     Attributes:
         codes: signed 8-bit codes.
-        scale: of each row, in the dtype of the weight.
+        scale: in the dtype of the weight.
         dtype: dtype of the weight that was quantized.
     """
 
     codes: Int8[Tensor, "out_features in_features"]
-    scale: Float[Tensor, "out_features 1"]
+    scale: Float[Tensor, "out_features groups"]
     dtype: torch.dtype
 
     @property
@@ -40,7 +40,8 @@ class TorchaoWeight(QuantizedWeight):
         return {"codes": self.codes, "scale": self.scale}
 
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
-        return (self.codes.to(self.scale.dtype) * self.scale).to(self.dtype)
+        grouped = self.codes.view(*self.scale.shape, -1).to(self.scale.dtype)
+        return (grouped * self.scale[:, :, None]).flatten(1).to(self.dtype)
 
 
 @final

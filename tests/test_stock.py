@@ -1,0 +1,172 @@
+"""Bases and adapters in an environment of stock packages, where quailora is not installed: `make stock`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from examples import examples
+from families import save_llama
+from questions import save_task
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from quailora import GPTQ, Optimal, Prequantized, Uniform
+from quailora.adapters.convert import convert
+from quailora.bases.awq import ORDER
+from quailora.calibration import shipped_text
+from quailora.check import check
+from quailora.errors import ModelError
+from quailora.evaluate import evaluate, quantize_in_place
+from quailora.models.layers import linear_layers
+from quailora.models.load import resolve
+from quailora.pipeline import init
+from quailora.quantizers.packing import pack_words, unpack_words
+
+PYTHON = os.environ.get("QUAILORA_STOCK")
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+WINDOWS = 4
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="`make stock` sets up the other environment"),
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("all_threads"),
+]
+
+
+@pytest.fixture
+def all_threads():
+    """Unlike the tiny models of the other tests, these gain from every core."""
+    few = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(few)
+
+
+def stock(*command, folder="/", check=True):
+    """Run the other interpreter in a folder, away from this package; return what it printed."""
+    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}
+    command = [str(part) for part in (PYTHON, *command)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or not check, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout if check else done.stderr
+
+
+def perplexities(base, adapter, text):
+    """Return what the stock packages find for a base, and for an adapter on it."""
+    script = SCRIPTS / "stock_perplexity.py"
+    printed = stock(script, base, adapter, "--text", text, "--windows", WINDOWS, "--dtype", "bfloat16")
+    lines = [line.rpartition(": ")[2] for line in printed.splitlines() if line.startswith(("base: ", f"{adapter}: "))]
+    return [float(line) for line in lines]
+
+
+def test_quailora_is_not_there():
+    assert "No module named 'quailora'" in stock("-c", "import quailora", check=False)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_our_gptq_base(bits, shared_data, tmp_path):
+    """Loaded by transformers and gptqmodel, with the adapter by PEFT: our own perplexity."""
+    seen, text = str(shared_data / "wikitext2_valid.txt"), str(shared_data / "wikitext2_raw_test.txt")
+    quantizer = GPTQ(bits=bits)
+    init("demo", out=str(tmp_path / "a"), quantizer=quantizer, solver=Optimal(), calibration=seen, save_base=True)
+    results = evaluate("demo", adapter=str(tmp_path / "a"), text=text, windows=WINDOWS).results
+    ours = [results[name].perplexity for name in ("quantized", "quantized + adapter")]
+    theirs = perplexities(tmp_path / "a" / "base", tmp_path / "a", text)
+    print(f"{bits} bits: base and adapter {ours} here, {theirs} by stock packages")
+    assert theirs == pytest.approx(ours, rel=0.005)
+
+
+def test_base_of_gptqmodel(shared_data, tmp_path):
+    """An adapter for it closes half of its gap, and belongs on no other base."""
+    seen, text = str(shared_data / "wikitext2_valid.txt"), str(shared_data / "wikitext2_raw_test.txt")
+    model, script = resolve("demo"), SCRIPTS / "stock_quantize.py"
+    stock(script, model, tmp_path / "theirs", "--text", seen)
+    init("demo", out=str(tmp_path / "a"), base=str(tmp_path / "theirs"), solver=Optimal(), calibration=seen)
+    results = evaluate("demo", adapter=str(tmp_path / "a"), text=text, windows=WINDOWS).results
+    full, *ours = (result.perplexity for result in results.values())
+    theirs = perplexities(tmp_path / "theirs", tmp_path / "a", text)
+    closed = (ours[0] - ours[1]) / (ours[0] - full)
+    print(f"gptqmodel's base and adapter {ours} here, {theirs} by stock packages; {closed:.1%} of the gap to {full}")
+    assert theirs == pytest.approx(ours, rel=0.005)
+    assert closed > 0.5
+    assert check(str(tmp_path / "a"), base=str(tmp_path / "theirs")).layers == 210
+    for name, options in {"seed": ["--seed", 1], "group": ["--group-size", 32]}.items():
+        stock(script, model, tmp_path / name, "--text", seen, "--samples", 8, *options)
+        with pytest.raises(ModelError, match="210 of 210 layers have other codes or scales"):
+            check(str(tmp_path / "a"), base=str(tmp_path / name))
+
+
+def in_awq(packed):
+    """Turn the tensors of a GPTQ layer into those of an AWQ layer."""
+    codes, zeros = unpack_words(packed["qweight"].T, 4).T, unpack_words(packed["qzeros"], 4)
+    places = torch.tensor(ORDER).argsort()
+    words = (pack_words(values.unflatten(1, (-1, 8))[:, :, places].flatten(1), 4) for values in (codes, zeros))
+    return dict(zip(("qweight", "qzeros"), words, strict=True)) | {"scales": packed["scales"]}
+
+
+def test_awq(tokenizer, tmp_path):
+    """What transformers and gptqmodel compute from an AWQ checkpoint is what we read in it."""
+    model = save_llama(tmp_path / "model", tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    tensors = load_file(model / "model.safetensors")
+    for name, layer in linear_layers(loaded).items():
+        del tensors[f"{name}.weight"]
+        packed = in_awq(Uniform(group_size=32).quantize(layer.weight).packed())
+        tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in packed.items()}
+    base = tmp_path / "base"
+    loaded.config.quantization_config = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    loaded.config.save_pretrained(base)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    code = (
+        "import sys, torch, transformers; config = transformers.AwqConfig(backend='torch_awq'); "
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float16, "
+        "quantization_config=config); torch.save(model(torch.arange(64)[None]).logits.float(), sys.argv[2])"
+    )
+    stock("-c", code, base, tmp_path / "logits.pt")
+    ours = AutoModelForCausalLM.from_pretrained(model)
+    quantize_in_place(ours, Prequantized(str(base)))
+    expected = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(ours(torch.arange(64)[None]).logits, expected, rtol=1e-2, atol=2e-3)
+
+
+@pytest.fixture
+def adapter(tokenizer, tmp_path):
+    """A small model with an end token, an adapter for it, and its base."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    model = save_llama(tmp_path / "model", tokenizer)
+    init(str(model), out=str(tmp_path / "adapter"), rank=4, samples=4, sequence_length=64, save_base=True)
+    return tmp_path / "adapter"
+
+
+def test_trl_trains_an_adapter(adapter, tmp_path):
+    """The blocks of the page on training, one after the other; `convert` takes what comes out."""
+    load, train = examples("docs/training.md")[:2]
+    texts = [shipped_text("evaluate")[start : start + 200] for start in range(0, 3200, 200)]
+    given = f"MODEL = {str(tmp_path / 'model')!r}"
+    data = f"from datasets import Dataset; dataset = Dataset.from_dict({{'text': {texts!r}}})"
+    train = train.replace('output_dir="runs"', 'output_dir="runs", use_cpu=True')
+    stock("-c", f"{given}\n{load}\n{data}\n{train}", folder=tmp_path)
+    found, before = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("trained", "adapter"))
+    assert found.keys() == before.keys()
+    moved = [name for name in found if not torch.equal(found[name].float(), before[name].float())]
+    assert len(moved) == len(found)
+    convert(str(tmp_path / "trained"), initial=str(adapter), out=str(tmp_path / "change"))
+
+
+def test_lm_eval_loads_a_base_and_its_adapter(adapter, tmp_path):
+    """The command of the page on training, on a task of our own in place of one that has to be fetched."""
+    (line,) = (block for block in examples("docs/training.md", "console") if "lm_eval" in block)
+    command = line.split()[2:-2]
+    save_task(tmp_path)
+    options = ["--include_path", tmp_path, "--tasks", "questions", "--output_path", tmp_path / "scores"]
+    stock("-m", "lm_eval", *command, *options, "--device", "cpu", folder=tmp_path)
+    (file,) = (tmp_path / "scores").rglob("*.json")
+    assert 0 <= json.loads(file.read_text(encoding="utf-8"))["results"]["questions"]["acc,none"] <= 1

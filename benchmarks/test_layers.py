@@ -34,7 +34,7 @@ def test_quantizer(benchmark, record, layer, quantizer):
 def test_gptq(benchmark, record, layer, shared):
     """Alone it also factors the Gram; the second and third layer with the same input do not."""
     weight, statistics = layer
-    quantizer = GPTQ(bits=4, group_size=128, damping_scale="mean")
+    quantizer = GPTQ(bits=4, group_size=128, damping_scale="mean", shrinkage=0.0)
 
     def prepare():
         if not shared:
@@ -51,7 +51,7 @@ def test_auto_gptq(benchmark, record, layer, monkeypatch):
     if oracle is None:
         pytest.skip("the wheel of auto-gptq is not installed")
     weight, statistics = layer
-    quantizer = GPTQ(bits=4, group_size=128, damping_scale="mean")
+    quantizer = GPTQ(bits=4, group_size=128, damping_scale="mean", shrinkage=0.0)
     arguments = (oracle, weight, statistics.second_moment.float(), quantizer, monkeypatch)
     restored = benchmark.pedantic(run_auto_gptq, arguments, rounds=3, warmup_rounds=1)
     record(shape=tuple(weight.shape), relative_error=relative_error(weight, statistics, restored))

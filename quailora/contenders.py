@@ -32,14 +32,14 @@ class Contender:
         method: how layers are initialized.
         recipe: name of the recipe; empty for a base alone.
         inputs: see `Walk`.
-        changes_base: whether it needs weights of its own.
+        changes_base: whether its base is another one than the quantizer alone gives.
     """
 
     name: str
     method: Method
     recipe: str = ""
     inputs: InputsOf = "full"
-    changes_base: bool = True
+    changes_base: bool = False
 
     @classmethod
     def of(cls, name: str, row: Recipe, quantizer: Quantizer, rank: int) -> Contender:
@@ -61,6 +61,11 @@ class Contender:
     def walked(self) -> str:
         """Names what it is after the walk through the model, before any training."""
         return digest([replace(self, method=replace(self.method, polish=None)).definition])
+
+    @property
+    def base(self) -> str:
+        """Names the weights that its correction is added to; the same name, the same weights."""
+        return self.walked if self.changes_base else repr(self.method.initializer.quantizer)
 
 
 def groups(contenders: Sequence[Contender]) -> list[list[Contender]]:
@@ -127,7 +132,7 @@ class Entry:
             tasks=tasks,
             recipe=contender.recipe,
             rank=contender.method.scaling.rank if contender.recipe else 0,
-            changes_base=bool(contender.recipe) and contender.changes_base,
+            changes_base=contender.changes_base,
             seconds=round(seconds, 2),
             layers=[one.record for one in self.outcomes.values() if one.record],
             spectrum=self.spectrum,

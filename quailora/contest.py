@@ -99,13 +99,10 @@ class Contest:
 
     def _variants(self, entries: Sequence[Entry]) -> dict[str, Mapping[str, Tensor]]:
         """Return what the layers of each entry compute with; nothing for full precision, if it has no row yet."""
-        shared = next((entry for entry in entries if not entry.contender.changes_base), None)
-        variants: dict[str, Mapping[str, Tensor]] = {FULL_PRECISION: {}}
-        if FULL_PRECISION in self.board.rows():
-            variants = {}
+        bases = {entry.contender.base: entry.quantized for entry in entries if entry.quantized}
+        variants: dict[str, Mapping[str, Tensor]] = {} if FULL_PRECISION in self.board.rows() else {FULL_PRECISION: {}}
         for entry in entries:
-            own = entry if entry.contender.changes_base or shared is None else shared
-            variants[entry.contender.name] = Corrected(own.quantized, entry.factors)
+            variants[entry.contender.name] = Corrected(bases[entry.contender.base], entry.factors)
         return variants
 
     def _accuracies(self, variants: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
@@ -142,10 +139,12 @@ class Contest:
             on_done=checkpoint.set_blocks_done,
         )
         methods = {each.walked: replace(each.method, polish=None) for each in group}
-        shared = [each.walked for each in group if not each.changes_base][:1]
-        kept = [*shared, *(each.walked for each in group if each.changes_base or each.method.polish)]
+        kept = {each.base: each.walked for each in group}.values()
+        trained = [each.walked for each in group if each.method.polish]
         weighted = any(each.method.initializer.metric == "fisher" for each in group)
         sensitivities = self.sensitivities[0] if weighted else {}
-        run = Run(walk, self.layers, methods, checkpoint, kept, self.seed, sensitivities)
+        run = Run(
+            walk, self.layers, methods, checkpoint, {*kept, *trained}, seed=self.seed, sensitivities=sensitivities
+        )
         run.finish()
         return run

@@ -16,7 +16,7 @@ from .errors import ConfigurationError
 from .statistics import InputStatistics
 
 SHRINKAGE = 0.2
-"""Share of the correlations between input channels that the metric "shrunk" takes off."""
+"""Share of the correlations between input channels that the metric "shrunk" and error feedback take off."""
 
 _EXACT_WIDTH = 256  # up to here energies are computed in float64 throughout
 _LOUD = 64  # channels that stay in float64 in wider layers
@@ -251,3 +251,9 @@ def check_damping(damping: float) -> None:
     """Raise a `ConfigurationError` for a negative damping; called when a solver or quantizer is made."""
     if damping < 0:
         raise ConfigurationError(f"Expected a damping of at least 0, got {damping}.")
+
+
+def check_shrinkage(shrinkage: float) -> None:
+    """Raise a `ConfigurationError` for a share of correlations that is not from 0 to below 1; called likewise."""
+    if not 0 <= shrinkage < 1:
+        raise ConfigurationError(f"Expected a shrinkage from 0 to below 1, got {shrinkage}.")

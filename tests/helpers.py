@@ -37,7 +37,7 @@ QUANTIZERS: list[tuple[Quantizer, bool]] = [
     (Uniform(bits=3, group_size=16, mse=True), False),
     (Uniform(bits=3, group_size=None, symmetric=True, mse=True), False),
     (GPTQ(), False),
-    (GPTQ(bits=3, group_size=32, symmetric=True, damping=0.1), False),
+    (GPTQ(bits=3, group_size=32, symmetric=True, damping=0.1, shrinkage=0.0), False),
     (GPTQ(bits=2, group_size=16, activation_order=True), False),
     (GPTQ(bits=4, group_size=16, activation_order=True, static_groups=True, damping_scale="mean"), False),
     (GPTQ(bits=3, group_size=16, mse=True), False),

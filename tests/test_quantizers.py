@@ -145,11 +145,14 @@ def naive_gptq(weight, moment, damping, bits, group_size):
 
 
 @pytest.mark.parametrize("group_size", [8, 24, 48])
-def test_gptq_equals_its_definition(group_size):
+@pytest.mark.parametrize("shrinkage", [0.0, 0.2])
+def test_gptq_equals_its_definition(group_size, shrinkage):
     problem = make_problem(20, 48, "decaying")
     moment = problem.statistics.second_moment
-    expected = naive_gptq(problem.weight, moment, 0.01 * moment.diagonal().median().item(), 3, group_size)
-    quantized = GPTQ(bits=3, group_size=group_size).quantize(problem.weight, problem.statistics).dequantize()
+    shrunk = (1 - shrinkage) * moment + shrinkage * moment.diagonal().diag()
+    expected = naive_gptq(problem.weight, shrunk, 0.01 * moment.diagonal().median().item(), 3, group_size)
+    quantizer = GPTQ(bits=3, group_size=group_size, shrinkage=shrinkage)
+    quantized = quantizer.quantize(problem.weight, problem.statistics).dequantize()
     different = (quantized - expected).abs() > 1e-6
     assert different.float().mean() < 0.01  # ties that float32 breaks the other way, and what follows from them
 
@@ -157,10 +160,11 @@ def test_gptq_equals_its_definition(group_size):
 def test_gptq_blocks_do_not_change_the_result(monkeypatch):
     """Lazy updates over blocks equal updates over all columns at once."""
     problem = make_problem(16, 256, "decaying")
-    small_blocks = GPTQ(bits=4, group_size=16).quantize(problem.weight, problem.statistics).dequantize()
+    quantizer = GPTQ(bits=4, group_size=16, shrinkage=0.0)
+    small_blocks = quantizer.quantize(problem.weight, problem.statistics).dequantize()
     working = problem.weight.T.contiguous()
     moment = problem.statistics.second_moment
-    factor = gptq.inverse_factor(moment, 0.01 * moment.diagonal().median().item())
+    factor = gptq.inverse_factor(moment, 0.01 * moment.diagonal().median().item(), shrinkage=0.0)
     monkeypatch.setattr(gptq, "BLOCK", 256)
     grids = []
 
@@ -229,9 +233,23 @@ def test_median_damping_does_not_see_a_massive_channel():
     metric = Gram(problem.statistics.second_moment)
     errors = {}
     for scale in ("mean", "median"):
-        quantized = GPTQ(bits=4, damping_scale=scale).quantize(problem.weight, problem.statistics)
+        quantized = GPTQ(bits=4, damping_scale=scale, shrinkage=0.0).quantize(problem.weight, problem.statistics)
         errors[scale] = metric.energy(problem.weight - quantized.dequantize())
     assert errors["median"] <= errors["mean"]
+
+
+def test_shrinkage_does_not_fit_what_few_tokens_say():
+    """On other tokens of the same inputs, feedback that trusts all correlations of half as many as channels loses."""
+    seen, other = make_problem(64, 128, "generic"), make_problem(64, 128, "generic", seed=1)
+    metric = Gram(other.statistics.second_moment)
+    few = InputStatistics.from_inputs(seen.inputs[:64])
+    errors = {
+        shrinkage: metric.energy(
+            seen.weight - GPTQ(bits=3, shrinkage=shrinkage).quantize(seen.weight, few).dequantize()
+        )
+        for shrinkage in (0.0, 0.2)
+    }
+    assert errors[0.2] < 0.8 * errors[0.0]
 
 
 @each_quantizer
@@ -257,6 +275,8 @@ def test_bad_arguments_are_refused():
         GPTQ(group_size=0)
     with pytest.raises(ValueError, match="damping of at least 0"):
         GPTQ(damping=-1.0)
+    with pytest.raises(ValueError, match="Expected a shrinkage from 0 to below 1, got 1"):
+        NF4GPTQ(shrinkage=1.0)
     with pytest.raises(ValueError, match=r"Expected a weight of shape .* got \(4,\)"):
         NF4().quantize(torch.zeros(4))
     with pytest.raises(CalibrationError, match="needs calibration"):
@@ -267,15 +287,18 @@ def test_bad_arguments_are_refused():
         Uniform(bits=2).quantize(torch.full((2, 2), 1e9))
 
 
+PUBLISHED = {"damping_scale": "mean", "shrinkage": 0.0}
+
+
 @pytest.mark.parametrize("kind", ["generic", "decaying", "massive channel"])
 @pytest.mark.parametrize(
     "quantizer",
     [
-        GPTQ(bits=4, group_size=128, damping_scale="mean"),
-        GPTQ(bits=3, group_size=64, symmetric=True, damping_scale="mean"),
-        GPTQ(bits=4, group_size=None, symmetric=True, damping_scale="mean"),
-        GPTQ(bits=2, group_size=32, activation_order=True, damping_scale="mean"),
-        GPTQ(bits=4, group_size=32, activation_order=True, static_groups=True, damping_scale="mean"),
+        GPTQ(bits=4, group_size=128, **PUBLISHED),
+        GPTQ(bits=3, group_size=64, symmetric=True, **PUBLISHED),
+        GPTQ(bits=4, group_size=None, symmetric=True, **PUBLISHED),
+        GPTQ(bits=2, group_size=32, activation_order=True, **PUBLISHED),
+        GPTQ(bits=4, group_size=32, activation_order=True, static_groups=True, **PUBLISHED),
     ],
     ids=repr,
 )

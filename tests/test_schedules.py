@@ -211,12 +211,13 @@ def test_schedules_survive_the_sidecar(name):
 
 
 def test_feedback_keeps_the_grid():
-    assert with_feedback(NF4(block_size=128)) == NF4GPTQ(block_size=128)
-    assert with_feedback(Uniform(3, 32, symmetric=True)) == GPTQ(3, 32, symmetric=True)
+    assert with_feedback(NF4(block_size=128)) == NF4GPTQ(block_size=128, shrinkage=0.0)
+    assert with_feedback(Uniform(3, 32, symmetric=True)) == GPTQ(3, 32, symmetric=True, shrinkage=0.0)
     assert with_feedback(GPTQ(activation_order=True)) == GPTQ(activation_order=True)
     assert with_feedback(NF4GPTQ(damping=0.3, mse=True)) == NF4GPTQ(damping=0.3, mse=True)
-    assert with_feedback(with_least_error(NF4(block_size=128)), 1.0) == NF4GPTQ(block_size=128, damping=1.0, mse=True)
-    assert with_feedback(with_least_error(GPTQ(3, 32))) == GPTQ(3, 32, mse=True)
+    damped = NF4GPTQ(block_size=128, damping=1.0, mse=True, shrinkage=0.0)
+    assert with_feedback(with_least_error(NF4(block_size=128)), 1.0) == damped
+    assert with_feedback(with_least_error(GPTQ(3, 32))) == GPTQ(3, 32, mse=True, shrinkage=0.0)
     assert with_least_error(with_feedback(NF4())) == NF4MSE()
     for other in (Int8(), FP4()):
         with pytest.raises(ConfigurationError, match=r"no rounding with error feedback for .*; take NF4 or Uniform"):

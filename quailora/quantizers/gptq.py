@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..linalg import safe_cholesky, triangular_inverse
-from ..metrics import METRICS, check_damping
+from ..metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage, squared_norm
 from ..statistics import InputStatistics
 from .base import Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
@@ -31,8 +31,10 @@ Square = Float[Tensor, "in_features in_features"]
 class GPTQ(Quantizer):
     """2 to 8 bits: columns are rounded in turn, and those still to come are shifted to make up for the error made.
 
-    Works on `H = mean(x x^T)` of the layer's inputs, damped. If the sweep ends worse than rounding to nearest on the
-    same grid, in the metric of `H`, the latter is returned (this happens on degenerate statistics).
+    Works on `H = mean(x x^T)` of the layer's inputs, shrunk towards its diagonal and damped. If the sweep ends worse
+    than rounding to nearest on the same grid, in the metric of `H`, the latter is returned (this happens on degenerate
+    statistics). The published method is `shrinkage=0`, `damping_scale="mean"`: of few calibration tokens it fits
+    correlations that other text does not have, and can leave a worse model than rounding to nearest.
 
     Attributes:
         bits: width of a code.
@@ -44,6 +46,7 @@ class GPTQ(Quantizer):
         damping_scale: "mean", as in the GPTQ papers' code, or "median". One massive activation can raise the mean of
             the diagonal a thousandfold, which then blurs every other channel; the median does not notice it.
         mse: scales with the least squared error, in place of those that span the range of their group.
+        shrinkage: share of the correlations between input channels that is taken off `H`, from 0 to below 1.
     """
 
     bits: int = 4
@@ -54,19 +57,21 @@ class GPTQ(Quantizer):
     damping: float = 0.01
     damping_scale: Literal["mean", "median"] = "median"
     mse: bool = False
+    shrinkage: float = SHRINKAGE
 
     calibrated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_bits_and_group(self.bits, self.group_size)
         check_damping(self.damping)
+        check_shrinkage(self.shrinkage)
 
     def encode(self, weight: Matrix, statistics: InputStatistics | None) -> GridWeight:  # noqa: D102
         assert statistics is not None  # `quantize` has checked it
         group_size = self.group_size or weight.shape[1]
         statistics = statistics.to(weight.device)
         order, damping, factor = damped_factor(
-            statistics, self.damping, self.damping_scale, activation_order=self.activation_order
+            statistics, self.damping, self.damping_scale, self.shrinkage, activation_order=self.activation_order
         )
         full = weight.to(torch.promote_types(weight.dtype, torch.float32))
         columns = full.float().T
@@ -106,7 +111,9 @@ class GPTQ(Quantizer):
         # The loss is that of the damped metric. Near a tie, rounding to nearest is as good, and certain to be.
         plain, plain_grid = nearest(full.float(), self.bits, self.symmetric, group_size, self.mse)
         plain_energy = METRICS["gram"](statistics).energy(full - plain_grid.decode_groups(plain, group_size))
-        energy = loss - damping * (full - result.dequantize()).square().sum(dtype=torch.float64).item()
+        error = full - result.dequantize()
+        added = self.shrinkage * METRICS["diagonal"](statistics).energy(error) + damping * squared_norm(error)
+        energy = (loss - added) / (1 - self.shrinkage)
         if energy + _TIE * loss < plain_energy:
             return result
         return GridWeight.store(
@@ -128,7 +135,12 @@ class Levels(Protocol):
 
 
 def damped_factor(
-    statistics: InputStatistics, damping: float, scale: Literal["mean", "median"], *, activation_order: bool = False
+    statistics: InputStatistics,
+    damping: float,
+    scale: Literal["mean", "median"],
+    shrinkage: float,
+    *,
+    activation_order: bool = False,
 ) -> tuple[Int[Tensor, " in_features"] | None, float, Square]:
     """Return the order of rounding (None: left to right), the damping, and `inverse_factor` in that order.
 
@@ -136,6 +148,7 @@ def damped_factor(
         statistics: of the layer's inputs; they keep the result for the other layers that share them.
         damping: relative to the `scale` of the diagonal of `H`.
         scale: see `GPTQ`.
+        shrinkage: see `GPTQ`.
         activation_order: whether columns with the largest inputs come first.
     """
 
@@ -145,22 +158,23 @@ def damped_factor(
         live = power[power > 0]
         added = damping * (live.mean() if scale == "mean" else live.median()).item() if len(live) else 1.0
         if not activation_order:
-            return None, added, inverse_factor(moment, added)
+            return None, added, inverse_factor(moment, added, shrinkage)
         order = power.argsort(descending=True, stable=True)
-        return order, added, inverse_factor(moment[order][:, order], added)
+        return order, added, inverse_factor(moment[order][:, order], added, shrinkage)
 
-    return statistics.once((GPTQ, damping, scale, activation_order), compute)
+    return statistics.once((GPTQ, damping, scale, shrinkage, activation_order), compute)
 
 
-def inverse_factor(moment: Square, damping: float) -> Square:
-    """Return the upper triangular `U` with `U^T U = (H + damping * I)^-1`, in float32.
+def inverse_factor(moment: Square, damping: float, shrinkage: float) -> Square:
+    """Return the upper triangular `U` with `U^T U = ((1 - shrinkage) H + shrinkage diag(H) + damping I)^-1`, in float32.
 
     With `J` the reversal of rows and columns and `J H J = L L^T`, the matrix `R = J L J` is upper triangular and
     `H = R R^T`, so `U = R^-1`: one Cholesky factorisation, in float64 because a massive channel makes `H` nearly
     singular against its largest entry, and one triangular inverse.
     """
     damped = moment.flip(0, 1)
-    damped.diagonal().add_(damping)
+    power = damped.diagonal() + damping
+    damped.mul_(1 - shrinkage).diagonal().copy_(power)
     return triangular_inverse(safe_cholesky(damped).float()).flip(0, 1)
 
 
@@ -183,7 +197,7 @@ def sweep(
         run: columns that levels are fitted to together.
 
     Returns:
-        Codes, transposed as the weight; and the loss `tr(E (H + damping * I) E^T)` of what rounding has done.
+        Codes, transposed as the weight; and the loss `tr(E (U^T U)^-1 E^T)` of what rounding has done.
     """
     count = len(columns)
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)

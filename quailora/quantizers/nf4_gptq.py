@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..metrics import METRICS, check_damping
+from ..metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
 from ..statistics import InputStatistics
 from .base import Quantizer
 from .fourbit import (
@@ -41,6 +41,7 @@ class NF4GPTQ(Quantizer):
         damping: added to the diagonal of `H`, relative to the `damping_scale` of that diagonal.
         damping_scale: "mean" or "median"; see `GPTQ`.
         mse: scales with the least squared error, in place of those of nearest rounding.
+        shrinkage: share of the correlations between input channels that is taken off `H`; see `GPTQ`.
     """
 
     block_size: BlockSize = 64
@@ -48,11 +49,13 @@ class NF4GPTQ(Quantizer):
     damping: float = 0.01
     damping_scale: Literal["mean", "median"] = "median"
     mse: bool = False
+    shrinkage: float = SHRINKAGE
 
     calibrated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
+        check_shrinkage(self.shrinkage)
 
     def encode(  # noqa: D102
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
@@ -64,7 +67,7 @@ class NF4GPTQ(Quantizer):
         scales = scales_of(nearest)
         full = weight.float()
         columns = full.T.clone(memory_format=torch.contiguous_format)
-        _, _, factor = damped_factor(statistics, self.damping, self.damping_scale)
+        _, _, factor = damped_factor(statistics, self.damping, self.damping_scale, self.shrinkage)
         table = nearest.state.code.to(full.device)
         codes, _ = sweep(columns, factor, lambda column: ScaledTable(table, scales[:, column]))
         swept = with_codes(nearest, codes.T)

@@ -18,7 +18,8 @@ def with_feedback(quantizer: Quantizer, damping: float | None = None, mse: bool 
 
     Args:
         quantizer: `Uniform`, `NF4` or one of their kin.
-        damping: see `GPTQ`; as the quantizer's own by default, or that of `GPTQ` where it has none.
+        damping: see `GPTQ`; as the quantizer's own by default, or that of `GPTQ` where it has none. Correlations are
+            not shrunk unless the quantizer does so itself: published methods do not.
         mse: whether scales have the least squared error; as the quantizer's own by default.
 
     Raises:
@@ -31,9 +32,13 @@ def with_feedback(quantizer: Quantizer, damping: float | None = None, mse: bool 
     if isinstance(quantizer, (GPTQ, NF4GPTQ)):
         return replace(quantizer, damping=damping, mse=mse)
     if isinstance(quantizer, Uniform):
-        return GPTQ(quantizer.bits, quantizer.group_size, quantizer.symmetric, damping=damping, mse=mse)
+        return GPTQ(
+            quantizer.bits, quantizer.group_size, quantizer.symmetric, damping=damping, mse=mse, shrinkage=0.0
+        )
     if isinstance(quantizer, (NF4, NF4MSE)):
-        return NF4GPTQ(quantizer.block_size, quantizer.double_quantization, damping=damping, mse=mse)
+        return NF4GPTQ(
+            quantizer.block_size, quantizer.double_quantization, damping=damping, mse=mse, shrinkage=0.0
+        )
     raise ConfigurationError(f"There is no rounding with error feedback for {quantizer!r}; take NF4 or Uniform.")
 
 

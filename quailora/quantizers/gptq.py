@@ -33,8 +33,8 @@ class GPTQ(Quantizer):
 
     Works on `H = mean(x x^T)` of the layer's inputs, shrunk towards its diagonal and damped. If the sweep ends worse
     than rounding to nearest on the same grid, in the metric of `H`, the latter is returned (this happens on degenerate
-    statistics). The published method is `shrinkage=0`, `damping_scale="mean"`: of few calibration tokens it fits
-    correlations that other text does not have, and can leave a worse model than rounding to nearest.
+    statistics). The published method is `shrinkage=0`, `damping_scale="mean"`: it trusts every correlation between
+    channels of the calibration inputs, and can leave a worse model than rounding to nearest.
 
     Attributes:
         bits: width of a code.

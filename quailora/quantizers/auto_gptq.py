@@ -20,8 +20,8 @@ from .grid import Grid, GridWeight, check_bits_and_group
 class AutoGPTQ(Quantizer):
     """2 to 8 bits by the class `GPTQ` of auto-gptq, whose last release is of March 2024; `GPTQ` is ours.
 
-    It needs an environment of that time. Unlike ours it is not compared with rounding to nearest, and groups inside one of
-    its blocks are fitted to weights that feedback has not reached yet.
+    It needs an environment of that time. Unlike ours it is not compared with rounding to nearest, and groups inside one
+    of its blocks are fitted to weights that feedback has not reached yet.
 
     Attributes:
         bits: width of a code.
@@ -80,10 +80,10 @@ def backend() -> Any:
         ConfigurationError: if its package cannot be imported here.
     """
     try:
-        from auto_gptq.quantization import GPTQ as Backend
+        from auto_gptq.quantization import GPTQ
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(
             f"auto-gptq cannot be imported here ({error}). It needs an environment of early 2024: auto-gptq 0.7.1 with "
             "transformers 4.38 to 4.44, and a GPU. --quantizer gptq is the same algorithm."
         ) from error
-    return Backend
+    return GPTQ

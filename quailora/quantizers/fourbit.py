@@ -57,7 +57,10 @@ class FourBitWeight(QuantizedWeight):
         """Return the codes and bitsandbytes' own tensors for its state, if transformers knows the block size."""
         if self.state.blocksize != _STOCK_BLOCK_SIZE:
             return {}
-        return {"weight": self.codes, **{f"weight.{key}": part for key, part in self.state.as_dict(packed=True).items()}}
+        return {
+            "weight": self.codes,
+            **{f"weight.{key}": part for key, part in self.state.as_dict(packed=True).items()},
+        }
 
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
         from bitsandbytes.functional import dequantize_4bit
@@ -110,9 +113,7 @@ def with_scales(stored: FourBitWeight, scales: Float[Tensor, " blocks"]) -> Four
     if state.nested:
         kept["offset"] = scales.mean()
         scales, kept["state2"] = quantize_blockwise(scales - kept["offset"], blocksize=state.state2.blocksize)
-    changed = QuantState(
-        scales, state.shape, state.code, state.blocksize, state.quant_type, state.dtype, **kept
-    )
+    changed = QuantState(scales, state.shape, state.code, state.blocksize, state.quant_type, state.dtype, **kept)
     return replace(stored, state=changed)
 
 

@@ -116,9 +116,7 @@ class GPTQ(Quantizer):
         energy = (loss - added) / (1 - self.shrinkage)
         if energy + _TIE * loss < plain_energy:
             return result
-        return GridWeight.store(
-            plain, plain_grid, group_size=group_size, dtype=weight.dtype
-        )
+        return GridWeight.store(plain, plain_grid, group_size=group_size, dtype=weight.dtype)
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102
         return None
@@ -166,7 +164,7 @@ def damped_factor(
 
 
 def inverse_factor(moment: Square, damping: float, shrinkage: float) -> Square:
-    """Return the upper triangular `U` with `U^T U = ((1 - shrinkage) H + shrinkage diag(H) + damping I)^-1`, in float32.
+    """Return the upper triangular `U` of `(U^T U)^-1 = (1 - shrinkage) H + shrinkage diag(H) + damping I`, in float32.
 
     With `J` the reversal of rows and columns and `J H J = L L^T`, the matrix `R = J L J` is upper triangular and
     `H = R R^T`, so `U = R^-1`: one Cholesky factorisation, in float64 because a massive channel makes `H` nearly

@@ -14,7 +14,6 @@ from ..errors import ConfigurationError, NumericalError
 from .base import QuantizedWeight
 from .packing import pack, pack_words, unpack
 
-
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 """Of the range of a group, to choose from where the squared error decides."""
 
@@ -99,7 +98,9 @@ class Grid:
         """Return the level of each code."""
         return (codes - self.zero_point) * self.scale
 
-    def squared_error(self, weight: Float[Tensor, "out_features *groups group"]) -> Float[Tensor, "out_features *groups"]:
+    def squared_error(
+        self, weight: Float[Tensor, "out_features *groups group"]
+    ) -> Float[Tensor, "out_features *groups"]:
         """Return the squared error of rounding each group to the nearest levels; see `over_groups`."""
         return (weight - self.decode(self.encode(weight))).square().sum(-1)
 
@@ -190,8 +191,8 @@ class GridWeight(QuantizedWeight):
     def packed(self) -> Mapping[str, Tensor]:
         """Return `qweight`, `qzeros`, `scales` and `g_idx` of AutoGPTQ's format, zero points as they are ("gptq_v2").
 
-        Codes run along the inputs and zero points along the outputs, and both have to fill whole words of 32 bits. Empty
-        where they do not, and for widths that transformers does not read.
+        Codes run along the inputs and zero points along the outputs, and both have to fill whole words of 32 bits.
+        Empty where they do not, and for widths that transformers does not read.
         """
         (rows, columns), bits = self.shape, self.bits
         if bits not in STOCK_BITS or rows * bits % 32 or columns * bits % 32:

@@ -90,7 +90,9 @@ class HQQ(Quantizer):
         )
         scale, zero_point = (found[name].half().view(-1, 1) for name in ("scale", "zero"))
         if not bool(scale.isfinite().all() and zero_point.isfinite().all()):
-            raise NumericalError("Expected scales and zero points that fit float16; a group of weights is far from zero.")
+            raise NumericalError(
+                "Expected scales and zero points that fit float16; a group of weights is far from zero."
+            )
         packed = pack(codes.to(torch.uint8), self.bits)
         matrix, size = (len(groups), self.group_size), (weight.shape[0], weight.shape[1])
         return HQQWeight(packed, scale, zero_point, self.bits, matrix, size, weight.dtype)

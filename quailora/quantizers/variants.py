@@ -32,13 +32,9 @@ def with_feedback(quantizer: Quantizer, damping: float | None = None, mse: bool 
     if isinstance(quantizer, (GPTQ, NF4GPTQ)):
         return replace(quantizer, damping=damping, mse=mse)
     if isinstance(quantizer, Uniform):
-        return GPTQ(
-            quantizer.bits, quantizer.group_size, quantizer.symmetric, damping=damping, mse=mse, shrinkage=0.0
-        )
+        return GPTQ(quantizer.bits, quantizer.group_size, quantizer.symmetric, damping=damping, mse=mse, shrinkage=0.0)
     if isinstance(quantizer, (NF4, NF4MSE)):
-        return NF4GPTQ(
-            quantizer.block_size, quantizer.double_quantization, damping=damping, mse=mse, shrinkage=0.0
-        )
+        return NF4GPTQ(quantizer.block_size, quantizer.double_quantization, damping=damping, mse=mse, shrinkage=0.0)
     raise ConfigurationError(f"There is no rounding with error feedback for {quantizer!r}; take NF4 or Uniform.")
 
 

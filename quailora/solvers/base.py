@@ -16,6 +16,7 @@ from ..linalg import product_svd
 from ..metrics import Metric
 from ..objective import Factors, Objective
 
+
 @final
 @dataclass(frozen=True, eq=False)
 class LowRank:

@@ -21,6 +21,15 @@ torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for ea
 
 
 @pytest.fixture
+def all_threads():
+    """Unlike the tiny models of the other tests, the real one gains from every core."""
+    few = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(few)
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from quailora import AlternatingLeastSquares, Optimal
 from quailora.evaluate import evaluate
 from quailora.pipeline import init
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("all_threads"),
+]
 
 WINDOWS = 2
-
-
-@pytest.fixture(autouse=True)
-def all_threads():
-    """Unlike the tiny models of the other tests, this one gains from every core."""
-    few = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(few)
 
 
 @pytest.mark.parametrize("solver", [AlternatingLeastSquares(), Optimal()], ids=repr)

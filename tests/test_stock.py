@@ -40,15 +40,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def all_threads():
-    """Unlike the tiny models of the other tests, these gain from every core."""
-    few = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(few)
-
-
 def stock(*command, folder="/", check=True):
     """Run the other interpreter in a folder, away from this package; return what it printed."""
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}

@@ -17,12 +17,11 @@ from torch import Tensor
 from ..errors import ConfigurationError, ModelError
 from ..outputs import new_folder, write_json, write_tensors
 from ..report.tables import print_table
-from .lora import PREFIX, LoraScaling
+from .lora import INNER, PREFIX, LoraScaling
 from .provenance import read_provenance
 
 _SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_INNER = ".base_layer"
 
 Pair = tuple[Tensor, Tensor]
 """`lora_A` and `lora_B` as a file holds them."""
@@ -90,19 +89,14 @@ class SavedAdapter:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each factor."""
-        return {key: tuple(tensor.shape) for key, tensor in self.tensors.items() if key.endswith((_A, _B))}
+        return {key: tuple(tensor.shape) for key, tensor in self.tensors.items() if "lora_" in key}
 
     def layer(self, stem: str) -> str:
-        """Return the name that ranks are looked up by: of the module, or of the parameter of fused experts.
-
-        PEFT wraps the parameters of a module one around the other, the first one innermost.
-        """
-        module = stem.removeprefix(PREFIX)
-        name = module
-        while name.endswith(_INNER):
-            name = name.removesuffix(_INNER)
-        fused = [each for each in self.config.get("target_parameters") or [] if each.rpartition(".")[0] == name]
-        return fused[len(fused) - 1 - module.count(_INNER)] if fused else module
+        """Return the name that ranks are looked up by: of the module, or of the parameter of an `ExpertStack`."""
+        name = stem.removeprefix(PREFIX)
+        module = name.replace(INNER, "")
+        fused = [each for each in self.config.get("target_parameters") or [] if each.rpartition(".")[0] == module]
+        return fused[len(fused) - 1 - name.count(INNER)] if fused else name
 
     def pair(self, stem: str) -> Pair:
         """Return the factors of a layer, float32."""
@@ -153,10 +147,7 @@ def check_pair(trained: SavedAdapter, before: SavedAdapter) -> None:
         for name in _SCALING
         if (trained.config.get(name) or None) != (before.config.get(name) or None)
     ]
-    shapes = [
-        {key: tuple(each.tensors[key].shape) for key in each.tensors if "lora_" in key} for each in (trained, before)
-    ]
-    if not told and shapes[0] != shapes[1]:
+    if not told and trained.shapes != before.shapes:
         told = ["their layers or shapes differ"]
     if told:
         raise ConfigurationError(

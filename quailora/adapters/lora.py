@@ -19,6 +19,9 @@ from ..solvers import LowRank
 PREFIX = "base_model.model."
 """Stands before a module's name in an adapter file."""
 
+INNER = ".base_layer"
+"""Stands behind it once for each wrapper around the parameter of fused experts; see `ExpertStack`."""
+
 
 @final
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class ExpertStack:
 
     def tensors(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the two tensors of an adapter file."""
-        place = f"{PREFIX}{self.parameter.rpartition('.')[0]}{'.base_layer' * self.wrapped_by}"
+        place = f"{PREFIX}{self.parameter.rpartition('.')[0]}{INNER * self.wrapped_by}"
         return {
             f"{place}.lora_A.weight": torch.cat(list(lora_A)),
             f"{place}.lora_B.weight": torch.stack(list(lora_B), dim=-1).flatten(1),

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..quantizers.grid import Grid, GridWeight
 from ..quantizers.packing import unpack_words
+from .misfit import misfit
 
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in its word of eight codes each output's is."""
@@ -32,8 +33,7 @@ def read_awq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
         raise ModelError(f"Expected an AWQ checkpoint of 4 bits in the layout 'gemm', got {bits} bits in {layout!r}.")
     columns, (groups, rows) = len(tensors["qweight"]), tensors["scales"].shape
     if tensors["qweight"].shape[1] * 8 != rows or tensors["qzeros"].shape != (groups, rows // 8):
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ModelError(f"Expected the tensors of one layer, got {shapes}.")
+        raise misfit(tensors, "one layer")
     grid = Grid(tensors["scales"].T.float(), codes_of(tensors["qzeros"]).T.float(), bits)
     codes = codes_of(tensors["qweight"]).T
     return GridWeight.store(codes, grid, group_size=columns // groups, dtype=dtype)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
 from ..quantizers.grid import STOCK_BITS, Grid, GridWeight
 from ..quantizers.packing import unpack_words
+from .misfit import misfit
 
 
 def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> GridWeight:
@@ -30,8 +30,7 @@ def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: t
     bits = 32 * tensors["qzeros"].shape[-1] // rows  # by layer: gptqmodel's `dynamic` gives some layers their own
     fits = tensors["qzeros"].shape == (groups, rows * bits // 32) and tensors["qweight"].shape[-1] == rows
     if bits not in STOCK_BITS or not fits:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ModelError(f"Expected the tensors of one layer with 2, 3, 4 or 8 bits, got {shapes}.")
+        raise misfit(tensors, "one layer with 2, 3, 4 or 8 bits")
     columns, group_size = 32 * len(tensors["qweight"]) // bits, int(config["group_size"])
     if group_size <= 0 or math.ceil(columns / group_size) != groups:
         group_size = columns // groups

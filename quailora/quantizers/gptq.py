@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..linalg import safe_cholesky, triangular_inverse
-from ..metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage, squared_norm
+from ..metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
 from ..statistics import InputStatistics
 from .base import Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
@@ -111,9 +111,9 @@ class GPTQ(Quantizer):
         # The loss is that of the damped metric. Near a tie, rounding to nearest is as good, and certain to be.
         plain, plain_grid = nearest(full.float(), self.bits, self.symmetric, group_size, self.mse)
         plain_energy = METRICS["gram"](statistics).energy(full - plain_grid.decode_groups(plain, group_size))
-        error = full - result.dequantize()
-        added = self.shrinkage * METRICS["diagonal"](statistics).energy(error) + damping * squared_norm(error)
-        energy = (loss - added) / (1 - self.shrinkage)
+        errors = (full - result.dequantize()).square().sum(0, dtype=torch.float64)
+        added = errors @ (self.shrinkage * statistics.second_moment.diagonal() + damping)
+        energy = (loss - added.item()) / (1 - self.shrinkage)
         if energy + _TIE * loss < plain_energy:
             return result
         return GridWeight.store(plain, plain_grid, group_size=group_size, dtype=weight.dtype)

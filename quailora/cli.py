@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import yaml
 from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
@@ -20,8 +21,9 @@ from .adapters.convert import convert
 from .check import check
 from .comparison import compare
 from .demo import demo
-from .errors import ConfigurationError, QuailoraError
+from .errors import QuailoraError
 from .evaluate import evaluate
+from .options import expand_in_file, expand_short_names, load_plugins
 from .pipeline import init
 from .progress import console
 from .quantizers import QUANTIZERS
@@ -61,8 +63,6 @@ COMMANDS: dict[str, Any] = {
     "list": list_components,
 }
 
-SHORT_NAMES: dict[str, dict[str, type]] = {"quantizer": dict(QUANTIZERS), "solver": dict(SOLVERS)}
-
 
 class Parser(ArgumentParser):
     """Spells options as people type them: `--sequence-length 512 --targets q_proj v_proj --overwrite`."""
@@ -84,55 +84,49 @@ class Parser(ArgumentParser):
             return super().add_argument(*dict.fromkeys((dashed, args[0])), type=item, nargs="+", **listed)
         return super().add_argument(*dict.fromkeys((dashed, *args)), **kwargs)
 
-
-def expand_short_names(arguments: Sequence[str]) -> list[str]:
-    """Replace `--quantizer nf4` by the full class path that jsonargparse resolves, and `--solver quailora` likewise."""
-    expanded = list(arguments)
-    for index, argument in enumerate(expanded):
-        option, equals, value = argument.removeprefix("--").partition("=")
-        if option.removesuffix(".help") not in SHORT_NAMES or not argument.startswith("--"):
-            continue
-        if equals:
-            expanded[index] = f"--{option}={full_name(option, value)}"
-        elif index + 1 < len(expanded):
-            expanded[index + 1] = full_name(option, expanded[index + 1])
-    return expanded
-
-
-def expand_in_yaml(content: Any) -> Any:
-    """Do the same inside YAML: `quantizer: nf4`, and `quantizer: {class_path: nf4, init_args: {...}}`."""
-    if not isinstance(content, dict):
-        return content
-    expanded: dict[Any, Any] = {}
-    for key, value in content.items():
-        if key in SHORT_NAMES and isinstance(value, str):
-            expanded[key] = full_name(key, value)
-        elif key in SHORT_NAMES and isinstance(value, dict) and isinstance(value.get("class_path"), str):
-            expanded[key] = value | {"class_path": full_name(key, value["class_path"])}
-        else:
-            expanded[key] = expand_in_yaml(value)
-    return expanded
-
-
-def full_name(option: str, value: str) -> str:
-    """Return the class path of a short name; class names, paths and YAML are left for jsonargparse.
-
-    Raises:
-        ConfigurationError: if the value can be none of these.
-    """
-    names = SHORT_NAMES[option.removesuffix(".help")]
-    if value in names:
-        return class_path(names[value])
-    if value.islower() and value.isidentifier():
-        raise ConfigurationError(
-            f"Unknown {option} {value!r}. Expected one of {', '.join(names)}, or the import path of your own class."
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong in one line, in place of the usage of every option, and exit with status 2."""
+        del ex
+        console.print(
+            "[bold red]error:[/]",
+            Text(f"{plain(message)} See: {self.prog.replace(' [options]', '')} --help"),
+            soft_wrap=True,
         )
-    return value
+        raise SystemExit(2)
 
 
-def class_path(cls: type) -> str:
-    """Return the path that imports a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+_REQUIRED = re.compile(r"the following arguments are required: (?:(\w+)\.)?(.+)")
+_REWORDED = (
+    (r'Parser key "([\w.]+)": ?', lambda found: f"--{found[1].replace('_', '-')}: "),
+    (
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: ",
+        r"Expected \1, got ",
+    ),
+    (r"\. Got value: ", ", got "),
+    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+    (r"Expected an? (?:typing\.)?Literal\[(.*?)\]", r"Expected one of \1"),
+    (r"Expected an? (?=(?:int|float|str|bool|dict)\b)", "Expected "),
+    (r"argument subcommand: invalid choice: (\S+) \(choose from (.*)\)", r"There is no command \1. Expected one of \2"),
+    (r'expected "subcommand" to be one of .*', f"Expected a command: {', '.join(COMMANDS)}"),
+    (r"unrecognized arguments: ", "Unknown options or words: "),
+)
+"""What jsonargparse says, and how people say it."""
+
+
+def plain(message: str) -> str:
+    """Return a message of jsonargparse as one line in the words of the command line."""
+    required = _REQUIRED.fullmatch(message)
+    if required:
+        command, missing = required[1] or "", required[2].split(", ")
+        name = missing[0].removeprefix(f"{command}.")
+        if name not in {"model", "adapter"}:
+            return f"Expected --{name}, which is missing."
+        word = name.upper()
+        return f"Expected {word}, which is missing. Write it right after the command: quailora {command} {word} ..."
+    text = " ".join(message.split())
+    for pattern, words in _REWORDED:
+        text = re.sub(pattern, words, text)
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,15 +141,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(package).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     load_yaml = get_loader("yaml")
-    set_loader("yaml", lambda text: expand_in_yaml(load_yaml(text)), exceptions=(yaml.YAMLError,))
+    set_loader("yaml", lambda text: expand_in_file(load_yaml(text)), exceptions=(yaml.YAMLError,))
     try:
+        given = load_plugins(sys.argv[1:] if arguments is None else arguments)
         result = auto_cli(
             COMMANDS,
-            args=expand_short_names(sys.argv[1:] if arguments is None else arguments),
+            args=expand_short_names(given),
             parser_class=Parser,
             prog="quailora",
             version=version("quailora"),
-            description="Quantization-aware initialization of low-rank adapters.",
+            description="Quantization-aware initialization of low-rank adapters. With --plugin MODULE, the quantizers "
+            "and solvers of your own module can be named in options and configuration files, too.",
         )
         result.show()
     except QuailoraError as error:

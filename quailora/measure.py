@@ -10,7 +10,6 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 
@@ -59,6 +58,8 @@ class Difference:
     @classmethod
     def between(cls, first: Scores, second: Scores) -> Difference:
         """Return the loss of the first less that of the second, paired by window: below zero, the first is better."""
+        from scipy import stats  # takes a second to load
+
         pairs = zip(first.losses, second.losses, strict=True)
         found = stats.ttest_1samp([a - b for a, b in pairs], 0.0)
         interval = found.confidence_interval(0.95)

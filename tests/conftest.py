@@ -13,6 +13,7 @@ from families import save_llama
 from hypothesis import settings
 
 from quailora.calibration import shipped_text
+from quailora.cli import main
 
 settings.register_profile("default", deadline=None, max_examples=50, print_blob=True, derandomize=True)
 settings.register_profile("stress", parent=settings.get_profile("default"), max_examples=600, derandomize=False)
@@ -66,3 +67,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the texts of {folder} are not here")
     return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: exit status, standard output, standard error."""
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run_main

@@ -11,28 +11,12 @@ import torch
 import yaml
 
 from quailora import GPTQ, NF4, SVD, Optimal, Quantizer, Solver, Uniform
-from quailora.cli import expand_short_names, main
+from quailora.cli import main
 from quailora.errors import ModelError
 from quailora.outputs import new_folder
 from quailora.report.settings import build, describe
 
 FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: exit status, standard output, standard error."""
-
-    def run_main(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_main
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +116,7 @@ def test_unknown_name_in_a_file(run, tiny_llama, tmp_path):
     (tmp_path / "run.yaml").write_text("solver: nonsense\n", encoding="utf-8")
     status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", "--config", tmp_path / "run.yaml")
     assert status == 1
-    assert "Unknown solver 'nonsense'" in error
+    assert "Expected a solver (zero, svd, quailora, optimal) in the configuration file, got 'nonsense'" in error
 
 
 def test_same_seed_same_bytes(run, adapter, tiny_llama, tmp_path):
@@ -362,16 +346,6 @@ def test_module_runs():
     result = subprocess.run([sys.executable, "-m", "quailora", "list"], capture_output=True, text=True, check=False)
     assert result.returncode == 0
     assert "quailora" in result.stdout
-
-
-def test_short_names_expand_only_where_they_are_meant():
-    assert expand_short_names(["init", "nf4", "--quantizer", "nf4"])[1:] == [
-        "nf4",
-        "--quantizer",
-        "quailora.quantizers.nf4.NF4",
-    ]
-    assert expand_short_names(["--solver=svd"]) == ["--solver=quailora.solvers.svd.SVD"]
-    assert expand_short_names(["--quantizer", "my.Own", "--solver"]) == ["--quantizer", "my.Own", "--solver"]
 
 
 def test_unknown_component_in_a_sidecar_is_refused():

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import Any, TypeVar
 
-from ..errors import ModelError
+from ..errors import ConfigurationError, ModelError
 
 Component = TypeVar("Component")
 
 
 def describe(value: Any) -> Any:
-    """Return a value as JSON and YAML can hold it; components in the form that the command line reads."""
+    """Return a value as JSON and YAML can hold it; components in the form that the command line reads.
+
+    Raises:
+        ConfigurationError: if it, or a part of it, is neither plain data nor a dataclass.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
         arguments = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
@@ -21,6 +26,13 @@ def describe(value: Any) -> Any:
         return {key: describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise ConfigurationError(
+            f"Expected plain data or a frozen dataclass, got {value!r} of the class {type(value).__name__}. "
+            "Quantizers, solvers and schedules are dataclasses, so that they can be written down and built again."
+        )
     return value
 
 

@@ -1,0 +1,113 @@
+"""What people type and write down: options, configuration files, and what they are told when it is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from quailora import Quantizer, Uniform
+from quailora.errors import ConfigurationError
+from quailora.options import expand_short_names
+from quailora.report.settings import describe
+
+FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
+
+
+def test_short_names_expand_only_where_they_are_meant():
+    assert expand_short_names(["init", "nf4", "--quantizer", "nf4"])[1:] == [
+        "nf4",
+        "--quantizer",
+        "quailora.quantizers.nf4.NF4",
+    ]
+    assert expand_short_names(["--solver=svd"]) == ["--solver=quailora.solvers.svd.SVD"]
+    assert expand_short_names(["--quantizer", "my.Own", "--solver"]) == ["--quantizer", "my.Own", "--solver"]
+
+
+CANARY = """
+from dataclasses import dataclass
+from pathlib import Path
+from quailora import Quantizer, Uniform
+Path({ran!r}).touch()
+@dataclass(frozen=True)
+class Canary(Quantizer):
+    def encode(self, weight, statistics):
+        return Uniform(bits=3).encode(weight, statistics)
+    def stock_config(self):
+        return None
+"""
+
+
+def test_a_configuration_file_imports_nothing_by_itself(run, tiny_llama, tmp_path, monkeypatch):
+    """A file may name a class of a module only after the command line has asked for that module."""
+    (tmp_path / "canary.py").write_text(CANARY.format(ran=str(tmp_path / "ran")), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "run.yaml"
+    for content in (
+        {"quantizer": {"class_path": "canary.Canary"}},
+        {"quantizer": "canary.Canary"},
+        {"solver": {"class_path": "canary.Canary"}},
+        {"rank_pattern": {"class_path": "canary.Canary"}},
+        {"targets": [{"class_path": "canary.Canary"}]},
+        {"quantizer": ["canary"]},
+    ):
+        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+        status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", *FAST, "--config", file)
+        assert status in {1, 2}, content
+        assert "canary" in error
+        assert not (tmp_path / "ran").exists(), content
+    file.write_text(yaml.safe_dump({"quantizer": {"class_path": "canary.Canary"}}), encoding="utf-8")
+    command = ("init", tiny_llama, "--out", tmp_path / "a", *FAST, "--config", file)
+    status, _, error = run(*command, "--plugin", "canary")
+    assert status == 0, error
+    assert (tmp_path / "ran").exists()
+    status, _, error = run(*command, "--plugin=nowhere")
+    assert status == 1
+    assert "got 'nowhere'" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["init", "--targets", "q_proj", "demo", "--out", "x"],
+            "Expected MODEL, which is missing. Write it right after",
+        ),
+        (["init", "demo"], "Expected --out, which is missing. See: quailora --help"),
+        (["init", "demo", "--out", "x", "--rank", "a"], "--rank: Expected int, got a. See: quailora init --help"),
+        (["init", "demo", "--out", "x", "--metric", "y"], "--metric: Expected one of 'identity', 'magnitude'"),
+        (["init", "demo", "--out", "x", "--rank-pattern", "y"], "Expected dict[str, int], NoneType, got y"),
+        (["init", "demo", "--out", "x", "--bogus", "1"], "Unknown options or words: --bogus 1"),
+        (["nonsense"], "There is no command 'nonsense'. Expected one of 'init'"),
+        ([], "Expected a command: init, evaluate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_errors_in_arguments_are_one_line(run, arguments, message):
+    status, shown, error = run(*arguments)
+    assert status == 2
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not shown
+
+
+def test_a_component_that_cannot_be_written_down_is_refused():
+    class Plain(Quantizer):
+        def encode(self, weight, statistics):
+            return Uniform().encode(weight, statistics)
+
+        def stock_config(self):
+            return None
+
+    with pytest.raises(
+        ConfigurationError, match=r"Expected plain data or a frozen dataclass, got .* of the class Plain"
+    ):
+        describe({"quantizer": Plain()})
+
+
+def test_help_loads_no_model_code():
+    code = "import sys, quailora.cli; print([m for m in ('transformers', 'peft', 'scipy.stats') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

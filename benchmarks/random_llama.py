@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from quailora.models.load import resolve
+from quailora.models.locate import resolve
 
 
 def main(out: str, blocks: int = 56, hidden: int = 2048, intermediate: int = 5632, heads: int = 32) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from .adapters.provenance import read_provenance
 from .bases import StoredBase
-from .errors import ModelError
+from .errors import ModelError, named
 from .models.layers import all_layers
 from .models.load import DeviceName, DtypeName, load_model
 from .progress import track
@@ -40,7 +40,14 @@ class BaseCheck:
         print_table(f"{self.adapter} belongs on {self.base}", ("layers", "differ"), [[str(self.layers), "0"]])
 
 
-def check(adapter: str, *, base: str, dtype: DtypeName = "auto", device: DeviceName = "auto") -> BaseCheck:
+def check(
+    adapter: str,
+    *,
+    base: str,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    trust_remote_code: bool = False,
+) -> BaseCheck:
     """Say whether an adapter belongs on a base, by the codes and scales of every layer.
 
     Args:
@@ -48,6 +55,8 @@ def check(adapter: str, *, base: str, dtype: DtypeName = "auto", device: DeviceN
         base: a quantized checkpoint; or the full-precision model, if the base is quantized while it loads.
         dtype: in which the full-precision model is loaded; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
+        trust_remote_code: run the Python code that a full-precision model brings along, for models that transformers
+            does not know.
 
     Raises:
         ModelError: if it does not belong there; the message says in how many layers, and in which first.
@@ -57,7 +66,10 @@ def check(adapter: str, *, base: str, dtype: DtypeName = "auto", device: DeviceN
     if not expected:
         raise ModelError(f"{adapter} does not say which base it is for: it was not written by quailora's init.")
     stored = StoredBase(base)
-    found = dict(hashes(stored, expected) if stored.described else fresh_hashes(base, provenance, dtype, device))
+    if stored.described:
+        found = dict(hashes(stored, expected))
+    else:
+        found = dict(fresh_hashes(base, provenance, dtype, device, trust_remote_code))
     different = [name for name, digest in expected.items() if found.get(name) != digest]
     if different:
         raise ModelError(
@@ -76,7 +88,7 @@ def hashes(stored: StoredBase, layers: Mapping[str, str]) -> Iterator[tuple[str,
 
 
 def fresh_hashes(
-    model: str, provenance: Mapping[str, Any], dtype: DtypeName, device: DeviceName
+    model: str, provenance: Mapping[str, Any], dtype: DtypeName, device: DeviceName, trust_remote_code: bool
 ) -> Iterator[tuple[str, str]]:
     """Yield the hash of each layer of a full-precision model after it is quantized as the adapter's base was.
 
@@ -86,7 +98,9 @@ def fresh_hashes(
     quantizer = build(Quantizer, provenance["quantizer"])  # type: ignore[type-abstract]
     if quantizer.stock_config() is None:
         raise ModelError(f"{model} is not quantized, and the base of this adapter is not made while a model loads.")
-    layers = all_layers(load_model(model, dtype, device).model)
+    layers = all_layers(load_model(model, dtype, device, trust_remote_code=trust_remote_code).model)
     for name in track(provenance["base"], "Comparing", total=len(provenance["base"])):
         if name in layers:
-            yield name, quantizer.quantize(layers[name].weight).digest
+            with named(name):
+                digest = quantizer.quantize(layers[name].weight).digest
+            yield name, digest

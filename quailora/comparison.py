@@ -63,6 +63,7 @@ def compare(
     calibration_dtype: CalibrationDtype = "auto",
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
+    trust_remote_code: bool = False,
     fresh: bool = False,
 ) -> Comparison:
     """Compare methods on the same calibration data: perplexity, divergence, bytes and seconds.
@@ -96,6 +97,7 @@ def compare(
         calibration_dtype: arithmetic of the calibration pass, see `quailora init`.
         dtype: dtype of the model; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
+        trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
         fresh: forget earlier results in the folder.
 
     Raises:
@@ -110,7 +112,7 @@ def compare(
     scored_on.check()
     source = Calibration(calibrate_on, samples, sequence_length, seed, calibration_dtype)
 
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     check_sequence_length(loaded.model, max(sequence_length, window_length))
     for rank in ranks:
         check_scaling(linear_layers(loaded.model), LoraScaling(rank))

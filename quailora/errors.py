@@ -7,6 +7,8 @@ still catch it, and all of them are `QuailoraError`, which is what the command l
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_LONGEST = 200
+
 
 class QuailoraError(Exception):
     """Something the user can act on: the message says what was expected, what came and what to try."""
@@ -54,6 +56,12 @@ class DistributedError(QuailoraError, RuntimeError):
 
 class NumericalWarning(UserWarning):
     """The computation went on after a numerical repair; the message says how large the repair was."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, shortened to 200 characters; other packages write pages."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.nn import functional
 from .adapters.provenance import read_provenance
 from .bases import Prequantized, StoredBase
 from .calibration import Calibration, TextSource, evaluation_windows, shipped_text
-from .errors import ModelError
+from .errors import ModelError, named
 from .layerwise import layers_of
 from .models.layers import linear_layers
 from .models.load import DeviceName, DtypeName, check_sequence_length, load_model
@@ -82,11 +82,13 @@ def quantize_in_place(model: Any, quantizer: Quantizer, walk: Walk | None = None
     layers = quantized_layers(model, {}, quantizer)
     if walk is None:
         for layer in track(layers.values(), "Quantizing", total=len(layers)):
-            layer.weight.copy_(quantizer.for_layer(layer.name).quantize(layer.weight).dequantize())
+            with named(layer.name):
+                layer.weight.copy_(quantizer.for_layer(layer.name).quantize(layer.weight).dequantize())
         return
     for block, layer in track(layers_of(walk), "Quantizing", total=len(layers)):
         seen = block.statistics[layer.name]
-        layer.weight.copy_(quantizer.for_layer(layer.name).quantize(layer.weight, seen).dequantize())
+        with named(layer.name):
+            layer.weight.copy_(quantizer.for_layer(layer.name).quantize(layer.weight, seen).dequantize())
 
 
 @contextmanager
@@ -140,6 +142,7 @@ def evaluate(
     sequence_length: int = 2048,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
+    trust_remote_code: bool = False,
     json: str | None = None,
 ) -> Evaluation:
     """Measure perplexity in full precision, quantized, and quantized with an adapter.
@@ -158,6 +161,7 @@ def evaluate(
         sequence_length: tokens in a window.
         dtype: dtype of the model; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
+        trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
         json: file to write the result to.
 
     Raises:
@@ -165,7 +169,7 @@ def evaluate(
     """
     provenance = read_provenance(Path(adapter)) if adapter else {}
     chosen = base_quantizer(quantizer, provenance)
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     check_sequence_length(loaded.model, sequence_length)
     texts = list(TextSource(text, tuple(text_fields)).documents()) if text else [shipped_text("evaluate")]
     ids = evaluation_windows(loaded.tokenizer, texts, windows, sequence_length)
@@ -193,7 +197,7 @@ def evaluate(
     if own_base is None or packed:
         quantize_in_place(loaded.model, chosen, walk)
     else:
-        loaded = load_model(str(own_base), dtype, device)
+        loaded = load_model(str(own_base), dtype, device, trust_remote_code=trust_remote_code)
     results["quantized"] = perplexity(loaded.model, ids, "Quantized")
     if adapter:
         with adapted(loaded.model, Path(adapter)) as wrapped:

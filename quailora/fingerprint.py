@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .models.load import LoadedModel, checkpoint_files, resolve
+from .models.checkpoint import checkpoint_files
+from .models.load import LoadedModel
+from .models.locate import resolve
 from .models.weights import execution_device
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096

@@ -28,14 +28,27 @@ RESULTS = (
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise an `OutputExistsError` if the folder holds a result that must not be overwritten, or is a file."""
+    """Raise an `OutputExistsError` if it is a file or a model's folder, or holds a result that must stay."""
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"Expected a folder to write to, but {out} is a file.")
+    if holds_model(out):
+        raise OutputExistsError(
+            f"{out} is the folder of a model, and an adapter in it would be loaded along with the model. Choose "
+            "another folder."
+        )
     there = [name for name in RESULTS if (out / name).exists()]
     if there and not overwrite:
         raise OutputExistsError(
             f"{out} already holds a result ({', '.join(there)}). Choose another folder or pass --overwrite."
         )
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a model with its weights."""
+    if not (folder / "config.json").is_file():
+        return False
+    weights = {file.name for pattern in ("*.safetensors", "*.bin", "*.gguf") for file in folder.glob(pattern)}
+    return bool(weights - {"adapter_model.safetensors", "adapter_model.bin"})
 
 
 @contextmanager

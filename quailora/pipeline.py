@@ -47,6 +47,7 @@ _HARMLESS = {
     "offload",
     "memory_limit",
     "allow_pickle",
+    "trust_remote_code",
     "device",
     "base_format",
 }
@@ -109,6 +110,7 @@ def init(
     offload: Offload = "auto",
     memory_limit: str | None = None,
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     save_base: bool = False,
     base_format: BaseFormat = "auto",
     overwrite: bool = False,
@@ -153,6 +155,7 @@ def init(
             model; "auto" does so where it fits.
         memory_limit: how much memory to use, such as 8GiB; four fifths of what is free by default.
         allow_pickle: accept a checkpoint in PyTorch's pickle format, which can run any code while it is read.
+        trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
         save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
         base_format: of the base: "auto" is packed as transformers reads it (bitsandbytes in 4 or 8 bits, AutoGPTQ's
             format) where there is such a format; "dequantized" needs no package to load.
@@ -171,7 +174,7 @@ def init(
     initializer = Initializer(quantizer if base is None else base_given(base, quantizer), solver, rank, metric)
     method, inputs, own = method_of(recipe, initializer, scaling, inputs)
     save_base = save_base or own
-    empty = empty_model(model, dtype)
+    empty = empty_model(model, dtype, trust_remote_code=trust_remote_code)
     planned = select_layers(empty, targets)
     check_scaling(planned, scaling)
     check_base(planned, method, save_base)
@@ -194,7 +197,9 @@ def init(
         check_trainable(method, planned, on_disk)
         with phases.measure("load"):
             place = work / f"offload-{distributed.rank()}" if on_disk else None
-            loaded = load_model(model, dtype, device, offload=place, allow_pickle=allow_pickle)
+            loaded = load_model(
+                model, dtype, device, offload=place, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+            )
             layers = select_layers(loaded.model, targets)
             windows = source.windows(loaded.tokenizer)
         depends_on = {name: value for name, value in settings.items() if name not in _HARMLESS}

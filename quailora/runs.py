@@ -157,7 +157,8 @@ class Run:
         if layer.name not in self.targets:
             own = quantized_inputs(inputs, block.held_out[layer.name]) if paired else inputs
             for name, method in methods.items():
-                stored = method.initializer.quantizer.for_layer(layer.name).quantize(layer.weight, own)
+                with named(layer.name):
+                    stored = method.initializer.quantizer.for_layer(layer.name).quantize(layer.weight, own)
                 yield name, Outcome(None, None, *self._kept(stored))
             return
         asymmetry = None

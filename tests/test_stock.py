@@ -24,7 +24,7 @@ from quailora.check import check
 from quailora.errors import ModelError
 from quailora.evaluate import evaluate, quantize_in_place
 from quailora.models.layers import linear_layers
-from quailora.models.load import resolve
+from quailora.models.locate import resolve
 from quailora.pipeline import init
 from quailora.quantizers.packing import pack_words, unpack_words
 

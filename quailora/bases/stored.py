@@ -14,7 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ModelError
-from ..models.load import checkpoint_files, resolve
+from ..models.checkpoint import checkpoint_files
+from ..models.locate import resolve
+from ..models.quantized import quantization_of
 from ..quantizers import QuantizedWeight
 from .awq import read_awq
 from .bitsandbytes import read_bitsandbytes
@@ -61,14 +63,7 @@ class StoredBase:
         Raises:
             ModelError: if there is no configuration, or it cannot be read.
         """
-        from transformers import AutoConfig
-
-        try:
-            found = getattr(AutoConfig.from_pretrained(resolve(self.name)), "quantization_config", None) or {}
-        except (OSError, ValueError) as error:
-            raise ModelError(f"Cannot read the configuration of {self.name!r}: {error}") from error
-        content: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-        return content
+        return quantization_of(resolve(self.name))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -77,9 +72,9 @@ class StoredBase:
         Raises:
             ModelError: if there is none, or quailora does not read its kind.
         """
-        method = self.described.get("quant_method")
-        if method is None:
+        if not self.described:
             raise ModelError(f"Expected a quantized checkpoint, but {self.name!r} has no quantization_config.")
+        method = self.described["quant_method"]
         if method not in READERS:
             raise ModelError(f"{self.name!r} is quantized by {method!r}. quailora reads {', '.join(READERS)}.")
         return self.described

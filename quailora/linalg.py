@@ -10,6 +10,37 @@ from torch import Tensor
 
 from .errors import NumericalError, NumericalWarning
 
+_SMALL = 1024  # sides up to which a decomposition is faster on the processor than on an accelerator
+
+
+def small_eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix, on its own device.
+
+    A small matrix is decomposed on the processor: an accelerator takes many times longer for its many short steps.
+    """
+    values, vectors = torch.linalg.eigh(near(matrix))
+    return values.to(matrix.device), vectors.to(matrix.device)
+
+
+def near(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """Return a matrix on the processor if it is small, else where it is."""
+    return matrix.cpu() if max(matrix.shape) <= _SMALL else matrix
+
+
+def uniform(shape: tuple[int, ...], like: Tensor, seed: int | None = None) -> Tensor:
+    """Return numbers drawn evenly from -1 to 1, in the dtype and on the device of another tensor.
+
+    They are drawn on the processor. Unlike torch's normal numbers, and those of other devices, they are the same on
+    every machine.
+
+    Args:
+        shape: of the result.
+        like: gives dtype and device.
+        seed: of a generator of their own; torch's global one is used if it is missing.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return torch.empty(shape, dtype=like.dtype).uniform_(-1, 1, generator=generator).to(like.device)
+
 
 def product_svd(
     lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]
@@ -27,7 +58,7 @@ def product_svd(
     """
     left, left_r = torch.linalg.qr(lora_B)
     right, right_r = torch.linalg.qr(lora_A.T)
-    u, s, vh = torch.linalg.svd(left_r @ right_r.T)
+    u, s, vh = (part.to(left.device) for part in torch.linalg.svd(near(left_r @ right_r.T)))
     return left @ u, s, vh @ right.T
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import final
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import ConfigurationError
+from .linalg import uniform
 from .metrics import Metric
 from .subspace import KrylovSearch, Subspace, dense_subspace, left_singular_subspace, worth_iterating
 
@@ -25,11 +27,40 @@ _BLOCK = 32  # columns that a round of the iteration adds: fewer need more round
 
 
 @final
+class Deferred:
+    """A number that is computed when it is first read, once for all who share it.
+
+    What it is computed from is let go then.
+    """
+
+    def __init__(self, compute: Callable[[], float]) -> None:
+        self._compute: Callable[[], float] | None = compute
+        self._value = 0.0
+
+    @classmethod
+    def known(cls, value: float) -> Deferred:
+        """Return a number that is there already."""
+        return cls(partial(float, value))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Deferred.known, (self.value,)  # a copy or a file gets the number alone
+
+    @property
+    def value(self) -> float:
+        """The number."""
+        if self._compute is not None:
+            self._value = self._compute()
+            self._compute = None
+        return self._value
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class Objective:
     """`min tr((E - C) H (E - C)^T)` over `C = lora_B @ lora_A` of a given rank.
 
-    What several solvers need is computed once: the value at `C = 0`, and leading directions by metric.
+    What several solvers need is computed once: the value at `C = 0`, if anybody reads it, and leading directions by
+    metric.
 
     Attributes:
         error: `E = W - Q`, any float dtype.
@@ -42,21 +73,27 @@ class Objective:
     _searches: dict[Metric, KrylovSearch] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
+    def total(self) -> Deferred:
+        """The error without any correction, `tr(E H E^T)`: for a wide layer more work than finding the optimum."""
+        return Deferred(partial(self.metric.energy, self.error))
+
+    @property
     def value_at_zero(self) -> float:
         """`tr(E H E^T)`: the error without any correction."""
-        return self.metric.energy(self.error)
+        return self.total.value
 
     def value(self, lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]) -> float:
         """Return `tr((E - C) H (E - C)^T)` at `C = lora_B @ lora_A`: squared, total over outputs, per token."""
-        return self.measure(lora_B, lora_A)[0]
+        return max(0.0, self.value_at_zero - self.measure(lora_B, lora_A)[0])
 
     def measure(
         self, lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]
     ) -> tuple[float, Float[Tensor, "rank rank"]]:
-        """Return the value at `C = lora_B @ lora_A`, and `lora_A H lora_A^T`, from which energies follow.
+        """Return what `C = lora_B @ lora_A` gains, and `lora_A H lora_A^T`, from which energies follow.
 
-        The value is expanded as `tr(E H E^T) - 2 tr(C H E^T) + tr(C H C^T)`, so that no dense `E - C` is formed. The
-        last two are computed in float64, where their cancellation costs about 1e-16 of the error without correction.
+        The gain is `tr(E H E^T) - tr((E - C) H (E - C)^T) = 2 tr(C H E^T) - tr(C H C^T)`, so that neither a dense
+        `E - C` nor the error without correction is needed. Both terms are computed in float64, where their cancellation
+        costs about 1e-16 of the error without correction.
         """
         lora_B, lora_A = lora_B.double(), lora_A.double()
         weighted = self.metric.product(lora_A)
@@ -65,8 +102,14 @@ class Objective:
             ((rows.double() @ weighted.T) * left).sum()
             for rows, left in zip(torch.split(self.error, _ROWS), torch.split(lora_B, _ROWS), strict=True)
         )
-        change = ((lora_B.T @ lora_B) * gram).sum() - 2 * overlap
-        return max(0.0, self.value_at_zero + change.item()), gram
+        return (2 * overlap - ((lora_B.T @ lora_B) * gram).sum()).item(), gram
+
+    def gain_of_projection(self, lora_A: Float[Tensor, "rank in_features"]) -> float:
+        """Return what `C = U U^T E` gains, given `lora_A = U^T E` for orthonormal `U`: `tr(lora_A H lora_A^T)`.
+
+        A single product in the dtype of `lora_A`, with its rounding, where `measure` makes two in float64.
+        """
+        return (self.metric.product(lora_A) * lora_A).sum(dtype=torch.float64).item()
 
     def subspace(self, rank: int, metric: Metric | None = None, tolerance: float = TOLERANCE) -> Subspace:
         """Return the leading eigenvectors `U` of `E H E^T`: `U U^T E` is the best correction of its rank in `H`.
@@ -97,7 +140,8 @@ class Objective:
     def bound(self, rank: int) -> float:
         """Return an error that no correction of this rank goes below: the optimum, less what iteration left open."""
         found = self.subspace(rank)
-        return max(0.0, self.value(*self.projection(found)) - found.slack)
+        gain, _ = self.measure(*self.projection(found))
+        return max(0.0, self.value_at_zero - gain - found.slack)
 
     def _search(self, rank: int, metric: Metric, tolerance: float) -> Subspace | None:
         error = self._working
@@ -105,8 +149,7 @@ class Objective:
         if not worth_iterating(side, rank, decaying=metric.rooted(error[:1]) is None):
             return None
         if metric not in self._searches:
-            generator = torch.Generator(error.device).manual_seed(0)
-            random = torch.randn(_BLOCK, error.shape[1], generator=generator, dtype=error.dtype, device=error.device)
+            random = uniform((_BLOCK, error.shape[1]), error, seed=0)
             start = error @ metric.product(random).T  # half a product, and no column wasted on a random direction
             self._searches[metric] = KrylovSearch(lambda at: error @ metric.product((error.T @ at).T).T, start)
         return self._searches[metric].find(rank, tolerance=tolerance, limit=side // 2)

@@ -47,4 +47,5 @@ class Sensitivity:
             scale = torch.ones_like(scale)
         weighted = Objective(scale * objective.error, Diagonal(self.columns.to(device)))
         found = solver.minimise(weighted, rank)
-        return replace(finish(objective, (found.lora_B / scale, found.lora_A)), error=found.error)
+        unscaled = finish(objective, (found.lora_B / scale, found.lora_A))
+        return replace(unscaled, gain=found.gain, total=found.total)

@@ -11,8 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .linalg import near, small_eigh, uniform
+
 Apply = Callable[[Tensor], Tensor]
 """`Y -> M Y` for a symmetric positive semidefinite `M`, in the dtype of `Y`."""
+
+_RATE = math.log(4)  # by which the logarithm of the slack is taken to fall in a round, before two checks have shown it
 
 
 @final
@@ -64,7 +68,7 @@ def worth_iterating(side: int, rank: int, *, decaying: bool) -> bool:
 
 def dense_subspace(moment: Float[Tensor, "rows rows"], rank: int) -> Subspace:
     """Return the leading eigenvectors of a symmetric positive semidefinite matrix by LAPACK, in its dtype."""
-    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    values, vectors = small_eigh((moment + moment.T) / 2)
     energies = values[-rank:].flip(0).clamp(min=0).double()
     return Subspace(vectors[:, -rank:].flip(1), energies, energies)
 
@@ -86,6 +90,10 @@ class KrylovSearch:
     subspace iteration, because no block is thrown away. Nor is one when more directions or a tighter tolerance are
     asked for later: the search goes on from where it was.
 
+    Its small eigenproblems are a large part of the time, most of it on an accelerator. So convergence is not checked
+    after every round: the slack falls by about the same factor from round to round, and the next check is made where
+    it is due to be small enough.
+
     Massive directions do no harm in float32. Rounding errors of a product point along them, so orthogonalisation
     against the basis, which holds them from the first round on, takes the errors away.
     """
@@ -98,7 +106,7 @@ class KrylovSearch:
         self._cursor = torch.linalg.qr(start).Q
         self._coupling = start.new_zeros(0, 0)
         self._block = start.shape[1]
-        self._generator = torch.Generator(start.device).manual_seed(0)
+        self._draws = 0
 
     @torch.no_grad()
     def find(self, rank: int, *, tolerance: float, limit: int) -> Subspace | None:
@@ -116,19 +124,25 @@ class KrylovSearch:
         Returns:
             The subspace, or None if the limit was reached.
         """
-        check, slack = max(rank + 2 * self._block, 2 * rank + self._block), math.inf
+        check, slack, rate = max(rank + 2 * self._block, 2 * rank + self._block), math.inf, _RATE
+        checked = 0
         while True:
-            if self._basis.shape[1] >= check:
-                check = int(1.1 * check)
+            columns = self._basis.shape[1]
+            last = columns + self._block > limit
+            if columns >= check or (last and columns >= rank):
                 found = self._ritz(rank)
                 captured = found.energies.sum().item()
                 beyond = self._projected.trace().item() - captured
-                before, slack = slack, found.slack
                 rounding = torch.finfo(self._basis.dtype).eps * captured
-                stalled = slack >= before and slack <= 64 * rounding
-                if slack <= max(tolerance * min(captured, beyond), 0.1 * rounding) or stalled:
+                wanted = max(tolerance * min(captured, beyond), 0.1 * rounding)
+                before, slack = slack, found.slack
+                if slack <= wanted or before <= slack <= 64 * rounding:
                     return found
-            if self._basis.shape[1] + self._block > limit:
+                if before < math.inf:
+                    rate = math.log(before / slack) * self._block / (columns - checked)
+                ahead = math.ceil(math.log(slack / wanted) / rate) if rate > 0 and wanted > 0 else 1
+                check, checked = columns + ahead * self._block, columns
+            if last:
                 return None
             self._grow()
 
@@ -146,8 +160,8 @@ class KrylovSearch:
         cursor = cursor - self._basis @ (self._basis.T @ cursor)
         spent = cursor.norm(dim=0) < 0.5
         if spent.any():
-            random = torch.randn(cursor.shape, generator=self._generator, dtype=cursor.dtype, device=cursor.device)
-            cursor = torch.where(spent, random, cursor)
+            self._draws += 1
+            cursor = torch.where(spent, uniform(cursor.shape, cursor, seed=self._draws), cursor)
             cursor = cursor - self._basis @ (self._basis.T @ cursor)
         orthonormal: Tensor = torch.linalg.qr(cursor).Q
         return orthonormal
@@ -158,15 +172,16 @@ class KrylovSearch:
         In the basis of the Ritz vectors and their complement `M` is `[[T, R^T], [R, D]]`, with `T` the energies and `R`
         the residuals. Replacing `D` by a multiple of the identity that is at least its norm can only raise eigenvalues.
         """
-        values, vectors = torch.linalg.eigh(self._projected)
+        values, vectors = torch.linalg.eigh(near(self._projected))
         leading = vectors[:, -rank:].flip(1)
         energies = values[-rank:].flip(0).clamp(min=0)
-        residual = self._coupling.double() @ leading[-self._block :]
+        residual = self._coupling.to(leading) @ leading[-self._block :]
         corner = energies[-1].expand(self._block).diag()
         enclosing = _bordered(energies.diag(), torch.cat([residual.T, corner]))
         upper = torch.linalg.eigvalsh(enclosing).flip(0)[:rank]
-        basis = self._basis @ leading.to(self._basis.dtype)
-        return Subspace(basis, energies, torch.maximum(upper, energies), self._basis.shape[1])
+        basis = self._basis @ leading.to(self._basis)
+        upper, energies = (numbers.to(basis.device) for numbers in (torch.maximum(upper, energies), energies))
+        return Subspace(basis, energies, upper, self._basis.shape[1])
 
 
 def _bordered(inner: Float[Tensor, "known known"], last: Float[Tensor, "all columns"]) -> Float[Tensor, "all all"]:

@@ -16,6 +16,7 @@ from quailora.evaluate import quantize_in_place
 from quailora.layerwise import Method, run_methods
 from quailora.models.layers import explicit_targets, linear_layers, select_layers
 from quailora.models.stream import Walk
+from quailora.objective import Deferred
 
 SCALINGS = [
     LoraScaling(4),
@@ -79,7 +80,7 @@ def test_stock_peft_reproduces_q_plus_c(family, ids, tmp_path):
             layer.weight.sub_(corrections[name].dense())
     found = reload(model, tmp_path, layers, corrections, scaling)(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert (found - plain).abs().max() > 1e-3  # the adapter does something
+    assert (found - expected).abs().max() < 0.01 * (found - plain).abs().max()  # the adapter does something
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=repr)
@@ -160,7 +161,7 @@ def test_bad_scalings_are_refused(tmp_path):
         LoraScaling(4, alpha=0.0)
     with pytest.raises(ValueError, match="Expected a positive lora_alpha, got inf"):
         LoraScaling(4, alpha_pattern={"q_proj": math.inf})
-    correction = LowRank(torch.zeros(3, 8), torch.zeros(8, 3), 0.0, torch.zeros(3))
+    correction = LowRank(torch.zeros(3, 8), torch.zeros(8, 3), 0.0, torch.zeros(3), Deferred.known(0.0))
     with pytest.raises(ValueError, match="Expected rank 4 in layer, got 3"):
         write_lora(tmp_path, {"layer": correction}, LoraScaling(4), target_modules=["layer"], base_model="base")
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from typing import final
 import torch
 
 from ..layer import QuantizedLayer
+from ..linalg import uniform
 from ..objective import Objective
 from .base import Schedule, Solve, better
 
@@ -27,8 +28,7 @@ class Preserve(Schedule):
 
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
         weight = layer.objective_of(layer.weight)
-        generator = torch.Generator(layer.weight.device).manual_seed(0)
-        noise = torch.empty_like(layer.weight, dtype=torch.float32).uniform_(-1, 1, generator=generator)
+        noise = uniform(layer.weight.shape, layer.objective.error, seed=0)
         kept = preserved_rank(weight, layer.objective_of(noise), rank)
         if not kept:
             return layer

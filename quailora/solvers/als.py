@@ -12,6 +12,8 @@ from ..metrics import Identity, check_damping
 from ..objective import Objective
 from .base import LowRank, Solver, finish
 
+_ROUNDING = 4  # machine epsilons of the gain that two rounds of the same error may differ by
+
 
 @final
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class AlternatingLeastSquares(Solver):
     diverge in float32 once one input channel is thousands of times larger than the rest.
 
     The error cannot rise from one round to the next in exact arithmetic and without damping. The best round is
-    returned in any case, the SVD start included.
+    returned in any case, the last one of those that rounding cannot tell apart; it and the SVD start are compared
+    exactly.
 
     Attributes:
         iterations: rounds of both updates; the paper uses 20.
@@ -49,13 +52,21 @@ class AlternatingLeastSquares(Solver):
     def minimise(self, objective: Objective, rank: int) -> LowRank:  # noqa: D102
         error = objective.error.to(torch.promote_types(objective.error.dtype, torch.float32))
         metric = objective.metric.damped(self.damping)
-        lora_B, lora_A = best = objective.projection(objective.subspace(rank, Identity()))
-        history = [objective.value(lora_B, lora_A)]
-        lora_A = lora_A.to(error.dtype)
+        start = best = objective.projection(objective.subspace(rank, Identity()))
+        gains = [objective.measure(*start)[0]]
+        lora_A, most = start[1].to(error.dtype), gains[0]
+        blur = 0.0 if self.damping else _ROUNDING * torch.finfo(error.dtype).eps
         for _ in range(self.iterations):
             lora_B = torch.linalg.qr(error @ metric.product(lora_A).T).Q
             lora_A = lora_B.T @ error
-            history.append(objective.value(lora_B, lora_A))
-            if history[-1] <= min(history):
-                best = lora_B, lora_A
-        return finish(objective, best, iterations=self.iterations, history=tuple(history))
+            # Without damping a later round is the better one in exact arithmetic, so rounding may hide by how much.
+            # With damping it need not be, and is measured exactly.
+            if self.damping:
+                gains.append(objective.measure(lora_B, lora_A)[0])
+            else:
+                gains.append(objective.gain_of_projection(lora_A))
+            if gains[-1] >= most - blur * abs(most):
+                best, most = (lora_B, lora_A), max(most, gains[-1])
+        if objective.measure(*best)[0] < gains[0]:
+            best = start
+        return finish(objective, best, iterations=self.iterations, gains=tuple(gains))

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import NumericalError
-from ..linalg import product_svd
+from ..linalg import near, product_svd, uniform
 from ..metrics import Metric
-from ..objective import Factors, Objective
+from ..objective import Deferred, Factors, Objective
 
 
 @final
@@ -29,22 +29,42 @@ class LowRank:
     Attributes:
         lora_A: right factor, float32 (float64 for a float64 error).
         lora_B: left factor, same dtype.
-        error: achieved `tr((E - C) H (E - C)^T)` of exactly these factors, in the metric the solver was given.
+        gain: by how much exactly these factors lower the error, `tr(E H E^T) - tr((E - C) H (E - C)^T)`, in the metric
+            the solver was given.
         energies: energy of each direction of the correction, `eig(C H C^T)`, descending. At the optimum these are the
-            captured energies, and they add up to what the correction gains.
-        bound: no correction of this rank has a smaller error than this; 0 where the solver does not know. See
+            captured energies, and they add up to `gain`.
+        total: the error without correction, `tr(E H E^T)`. It is computed when it, `error`, `bound` or `history` is
+            first read: in a wide layer that is more work than the solution. Until then it keeps `E` and `H` alive.
+        slack: how much more than `gain` a correction of this rank can gain; None where the solver does not know. See
             `Subspace.upper` for when it holds.
         iterations: rounds that were run; 0 for direct solvers.
-        history: error after each round, starting with round 0, for iterative solvers.
+        gains: gain after each round, starting with round 0, for iterative solvers; all but the first to the rounding of
+            products in the dtype of the factors.
     """
 
     lora_A: Float[Tensor, "rank in_features"]
     lora_B: Float[Tensor, "out_features rank"]
-    error: float
+    gain: float
     energies: Float[Tensor, " rank"]
-    bound: float = 0.0
+    total: Deferred
+    slack: float | None = None
     iterations: int = 0
-    history: tuple[float, ...] = ()
+    gains: tuple[float, ...] = ()
+
+    @property
+    def error(self) -> float:
+        """Achieved `tr((E - C) H (E - C)^T)` of exactly these factors, in the metric the solver was given."""
+        return max(0.0, self.total.value - self.gain)
+
+    @property
+    def bound(self) -> float:
+        """No correction of this rank has a smaller error than this; 0 where the solver does not know."""
+        return 0.0 if self.slack is None else max(0.0, self.error - self.slack)
+
+    @property
+    def history(self) -> tuple[float, ...]:
+        """Error after each round, see `gains`."""
+        return tuple(max(0.0, self.total.value - gain) for gain in self.gains)
 
     @property
     def rank(self) -> int:
@@ -112,16 +132,16 @@ def finish(
     *,
     slack: float | None = None,
     iterations: int = 0,
-    history: tuple[float, ...] = (),
+    gains: tuple[float, ...] = (),
 ) -> LowRank:
-    """Balance factors, cast them to the dtype they are stored in, and measure the error of what is left.
+    """Balance factors, cast them to the dtype they are stored in, and measure what they gain.
 
     Args:
         objective: the problem that was solved.
         factors: `(lora_B, lora_A)`, any float dtype.
         slack: how far the error may be above the optimum, where that is known.
         iterations: passed on.
-        history: passed on.
+        gains: passed on.
     """
     dtype = torch.promote_types(objective.error.dtype, torch.float32)
     left, singular, right = product_svd(factors[0].double(), factors[1].double())
@@ -135,16 +155,15 @@ def finish(
     if spent.any():
         rows = singular[spent, None] * right[spent]
         energy = (objective.metric.product(rows) * rows).sum(1)
-        spent[spent.clone()] = energy <= resolution**2 * objective.value_at_zero
+        if energy.any():
+            spent[spent.clone()] = energy <= resolution**2 * objective.value_at_zero
     if spent.any():
-        bound = 1 / math.sqrt(lora_A.shape[1])
-        fresh = torch.empty(lora_A.shape, dtype=dtype).uniform_(-bound, bound).to(lora_A.device)
+        fresh = uniform(lora_A.shape, lora_A) / math.sqrt(lora_A.shape[1])
         lora_A = torch.where(spent[:, None], fresh, lora_A)
         lora_B = torch.where(spent, 0, lora_B)
 
-    error, gram = objective.measure(lora_B, lora_A)
+    gain, gram = objective.measure(lora_B, lora_A)
     left_r = torch.linalg.qr(lora_B.double()).R
     square = left_r @ gram @ left_r.T
-    energies = torch.linalg.eigvalsh((square + square.T) / 2).flip(0).clamp(min=0)
-    bound = 0.0 if slack is None else max(0.0, error - slack)
-    return LowRank(lora_A, lora_B, error, energies, bound, iterations, history)
+    energies = torch.linalg.eigvalsh(near((square + square.T) / 2)).flip(0).clamp(min=0).to(square.device)
+    return LowRank(lora_A, lora_B, gain, energies, objective.total, slack, iterations, gains)

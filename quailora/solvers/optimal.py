@@ -43,4 +43,4 @@ class Optimal(Solver):
         if not self.damping:
             return finish(objective, objective.projection(found), slack=found.slack)
         solution = finish(objective, objective.projection(found))
-        return min(solution, SVD(self.tolerance).minimise(objective, rank), key=lambda candidate: candidate.error)
+        return max(solution, SVD(self.tolerance).minimise(objective, rank), key=lambda candidate: candidate.gain)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import DistributedError
+from .machine import cores
 
 Item = TypeVar("Item")
 
@@ -20,22 +21,31 @@ _PATIENCE = timedelta(hours=2)  # a rank with slow layers keeps the others waiti
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """Join the processes that `torchrun` started, if it did, for the body of a `with` statement.
 
-    Cores are divided among the processes of a host.
+    Cores are divided among the processes of a host, and each gets a GPU of its own where they compute on GPUs.
+
+    Args:
+        device: kind of device that the processes compute on.
 
     Raises:
-        DistributedError: if another process dies.
+        DistributedError: if a host has fewer GPUs than processes, or another process dies.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    torch.set_num_threads(max(1, cores() // local))
+    if device == "cuda":
+        there = torch.cuda.device_count()
+        if local > there:
+            raise DistributedError(
+                f"Expected at most one process for each GPU of a host, got {local} processes and {there} GPUs. "
+                f"Try torchrun --nproc-per-node {there}, or --device cpu."
+            )
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield
     except RuntimeError as error:

@@ -130,7 +130,11 @@ def initializers(layer: Layer, methods: Mapping[str, Method]) -> dict[str, Initi
 
 @contextmanager
 def seeded(layer: str, seed: int) -> Iterator[None]:
-    """Seed torch's generator for one layer inside a `with` statement, whatever came before."""
+    """Seed torch's generator for one layer inside a `with` statement, whatever came before.
+
+    It is the generator of the CPU. Layers draw from no other, so that a draw is the same for every device; those of the
+    caller's other devices are left alone.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed ^ zlib.crc32(layer.encode()))
+        torch.default_generator.manual_seed(seed ^ zlib.crc32(layer.encode()))
         yield

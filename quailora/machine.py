@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -35,6 +39,40 @@ def memory_available(limit: str | None) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available * 4 // 5)
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from now on, where the system can; also that of the GPU, if one is in use."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that were resident: since the last reset on Linux, of this process elsewhere."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 2**10
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    try:
+        import resource
+    except ImportError:
+        return int(memory.rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10  # macOS alone counts in bytes
 
 
 def parse_size(text: str) -> int:

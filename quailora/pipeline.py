@@ -24,7 +24,15 @@ from .machine import memory_available
 from .metrics import MetricName
 from .models.gradients import find_sensitivities
 from .models.layers import ALL_LINEAR, Layer, select_layers
-from .models.load import DeviceName, DtypeName, LoadedModel, check_sequence_length, empty_model, load_model
+from .models.load import (
+    DeviceName,
+    DtypeName,
+    LoadedModel,
+    check_sequence_length,
+    empty_model,
+    load_model,
+    resolve_device,
+)
 from .models.stream import InputsOf, Walk
 from .outputs import check_output, new_folder
 from .plan import base_given, check_base, check_scaling, check_trainable, method_of, quantized_layers
@@ -189,7 +197,7 @@ def init(
 
     phases = Phases()
     with ExitStack() as held:
-        held.enter_context(distributed.process_group())
+        held.enter_context(distributed.process_group(resolve_device(device)))
         work = folder.with_name(f"{folder.name}.partial")
         if distributed.rank() == 0:
             held.enter_context(locked(work))

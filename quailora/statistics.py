@@ -85,7 +85,7 @@ class InputStatistics:
         """Add a batch of inputs.
 
         Args:
-            inputs: shape (..., in_features), any float dtype.
+            inputs: shape (..., in_features), any float dtype, on any device.
             mask: bool, shape (...): True for real tokens, False for padding; every token counts if it is missing.
 
         Raises:
@@ -98,7 +98,7 @@ class InputStatistics:
             expected = tuple(inputs.shape[:-1])
             raise ValueError(f"Expected a bool mask of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}.")
         inputs = inputs.detach()
-        tokens = inputs.reshape(-1, self.in_features) if mask is None else inputs[mask]
+        tokens = inputs.reshape(-1, self.in_features) if mask is None else inputs[mask.to(inputs.device)]
         working = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         for chunk in torch.split(tokens, _CHUNK_TOKENS):
             product = self_product(chunk.to(working))
@@ -117,7 +117,7 @@ class InputStatistics:
         """Add tokens of which only sums are known.
 
         Args:
-            product: the sum of `x x^T` over these tokens, symmetric.
+            product: the sum of `x x^T` over these tokens, symmetric, on any device.
             tokens: how many they are; none change nothing.
             magnitude: the sum of `|x|`; where it is missing, that of normal inputs with the same second moment.
         """
@@ -126,9 +126,10 @@ class InputStatistics:
             self._mean.mul_(1 - tokens / self.tokens)
             # By rows, since adding float32 to float64 makes a copy first.
             for rows, more in zip(torch.split(self._mean, _ROWS), torch.split(product, _ROWS), strict=True):
-                rows.add_(more, alpha=1 / self.tokens)
+                rows.add_(more.to(rows.device), alpha=1 / self.tokens)
             if magnitude is None:
                 magnitude = (_NORMAL * tokens * product.diagonal().clamp(min=0)).sqrt()
+            magnitude = magnitude.to(self._magnitude.device)
             self._magnitude.mul_(1 - tokens / self.tokens).add_(magnitude, alpha=1 / self.tokens)
             self.forget()
 
@@ -163,13 +164,12 @@ class InputStatistics:
         merged = InputStatistics(self.in_features, self._mean.device)
         for part in (self, other):
             if part.tokens:
-                product, magnitude = part.sum_of_products(), part.mean_magnitude * part.tokens
-                merged.add(product.to(self._mean.device), part.tokens, magnitude.to(self._mean.device))
+                merged.add(part.sum_of_products(), part.tokens, part.mean_magnitude * part.tokens)
         return merged
 
     def to(self, device: torch.device | str) -> InputStatistics:
         """Return these statistics on `device` (themselves, if they are there already)."""
-        if self._mean.device == torch.device(device):
+        if self._mean.device == torch.empty(0, device=device).device:  # "cuda" is the current one, such as cuda:0
             return self
         return InputStatistics(self.in_features, device).merge(self)
 

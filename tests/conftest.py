@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,7 @@ import pytest
 import torch
 from families import save_llama
 from hypothesis import settings
+from pretended import PretendedDevice
 
 from quailora.calibration import shipped_text
 from quailora.cli import main
@@ -35,11 +37,30 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-)
+@pytest.fixture
+def gpu() -> Iterator[PretendedDevice]:
+    """A GPU that only pretends; see `pretended`."""
+    with PretendedDevice() as pretended:
+        yield pretended
+
+
+ACCELERATORS = ["pretended", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=ACCELERATORS)
+def accelerator(request) -> str:
+    """The name of each device that is no CPU; one only pretends to be a GPU."""
+    if request.param == "pretended":
+        request.getfixturevalue("gpu")
+    return "cuda"
+
+
+@pytest.fixture(params=["cpu", *ACCELERATORS])
 def device(request) -> str:
-    return request.param
+    """The name of each device."""
+    if request.param == "pretended":
+        request.getfixturevalue("gpu")
+    return "cpu" if request.param == "cpu" else "cuda"
 
 
 @pytest.fixture(scope="session")

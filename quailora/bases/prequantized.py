@@ -76,7 +76,7 @@ class Stored(Quantizer):
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
     ) -> QuantizedWeight:
         del statistics
-        stored = opened(self.base).weight(self.layer, weight.dtype)
+        stored = opened(self.base).weight(self.layer, weight.dtype, weight.device)
         if stored.shape != tuple(weight.shape):
             raise ModelError(
                 f"{self.layer} has shape {tuple(weight.shape)} in the model and {stored.shape} in {self.base!r}. This "

@@ -96,12 +96,13 @@ class StoredBase:
         mark = _MARKS[self.config["quant_method"]]
         return frozenset(name for name, tensors in self.index.items() if any(map(mark.match, tensors)))
 
-    def weight(self, layer: str, dtype: torch.dtype) -> QuantizedWeight:
+    def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:
         """Return the weight of a layer.
 
         Args:
             layer: module name.
             dtype: that it computes in.
+            device: to read it to.
 
         Raises:
             ModelError: if the layer is not there, not quantized, or damaged.
@@ -111,7 +112,7 @@ class StoredBase:
         tensors: dict[str, Tensor] = {}
         places = {name: file for name, file in self.index[layer].items() if name != "bias"}
         for file in set(places.values()):
-            with safe_open(file, "pt") as content:
+            with safe_open(file, "pt", device=str(device)) as content:
                 tensors |= {name: content.get_tensor(f"{layer}.{name}") for name in places if places[name] == file}
         return READERS[self.config["quant_method"]](tensors, self.config, dtype)
 

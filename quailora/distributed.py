@@ -41,7 +41,7 @@ def process_group(device: str) -> Iterator[None]:
         there = torch.cuda.device_count()
         if local > there:
             raise DistributedError(
-                f"Expected at most one process for each GPU of a host, got {local} processes and {there} GPUs. "
+                f"Expected at most one process for each GPU of a host, got {local} processes and {there} of them. "
                 f"Try torchrun --nproc-per-node {there}, or --device cpu."
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -222,9 +222,9 @@ def _tensors(result: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
 
 
-def _told() -> bool:
+def _told() -> int:
     """Tell nobody but quailora and its tests of the GPU: packages keep for good what they find when they are loaded."""
-    return sys._getframe(1).f_globals["__name__"].partition(".")[0] not in _PACKAGES
+    return int(sys._getframe(1).f_globals["__name__"].partition(".")[0] not in _PACKAGES)
 
 
 def _autocast(device_type: str, *arguments: Any, _real: Any = torch.autocast, **options: Any) -> Any:

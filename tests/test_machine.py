@@ -60,6 +60,6 @@ def test_nothing_is_imported_at_the_top_that_only_posix_has():
 def test_each_process_needs_its_own_gpu(gpu, monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
-    wanted = r"at most one process for each GPU of a host, got 2 processes and 1 GPUs. Try .*--nproc-per-node 1"
+    wanted = r"at most one process for each GPU of a host, got 2 processes and 1 of them. Try .*--nproc-per-node 1"
     with pytest.raises(DistributedError, match=wanted), process_group("cuda"):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from jaxtyping import Int
@@ -22,7 +23,8 @@ from .plan import check_scaling
 from .quantizers import NF4, Int8, Quantizer, Uniform
 from .recipes import RECIPES, find_recipe
 from .report.comparison import Comparison, Row
-from .report.settings import describe
+from .report.record import versions_in_words
+from .report.settings import as_command, describe
 from .scoreboard import Scoreboard, write_comparison
 from .tasks import Tasks
 
@@ -103,6 +105,7 @@ def compare(
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
+    command = as_command(compare, dict(locals()))
     names = list(RECIPES) if "all" in recipes else [*recipes]
     rows = {name: find_recipe(name) for name in dict.fromkeys((against, *names))}
     contenders = [Contender.alone("base alone", quantizer), *map(baseline, baselines)]
@@ -134,6 +137,7 @@ def compare(
         texts=tuple(texts),
         tasks=tuple(tasks),
         rows=tuple(standing(board.rows(), quantizer)),
+        origin={"command": command, "date": datetime.now(UTC).date().isoformat(), "versions": versions_in_words()},
     )
     write_comparison(comparison, folder)
     return comparison

@@ -28,6 +28,7 @@ from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
 from quailora.pipeline import init
 from quailora.recipes import RECIPES
+from quailora.report.html import html_table, report
 from quailora.scoreboard import Scoreboard
 
 SMALL = {"samples": 8, "sequence_length": 64, "windows": 3, "window_length": 128}
@@ -249,3 +250,53 @@ def test_a_changed_nf4_base_is_a_stock_checkpoint(name, whole_blocks, tmp_path):
     if name == "loftq":
         with pytest.raises(ModelError, match="belongs on the base that was written with it"):
             evaluate(str(whole_blocks), adapter=str(out), sequence_length=128)
+
+
+def test_the_report_says_what_is_best_and_what_misleads(everything):
+    """Bold is the least KL; a lower perplexity at a larger KL is marked, and the mark is explained."""
+    _, comparison = everything
+    text = comparison.texts[0]
+    first, *others = [row for row in comparison.rows if row.recipe]
+    close = replace(first, scores={text: Scores((3.0, 3.2), (0.1, 0.1))})
+    learned = replace(others[0], scores={text: Scores((2.5, 2.6), (0.3, 0.3))})
+    lucky = replace(others[1], scores={text: Scores((2.9, 3.2), (0.12, 0.12))})
+    full = replace(comparison.rows[0], scores={text: Scores((2.8, 2.9), (0.0, 0.0))})
+    alone = replace(full, name="base alone", scores={text: Scores((3.3, 3.4), (0.4, 0.4))})
+    small = replace(comparison, rows=(full, alone, learned, close, lucky), origin={"command": "quailora compare <x>"})
+    assert small.closest(text) is close
+    assert [small.misleads(row, text) for row in small.rows] == [False, False, True, False, False]
+    page = html_table(small, text)
+    assert re.findall(r'class="best"><td>([^<*]+?)(?: \*)?</td>', page) == [close.name]
+    assert re.findall(r"<td>([^<]+) †</td>", page) == [learned.name]
+    whole = report(small)
+    assert whole.index("it has learned the text") < whole.index("<table>")
+    assert "<dt>command</dt><dd>quailora compare &lt;x&gt;</dd>" in whole
+
+
+def test_the_page_has_the_command_that_made_it(everything):
+    folder, comparison = everything
+    words = (
+        "compare {} --out {} --ranks 2 4 --quantizer Uniform --quantizer.bits 3 --quantizer.group_size 32 --windows 3"
+    )
+    model = comparison.title.partition(",")[0]
+    assert comparison.origin["command"].startswith(f"quailora {words.format(model, folder)}")
+    assert "torch 2" in comparison.origin["versions"]
+    assert comparison.origin["date"] in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_damaged_rows_are_measured_again(tiny_llama, tmp_path, caplog):
+    options = {"out": str(tmp_path), "ranks": (2,), "baselines": (), "recipes": ["lorc"], **SMALL}
+    first = compare(str(tiny_llama), **options)
+    row = tmp_path / "rows" / "lorc-r2.json"
+    content = json.loads(row.read_text(encoding="utf-8"))
+    content["scores"]["shipped text"]["losses"][0] += 0.1
+    row.write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "rows" / "quailora-r2.json").write_text("{", encoding="utf-8")
+    second = compare(str(tiny_llama), **options)
+    assert "lorc-r2.json is damaged" in caplog.text
+    assert [row.scores for row in second.rows] == [row.scores for row in first.rows]
+    for damage in ("{", "[]", None):
+        manifest = tmp_path / "rows" / "manifest.json"
+        manifest.unlink() if damage is None else manifest.write_text(damage, encoding="utf-8")
+        with pytest.raises(ResumeError, match="missing or damaged"):
+            compare(str(tiny_llama), **options)

@@ -8,9 +8,16 @@ from typing import Any, final
 
 from ..measure import Difference, Scores
 from .record import LayerRecord, mean_bits
-from .tables import print_table
+from .tables import print_note, print_table
 
 _ADAPTER_BYTES = 2  # a number of an adapter in 16 bits
+_FAR = 1.5  # times the least KL: so much further from full precision, a lower perplexity misleads
+
+MARKS = (
+    "* The base is not what the quantizer alone gives, and has to be saved. † The perplexity is lower than that "
+    "of the recipe with the least KL, but the model is further from full precision: it has learned the text."
+)
+"""What the marks behind the names of rows mean."""
 
 
 @final
@@ -89,6 +96,7 @@ class Comparison:
         texts: names of the texts, the first of which leads.
         rows: full precision first, then bases alone, then recipes.
         tasks: names of the tasks.
+        origin: what the comparison was made by and with, line by line: command, date, versions.
     """
 
     title: str
@@ -96,6 +104,24 @@ class Comparison:
     texts: tuple[str, ...]
     rows: tuple[Row, ...]
     tasks: tuple[str, ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    def closest(self, text: str) -> Row | None:
+        """Return the recipe with the least KL, whose model is closest to full precision; None without recipes."""
+        recipes = [row for row in self.rows if row.recipe]
+        return min(recipes, key=lambda row: row.scores[text].divergence, default=None)
+
+    def misleads(self, row: Row, text: str) -> bool:
+        """Return whether the perplexity of a row promises more than its KL keeps.
+
+        Training on text like that of the evaluation lowers the perplexity below what full precision has, or below that
+        of the closest recipe, while the model moves away from full precision.
+        """
+        closest = self.closest(text)
+        if closest is None or not row.recipe or row is closest:
+            return False
+        scores, best = row.scores[text], closest.scores[text]
+        return scores.perplexity < best.perplexity and scores.divergence > _FAR * best.divergence
 
     def gap_closed(self, row: Row, text: str) -> float | None:
         """Return the share of the gap in perplexity from the base alone to int8 that a row closes.
@@ -149,7 +175,7 @@ class Comparison:
             gap, difference, scores = self.gap_closed(row, text), self.difference(row, text), row.scores[text]
             size = (row.base_bytes + row.adapter_bytes) / 1e6
             rows.append([
-                row.name + (" *" if row.recipe and row.changes_base else ""),
+                row.name + " *" * bool(row.recipe and row.changes_base) + " †" * self.misleads(row, text),
                 f"{scores.perplexity:.3f}",
                 f"{scores.divergence:.4f}",
                 "" if gap is None else f"{gap:.1%}",
@@ -163,4 +189,5 @@ class Comparison:
     def show(self) -> None:
         """Print one table for each text."""
         for text in self.texts:
-            print_table(f"{self.title}, on {text} (* changes the base)", *self.table(text))
+            print_table(f"{self.title}, on {text}", *self.table(text))
+        print_note(MARKS)

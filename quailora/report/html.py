@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .comparison import Comparison, Row
+from .comparison import MARKS, Comparison, Row
 from .record import by_ending
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ th:first-child, td:first-child { text-align: left; }
 tr.best td { font-weight: 600; }
 svg { width: 100%; min-width: 42rem; height: auto; }
 p { max-width: 45rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; font-size: 0.9rem; overflow-wrap: anywhere; }
+dd { margin: 0; }
 """
 
 _PLOT = {
@@ -53,16 +55,16 @@ _PLOT = {
 def report(comparison: Comparison) -> str:
     """Return the whole page; plots are left out, with a line that says so, where matplotlib is not installed."""
     text = comparison.texts[0]
-    parts = [f"<h1>{escape(comparison.title)}</h1>"]
+    parts = [f"<h1>{escape(comparison.title)}</h1>", origin(comparison)]
+    parts.append(
+        "<p>Perplexity: of the text. KL: mean over tokens of the divergence from full precision, in nats; the recipe "
+        "with the least is in bold. Gap closed: of the perplexity lost from int8 to the base alone. Loss less that of "
+        f"{escape(comparison.reference)} at the same rank, in nats a token, with the 95 % confidence interval of the "
+        "paired differences over windows: below zero is better. MB: stored bytes of the linear layers with their "
+        f"adapters in 16 bits. Seconds: calibration and initialization as if run alone. {escape(MARKS)}</p>"
+    )
     for name in comparison.texts:
         parts += [f"<h2>On {escape(name)}</h2>", html_table(comparison, name)]
-    parts.append(
-        "<p>KL: mean over tokens of the divergence from full precision, in nats. Gap closed: of the perplexity lost "
-        f"from int8 to the base alone. Loss less that of {escape(comparison.reference)} at the same rank, in nats a "
-        "token, with the 95 % confidence interval of the paired differences over windows: below zero is better. MB: "
-        "stored bytes of the linear layers with their adapters in 16 bits. Seconds: calibration and initialization as "
-        "if run alone. * The base is not what the quantizer alone gives, and has to be saved.</p>"
-    )
     parts += plots(comparison, text)
     body = "\n".join(parts)
     return (
@@ -72,14 +74,19 @@ def report(comparison: Comparison) -> str:
     )
 
 
+def origin(comparison: Comparison) -> str:
+    """Return the list of what a comparison was made by and with; nothing where that is not known."""
+    lines = [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in comparison.origin.items()]
+    return f"<dl>{''.join(lines)}</dl>" if lines else ""
+
+
 def html_table(comparison: Comparison, text: str) -> str:
-    """Return the table for one text, the recipe with the least perplexity in bold."""
+    """Return the table for one text, the recipe with the least KL in bold."""
     header, rows = comparison.table(text)
-    recipes = [row for row in comparison.rows if row.recipe]
-    best = min(recipes, key=lambda row: row.scores[text].perplexity).name if recipes else None
+    best = comparison.closest(text)
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"]
     for row, cells in zip(comparison.rows, rows, strict=True):
-        mark = ' class="best"' if row.name == best else ""
+        mark = ' class="best"' if row is best else ""
         lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
 

@@ -107,6 +107,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
 
 
+def versions_in_words() -> str:
+    """Return the same as one line."""
+    return ", ".join(f"{name} {number}" for name, number in versions().items())
+
+
 def build_report(
     settings: Mapping[str, Any],
     phases: Mapping[str, Any],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from inspect import Parameter, signature
 from pathlib import PurePath
 from typing import Any, TypeVar
 
@@ -34,6 +36,38 @@ def describe(value: Any) -> Any:
             "Quantizers, solvers and schedules are dataclasses, so that they can be written down and built again."
         )
     return value
+
+
+def as_command(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
+    """Return the command line that calls a function of the package with these arguments; defaults are left out.
+
+    Args:
+        function: a command, such as `compare`: its positional parameters come first, its keywords are options.
+        given: its arguments by name.
+    """
+    words = ["quailora", function.__name__]
+    for name, parameter in signature(function).parameters.items():
+        value = given[name]
+        if parameter.kind is not Parameter.KEYWORD_ONLY:
+            words.append(str(value))
+        elif value != parameter.default:
+            words += _as_option(f"--{name.replace('_', '-')}", value)
+    return shlex.join(words)
+
+
+def _as_option(option: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [option]
+    if is_dataclass(value):
+        words = [option, type(value).__name__]
+        for field in fields(value):
+            own = getattr(value, field.name)
+            if own != field.default:
+                words += [f"{option}.{field.name}", str(own)]
+        return words
+    if isinstance(value, (list, tuple)):
+        return [option, *map(str, value)]
+    return [option, str(value)]
 
 
 def build(base: type[Component], description: Mapping[str, Any]) -> Component:

@@ -24,6 +24,11 @@ def print_table(
     Console(width=None if console.is_terminal else 140).print(Text(title), table, soft_wrap=False)
 
 
+def print_note(text: str) -> None:
+    """Print a remark below a table."""
+    Console().print(Text(text, style="dim"))
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return the same table in Markdown."""
     rule = ["---", *["---:"] * (len(header) - 1)]

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
-from .adapters.provenance import read_provenance
+from .adapters.provenance import Origin, read_provenance, unknown_base
+from .adapters.saved import SavedAdapter
 from .bases import StoredBase
+from .chosen_base import described
 from .errors import ModelError, named
 from .models.layers import all_layers
 from .models.load import DeviceName, DtypeName, load_model
+from .outputs import StrPath
 from .progress import track
-from .quantizers import Quantizer
-from .report.settings import build
+from .quantizers.identity import BaseIdentity
 from .report.tables import print_table
 
 
@@ -41,9 +43,9 @@ class BaseCheck:
 
 
 def check(
-    adapter: str,
+    adapter: StrPath,
     *,
-    base: str,
+    base: StrPath,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     trust_remote_code: bool = False,
@@ -51,8 +53,9 @@ def check(
     """Say whether an adapter belongs on a base, by the codes and scales of every layer.
 
     Args:
-        adapter: folder that `init` wrote; training adds files to such a folder, and changes none of the base.
-        base: a quantized checkpoint; or the full-precision model, if the base is quantized while it loads.
+        adapter: folder that `init` wrote, or that training wrote from there.
+        base: a quantized checkpoint, or one that `--save-base` has written in dequantized form; or the full-precision
+            model, if the base is quantized while it loads.
         dtype: in which the full-precision model is loaded; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
         trust_remote_code: run the Python code that a full-precision model brings along, for models that transformers
@@ -61,46 +64,48 @@ def check(
     Raises:
         ModelError: if it does not belong there; the message says in how many layers, and in which first.
     """
-    provenance = read_provenance(Path(adapter).expanduser())
-    expected: Mapping[str, str] = provenance.get("base", {})
-    if not expected:
-        raise ModelError(f"{adapter} does not say which base it is for: it was not written by quailora's init.")
+    folder, base = Path(adapter).expanduser(), str(base)
+    provenance, saved = read_provenance(folder), SavedAdapter.read(folder)
+    origin = provenance.origin
+    if origin is None:
+        raise ModelError(f"{unknown_base(folder)} Check the folder that init wrote.")
     stored = StoredBase(base)
     if stored.described:
-        found = dict(hashes(stored, expected))
+        found = dict(identities(stored, saved))
     else:
-        found = dict(fresh_hashes(base, provenance, dtype, device, trust_remote_code))
-    different = [name for name, digest in expected.items() if found.get(name) != digest]
+        model = load_model(base, dtype, device, trust_remote_code=trust_remote_code).model
+        found = dict(fresh_identities(model, origin, saved))
+    different = provenance.different(found, exactly=bool(stored.described) and origin.needs != "model")
+    if different and not stored.described and origin.built_quantizer.stock_config() is None:
+        raise ModelError(f"{base} is not quantized, and the base of {folder} is not made while a model loads.")
     if different:
         raise ModelError(
-            f"{adapter} does not belong on {base}: {len(different)} of {len(expected)} layers have other codes or "
-            f"scales than those that it makes up for, {different[0]} first. Load it on the base that it was made for, "
-            f"or make one for this base: quailora init MODEL --base {base}."
+            f"{folder} does not belong on {base}: {described(provenance, different)}. What is different is about "
+            f"{provenance.distance(found):.0%} of the quantization error. Load it on the base that it was made for, or "
+            f"make one for this base: quailora init MODEL --base {base}."
         )
-    return BaseCheck(adapter, base, len(expected))
+    return BaseCheck(str(adapter), base, origin.layers)
 
 
-def hashes(stored: StoredBase, layers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the hash of each layer that a checkpoint has."""
-    for name in track(layers, "Comparing", total=len(layers)):
-        if name in stored.layers:
-            yield name, stored.weight(name, torch.float32).digest
+def identities(stored: StoredBase, saved: SavedAdapter) -> Iterator[tuple[str, BaseIdentity]]:
+    """Yield the identity of each layer that a checkpoint has and an adapter corrects."""
+    names = sorted(name for name in stored.layers if saved.corrects(name))
+    for name in track(names, "Comparing", total=len(names)):
+        yield name, BaseIdentity.of(stored.weight(name, torch.float32))
 
 
-def fresh_hashes(
-    model: str, provenance: Mapping[str, Any], dtype: DtypeName, device: DeviceName, trust_remote_code: bool
-) -> Iterator[tuple[str, str]]:
-    """Yield the hash of each layer of a full-precision model after it is quantized as the adapter's base was.
+def fresh_identities(model: Any, origin: Origin, saved: SavedAdapter) -> Iterator[tuple[str, BaseIdentity]]:
+    """Yield the identity of each layer that an adapter corrects, in a model that is not quantized.
 
-    Raises:
-        ModelError: if its base cannot be made while it loads.
+    Layers are quantized first, unless the base is not made while a model loads; then the model should be that base in
+    dequantized form.
     """
-    quantizer = build(Quantizer, provenance["quantizer"])  # type: ignore[type-abstract]
-    if quantizer.stock_config() is None:
-        raise ModelError(f"{model} is not quantized, and the base of this adapter is not made while a model loads.")
-    layers = all_layers(load_model(model, dtype, device, trust_remote_code=trust_remote_code).model)
-    for name in track(provenance["base"], "Comparing", total=len(provenance["base"])):
-        if name in layers:
-            with named(name):
-                digest = quantizer.quantize(layers[name].weight).digest
-            yield name, digest
+    quantizer = origin.built_quantizer
+    layers = {name: one for name, one in all_layers(model).items() if saved.corrects(name)}
+    for name, layer in track(layers.items(), "Comparing", total=len(layers)):
+        with named(name):
+            if quantizer.stock_config() is None or origin.needs != "model":
+                found = BaseIdentity.of_dequantized(layer.weight)
+            else:
+                found = BaseIdentity.of(quantizer.quantize(layer.weight))
+        yield name, found

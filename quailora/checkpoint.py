@@ -120,7 +120,7 @@ class Checkpoint:
         packed = {name.removeprefix(_PACKED): tensor for name, tensor in tensors.items() if name.startswith(_PACKED)}
         if content is None:
             return Outcome(dequantized=tensors["dequantized"], packed=packed)
-        record = LayerRecord(**{**content, "shape": tuple(content["shape"])})
+        record = LayerRecord.read(content)
         total = Deferred.known(record.error_none)
         gain = record.error_none - record.error
         low_rank = LowRank(tensors["lora_A"], tensors["lora_B"], gain, tensors["energies"], total)

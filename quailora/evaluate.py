@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -15,21 +16,21 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
-from .adapters.provenance import read_provenance
-from .bases import Prequantized, StoredBase
-from .calibration import Calibration, TextSource, evaluation_windows, shipped_text
+from .adapters.provenance import Provenance, read_provenance
+from .adapters.saved import SavedAdapter
+from .calibration import TextSource, evaluation_windows, shipped_text
+from .chosen_base import check_measured_on, choose_base, loaded_partly
 from .errors import ModelError, named
 from .layerwise import layers_of
-from .models.layers import linear_layers
+from .models.layers import all_layers, linear_layers
 from .models.load import DeviceName, DtypeName, check_sequence_length, load_model
 from .models.stream import Walk
-from .outputs import write_json
+from .outputs import StrPath, as_str, write_json
 from .plan import quantized_layers
 from .progress import track
-from .quantizers import NF4, Quantizer
-from .report.settings import build
+from .quantizers import QuantizedWeight, Quantizer
+from .quantizers.identity import BaseIdentity
 from .report.tables import print_table
-from .schedules import Schedule
 
 logger = logging.getLogger("quailora")
 
@@ -79,28 +80,43 @@ def quantize_in_place(model: Any, quantizer: Quantizer, walk: Walk | None = None
         quantizer: makes the new weights.
         walk: through this model's linear layers, on full-precision inputs, for calibrated quantizers.
     """
+    for _ in each_quantized(model, quantizer, walk):
+        pass
+
+
+def each_quantized(model: Any, quantizer: Quantizer, walk: Walk | None = None) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Do the same layer by layer, and yield the name and the quantized weight of each."""
     layers = quantized_layers(model, {}, quantizer)
-    if walk is None:
-        for layer in track(layers.values(), "Quantizing", total=len(layers)):
-            with named(layer.name):
-                layer.weight.copy_(quantizer.for_layer(layer.name).quantize(layer.weight).dequantize())
-        return
-    for block, layer in track(layers_of(walk), "Quantizing", total=len(layers)):
-        seen = block.statistics[layer.name]
-        with named(layer.name):
-            layer.weight.copy_(quantizer.for_layer(layer.name).quantize(layer.weight, seen).dequantize())
+    blocks = ((None, layer) for layer in layers.values()) if walk is None else layers_of(walk)
+    for block, layer in track(blocks, "Quantizing", total=len(layers)):
+        seen = None if block is None else block.statistics[layer.name]
+        with torch.no_grad(), named(layer.name):
+            stored = quantizer.for_layer(layer.name).quantize(layer.weight, seen)
+            layer.weight.copy_(stored.dequantize())
+        yield layer.name, stored
 
 
 @contextmanager
 def adapted(model: Any, adapter: Path) -> Iterator[Any]:
-    """Attach an adapter by stock PEFT inside a `with` statement, and take it off at the end."""
+    """Attach an adapter by stock PEFT inside a `with` statement, and take it off at the end.
+
+    Raises:
+        ModelError: if PEFT does not load it, or loads only a part of it.
+    """
     from peft import PeftModel
 
     try:
-        wrapped = PeftModel.from_pretrained(model, str(adapter))
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # what is missing is an error below
+            wrapped = PeftModel.from_pretrained(model, str(adapter))
     except Exception as error:  # PEFT passes on errors of safetensors, json and torch
         raise ModelError(f"PEFT cannot load the adapter {adapter} on this model: {error}") from error
     try:
+        partly = loaded_partly(wrapped, adapter)
+        if partly:
+            raise ModelError(
+                f"PEFT loads only a part of the adapter {adapter} on this model: {partly}. Its configuration and its "
+                "tensors do not belong together, or it is the adapter of another model."
+            )
         yield wrapped.eval()
     finally:
         wrapped.unload()
@@ -131,32 +147,38 @@ class Evaluation:
 
 
 def evaluate(
-    model: str,
+    model: StrPath,
     *,
-    text: str | None = None,
+    text: StrPath | None = None,
     text_fields: Sequence[str] = ("text",),
     quantizer: Quantizer | None = None,
-    adapter: str | None = None,
-    calibration: str | None = None,
+    base: StrPath | None = None,
+    adapter: StrPath | None = None,
+    any_base: bool = False,
+    calibration: StrPath | None = None,
     windows: int = 10,
     sequence_length: int = 2048,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     trust_remote_code: bool = False,
-    json: str | None = None,
+    json: StrPath | None = None,
 ) -> Evaluation:
     """Measure perplexity in full precision, quantized, and quantized with an adapter.
 
-    Every linear layer but the output head is quantized, or the base that was written with the adapter is loaded; the
-    adapter is attached by stock PEFT.
+    Every linear layer but the output head is quantized, or a base that is there is loaded; the adapter is attached by
+    stock PEFT. The base has to be the one that the adapter was made for, as its folder says.
 
     Args:
         model: hub name, folder, .gguf file, or "demo".
         text: text or .jsonl file to measure on; the shipped text by default. Do not use the calibration text.
         text_fields: text fields of a .jsonl record.
-        quantizer: quantizes the base; by default the one the adapter was made for, or NF4.
-        adapter: folder of a LoRA adapter.
-        calibration: calibration text for a quantizer that needs it; by default as the adapter was made.
+        quantizer: quantizes the base; by default the one the adapter was made for, or NF4 without adapter.
+        base: a checkpoint to measure on, in place of a quantizer; by default the one that stands beside the adapter, or
+            that it was made for.
+        adapter: folder of a LoRA adapter, trained or not.
+        any_base: measure the adapter on another base than the one it was made for, too.
+        calibration: calibration text for a quantizer that needs it; needed if the adapter was made with a text of
+            its own.
         windows: number of windows at most.
         sequence_length: tokens in a window.
         dtype: dtype of the model; "auto" keeps that of the checkpoint.
@@ -167,8 +189,11 @@ def evaluate(
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    provenance = read_provenance(Path(adapter)) if adapter else {}
-    chosen = base_quantizer(quantizer, provenance)
+    model, text, base, calibration = str(model), as_str(text), as_str(base), as_str(calibration)
+    folder = Path(adapter).expanduser() if adapter else None
+    provenance = read_provenance(folder) if folder else Provenance()
+    saved = SavedAdapter.read(folder) if folder else None
+    chosen = choose_base(folder, provenance, quantizer=quantizer, base=base, calibration=calibration)
     loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     check_sequence_length(loaded.model, sequence_length)
     texts = list(TextSource(text, tuple(text_fields)).documents()) if text else [shipped_text("evaluate")]
@@ -176,54 +201,29 @@ def evaluate(
     if len(ids) < windows:
         logger.warning("The text fills %d windows, not %d.", len(ids), windows)
 
-    own_base = saved_base(adapter, quantizer)
-    packed = own_base is not None and bool(StoredBase(str(own_base)).described)
-    if packed:
-        chosen = Prequantized(str(own_base))
-    elif own_base is None and quantizer is None:
-        check_base(adapter, provenance)
     walk = None
-    if chosen.calibrated and own_base is None:
-        if provenance.get("inputs", "full") != "full":
-            raise ModelError(
-                f"The base of {adapter} depends on corrections of its own layers, so it cannot be made again. Write it "
-                "with the adapter: quailora init --save-base."
-            )
-        recorded = Calibration.from_dict(provenance["calibration"]) if provenance else Calibration()
-        source = replace(recorded, text=TextSource(calibration)) if calibration else recorded
-        seen = source.windows(loaded.tokenizer)
-        walk = Walk(loaded.model, linear_layers(loaded.model), seen, dtype=source.dtype)
+    if chosen.calibration is not None:
+        seen = chosen.calibration.windows(loaded.tokenizer)
+        walk = Walk(loaded.model, linear_layers(loaded.model), seen, dtype=chosen.calibration.dtype)
     results = {"full precision": perplexity(loaded.model, ids, "Full precision")}
-    if own_base is None or packed:
-        quantize_in_place(loaded.model, chosen, walk)
+    identities = {}
+    if chosen.quantizer is not None:
+        for name, stored in each_quantized(loaded.model, chosen.quantizer, walk):
+            if saved is not None and saved.corrects(name):
+                identities[name] = BaseIdentity.of(stored)
     else:
-        loaded = load_model(str(own_base), dtype, device, trust_remote_code=trust_remote_code)
+        loaded = load_model(str(chosen.folder), dtype, device, trust_remote_code=trust_remote_code)
+        if saved is not None:
+            layers = all_layers(loaded.model)
+            corrected = {name: layer.weight for name, layer in layers.items() if saved.corrects(name)}
+            identities = {name: BaseIdentity.of_dequantized(weight) for name, weight in corrected.items()}
+    if folder is not None:
+        check_measured_on(folder, provenance, identities, chosen, any_base=any_base)
     results["quantized"] = perplexity(loaded.model, ids, "Quantized")
-    if adapter:
-        with adapted(loaded.model, Path(adapter)) as wrapped:
+    if folder is not None:
+        with adapted(loaded.model, folder) as wrapped:
             results["quantized + adapter"] = perplexity(wrapped, ids, "Quantized + adapter")
-    evaluation = Evaluation(model, repr(chosen), adapter, results)
+    evaluation = Evaluation(model, chosen.title, as_str(adapter), results)
     if json:
         write_json(Path(json), asdict(evaluation) | {"text": text, "sequence_length": sequence_length})
     return evaluation
-
-
-def saved_base(adapter: str | None, asked: Quantizer | None) -> Path | None:
-    """Return the base that was written with an adapter, unless another quantizer was asked for."""
-    base = Path(adapter) / "base" if adapter and asked is None else None
-    return base if base is not None and base.is_dir() else None
-
-
-def check_base(adapter: str | None, provenance: Mapping[str, Any]) -> None:
-    """Raise a `ModelError` if an adapter needs a base that only its own run could make."""
-    schedule = build(Schedule, provenance["schedule"]) if "schedule" in provenance else None  # type: ignore[type-abstract]
-    if schedule is not None and schedule.changes_base:
-        raise ModelError(f"{adapter} belongs on the base that was written with it, and {adapter}/base is not there.")
-
-
-def base_quantizer(asked: Quantizer | None, provenance: Mapping[str, Any]) -> Quantizer:
-    """Return the quantizer to evaluate with: the one asked for, else the adapter's own, else NF4."""
-    recorded = build(Quantizer, provenance["quantizer"]) if provenance else None  # type: ignore[type-abstract]
-    if asked is not None and recorded is not None and asked != recorded:
-        logger.warning("This adapter was made for %r; on %r it corrects another error.", recorded, asked)
-    return asked or recorded or NF4()

@@ -77,7 +77,7 @@ def run_methods(
     for block, layer in track(layers_of(blocks), "Initializing", total):
         inputs = block.statistics[layer.name]
         for name, result in initialize_layer(layer, inputs, methods, seed):
-            results[name].records.append(LayerRecord.of(layer.name, result, block.tokens[layer.name]))
+            results[name].records.append(LayerRecord.of(layer.name, result, layer.weight, block.tokens[layer.name]))
             results[name].corrections[layer.name] = result.low_rank
     return results
 

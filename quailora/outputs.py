@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .errors import OutputExistsError, StorageError
 
+StrPath = str | Path
+"""A path, or the name of something on the hub, as callers give it."""
+
 RESULTS = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -25,6 +28,11 @@ RESULTS = (
     "report.json",
 )
 """Everything that `init` writes."""
+
+
+def as_str(path: StrPath | None) -> str | None:
+    """Return a path as a string, where there is one."""
+    return None if path is None else str(path)
 
 
 def check_output(out: Path, overwrite: bool) -> None:

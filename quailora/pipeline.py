@@ -34,7 +34,7 @@ from .models.load import (
     resolve_device,
 )
 from .models.stream import InputsOf, Walk
-from .outputs import check_output, new_folder
+from .outputs import StrPath, as_str, check_output, new_folder
 from .plan import base_given, check_base, check_scaling, check_trainable, method_of, quantized_layers
 from .quantizers import NF4, Quantizer
 from .report.phases import Phases
@@ -91,11 +91,11 @@ class InitResult:
 
 
 def init(
-    model: str,
+    model: StrPath,
     *,
-    out: str,
+    out: StrPath,
     quantizer: Quantizer = NF4(),  # noqa: B008 # frozen
-    base: str | None = None,
+    base: StrPath | None = None,
     solver: Solver = AlternatingLeastSquares(),  # noqa: B008
     metric: MetricName = "gram",
     recipe: str | None = None,
@@ -105,7 +105,7 @@ def init(
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
     targets: Sequence[str] = (ALL_LINEAR,),
-    calibration: str | None = None,
+    calibration: StrPath | None = None,
     calibration_fields: Sequence[str] = ("text",),
     calibration_split: str = "train",
     samples: int = 16,
@@ -175,6 +175,7 @@ def init(
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     settings: dict[str, Any] = describe(dict(locals()))
+    model, base, calibration = str(model), as_str(base), as_str(calibration)
     scaling = LoraScaling(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
     folder = Path(out).expanduser()
     text = TextSource(calibration, tuple(calibration_fields), calibration_split)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -11,6 +12,7 @@ import yaml
 
 from .adapters.card import BESIDE, model_card
 from .adapters.lora import LoraScaling, expert_stacks, write_lora
+from .adapters.provenance import Origin, read_provenance
 from .calibration import Calibration
 from .checkpoint import Outcome
 from .layerwise import Method
@@ -19,6 +21,7 @@ from .models.load import LoadedModel, save_model
 from .models.packed import savable, save_packed
 from .models.weights import replace_for_good
 from .outputs import write_json
+from .quantizers.identity import BaseIdentity
 from .report.phases import Phases
 from .report.record import build_report, versions
 from .report.settings import describe
@@ -69,11 +72,13 @@ class Results:
         records = [outcome.record for outcome in outcomes.values() if outcome.record is not None]
         corrections = {name: outcome.low_rank for name, outcome in outcomes.items() if outcome.low_rank is not None}
         with self.phases.measure("write"):
-            write_adapter(folder, self.loaded, self.layers, corrections, self.method.scaling, self.base)
+            base = {record.name: record.base for record in records if record.base is not None}
+            origin = self._origin(base)
+            write_adapter(folder, self.loaded, self.layers, corrections, self.method.scaling, self.base, origin)
             if base_format is not None:
                 self._write_base(folder / "base", outcomes, base_format)
         report = build_report(self.settings, self.phases.entries, records, self.tokens, self.run.seconds)
-        self._write_provenance(folder, report, {record.name: record.base for record in records})
+        self._write_provenance(folder, report, base)
         card = model_card(
             self.method.initializer,
             records,
@@ -97,10 +102,29 @@ class Results:
         replace_for_good(layers, weights, self.run.checkpoint.folder_for("base"))
         save_model(folder, self.loaded)
 
-    def _write_provenance(self, folder: Path, report: Mapping[str, Any], base: Mapping[str, str]) -> None:
+    def _origin(self, base: Mapping[str, BaseIdentity]) -> Origin:
+        """Return what the adapter is made from; the hash of its factors is still missing."""
+        initializer, needs = self.method.initializer, "model"
+        if self.base is not None or initializer.schedule.changes_base:
+            needs = "base"
+        elif initializer.quantizer.calibrated:
+            needs = "calibration" if self.run.walk.inputs == "full" else "base"
+        return Origin(
+            version=version("quailora"),
+            model=self.loaded.name,
+            quantizer=describe(initializer.quantizer),
+            checkpoint=self.base,
+            needs=needs,
+            layers=len(base),
+            base=BaseIdentity.together(base),
+            initial="",
+        )
+
+    def _write_provenance(self, folder: Path, report: Mapping[str, Any], base: Mapping[str, BaseIdentity]) -> None:
         config = {key: value for key, value in self.settings.items() if key not in _OF_ONE_RUN}
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         write_json(folder / "report.json", report)
+        origin = read_provenance(folder).origin  # with the hash of the factors
         sidecar = {
             "base_model": self.loaded.name,
             "quantizer": describe(self.method.initializer.quantizer),
@@ -112,7 +136,8 @@ class Results:
             "calibration_tokens": report["calibration_tokens"],
             "mean_error_share": report["mean_error_share"],
             "versions": versions(),
-            "base": dict(base),
+            "origin": asdict(origin) if origin else None,
+            "base": {name: asdict(one) for name, one in base.items()},
         }
         write_json(folder / "quailora.json", sidecar)
 
@@ -124,6 +149,7 @@ def write_adapter(
     corrections: Mapping[str, LowRank],
     scaling: LoraScaling,
     base: str | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Write the adapter's own two files, which are all that PEFT reads; they name the base, by default the model."""
     write_lora(
@@ -133,4 +159,5 @@ def write_adapter(
         target_modules=explicit_targets(loaded.model, layers),
         base_model=base or loaded.name,
         experts=expert_stacks(layers),
+        origin=origin,
     )

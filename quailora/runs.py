@@ -173,7 +173,7 @@ class Run:
             results = initialize_layer(layer, inputs, methods, self.seed, self.sensitivities.get(layer.name))
         for name, result in results:
             spent, start = time.perf_counter() - start, time.perf_counter()
-            record = LayerRecord.of(layer.name, result, block.tokens[layer.name], spent, asymmetry)
+            record = LayerRecord.of(layer.name, result, layer.weight, block.tokens[layer.name], spent, asymmetry)
             keep = name in self.keep_weights or self.walk.inputs != "full"
             yield name, Outcome(record, result.low_rank, *(self._kept(result.quantized) if keep else ()))
 

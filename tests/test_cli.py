@@ -269,12 +269,14 @@ def test_evaluate_refuses_a_folder_without_adapter(run, tiny_llama, tmp_path):
     assert "Expected an adapter folder" in error
 
 
-def test_evaluate_warns_about_another_base(run, tiny_llama, adapter, caplog):
-    status, _, _ = run(
-        "evaluate", tiny_llama, "--adapter", adapter, "--quantizer", "int8", "--windows", "1", "--sequence-length", "64"
-    )
+def test_evaluate_refuses_another_base_unless_asked(run, tiny_llama, adapter, caplog):
+    arguments = ["--adapter", adapter, "--quantizer", "int8", "--windows", "1", "--sequence-length", "64"]
+    status, _, error = run("evaluate", tiny_llama, *arguments)
+    assert status == 1
+    assert "was not made for Int8(): 14 of 14 layers have other codes or scales" in error
+    status, _, _ = run("evaluate", tiny_llama, *arguments, "--any-base")
     assert status == 0
-    assert "This adapter was made for NF4" in caplog.text
+    assert "was not made for Int8()" in caplog.text
 
 
 def test_lists_are_typed_as_words(run, tiny_llama, tmp_path):

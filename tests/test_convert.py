@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from families import make_model
-from peft import PeftModel
-from safetensors.torch import load_file
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quailora import Optimal
+from quailora import Optimal, Uniform
 from quailora.adapters.convert import change, convert
+from quailora.check import check
 from quailora.errors import ConfigurationError, ModelError, OutputExistsError
+from quailora.evaluate import evaluate
 from quailora.models.layers import linear_layers
 from quailora.pipeline import init
 
@@ -43,6 +46,13 @@ def train(folder, initial):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder)
     return deltas(model)
+
+
+def forget(folder):
+    """Remove what a folder says of the origin of its adapter."""
+    (folder / "quailora.json").unlink(missing_ok=True)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"auto_mapping": None}), encoding="utf-8")
 
 
 def deltas(model):
@@ -103,6 +113,62 @@ def test_an_untrained_adapter_changes_nothing(original, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_training_has_started_from_the_initial_adapter(original, tmp_path):
+    """By the hash that training keeps; without one, by how far the factors are apart."""
+    init(str(original), out=str(tmp_path / "initial"), rank=4, **FAST)
+    init(str(original), out=str(tmp_path / "other"), rank=4, quantizer=Uniform(bits=2), **FAST)
+    train(tmp_path / "trained", tmp_path / "initial")
+    with pytest.raises(ConfigurationError, match=r"was not trained from .*other: it notes that training started from"):
+        convert(tmp_path / "trained", initial=tmp_path / "other", out=tmp_path / "out")
+    with pytest.raises(ConfigurationError, match=r"was not trained from .*trained: it notes"):
+        convert(tmp_path / "trained", initial=tmp_path / "trained", out=tmp_path / "out")
+    forget(tmp_path / "trained")
+    with pytest.raises(
+        ConfigurationError, match=r"was hardly trained from .*other: only [0-9]+% of the rows of lora_A"
+    ):
+        convert(tmp_path / "trained", initial=tmp_path / "other", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert(tmp_path / "trained", initial=tmp_path / "initial", out=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["auto_mapping"] is None  # it belongs on another base
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_diverged_training_is_refused(number, original, tmp_path):
+    init(str(original), out=str(tmp_path / "initial"), rank=4, **FAST)
+    trained = shutil.copytree(tmp_path / "initial", tmp_path / "trained")
+    tensors = load_file(trained / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][3, 1] = number
+    save_file(tensors, trained / "adapter_model.safetensors", {"format": "pt"})
+    told = r"1 NaN or infinite entries of 384 in base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    with pytest.raises(ModelError, match=told):
+        convert(trained, initial=tmp_path / "initial", out=tmp_path / "out")
+    with pytest.raises(ModelError, match=told):
+        evaluate(str(original), adapter=trained)
+    with pytest.raises(ModelError, match=told):
+        check(trained, base=str(original))
+
+
+def test_other_kinds_of_adapters_are_refused_by_name(original, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(original)
+    plain = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    for told, config in {
+        "got DoRA, whose magnitudes": LoraConfig(r=4, use_dora=True, **plain),
+        "Expected a LoRA adapter in .*, got IA3": IA3Config(feedforward_modules=[], **plain),
+        "got .*q_proj.lora_B.bias": LoraConfig(r=4, **plain),
+    }.items():
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        model = get_peft_model(base, config)
+        model.save_pretrained(folder)
+        base = model.unload()
+        if "bias" in told:
+            tensors = load_file(folder / "adapter_model.safetensors")
+            tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"] = torch.zeros(64)
+            save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match=told):
+            convert(folder, initial=folder, out=tmp_path / "out", model="me/original")
+
+
 def test_experts_by_hand(generator):
     """One pair for all experts: rows of `lora_A` expert after expert, columns of `lora_B` interleaved."""
     trained, before = ((torch.randn(6, 5, generator=generator), torch.randn(7, 6, generator=generator)) for _ in "ab")
@@ -125,11 +191,13 @@ def test_bad_pairs_are_refused(original, tmp_path):
         convert(str(tmp_path / "b"), **arguments)
     with pytest.raises(ConfigurationError, match="their layers or shapes differ"):
         convert(str(tmp_path / "c"), **arguments)
-    with pytest.raises(ModelError, match="Expected an adapter's configuration and tensors"):
+    with pytest.raises(ModelError, match=r"Expected an adapter folder with adapter_config\.json"):
         convert(str(original), **arguments)
     assert not (tmp_path / "out").exists()
-    (tmp_path / "a" / "quailora.json").unlink()
-    with pytest.raises(ConfigurationError, match="name the full-precision model with --model"):
+    forget(tmp_path / "a")
+    with pytest.raises(
+        ConfigurationError, match="does not say which full-precision model it was made from, so name it with --model"
+    ):
         convert(str(tmp_path / "a"), **arguments)
     convert(str(tmp_path / "a"), model="me/original", **arguments)
     with pytest.raises(OutputExistsError):

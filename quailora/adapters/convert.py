@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from ..errors import ConfigurationError, ModelError
-from ..outputs import new_folder, write_json, write_tensors
+from ..errors import ConfigurationError
+from ..outputs import StrPath, as_str, new_folder, write_json, write_tensors
 from ..report.tables import print_table
-from .lora import INNER, PREFIX, LoraScaling
+from .lora import LoraScaling
 from .provenance import read_provenance
+from .saved import SCALING, A, B, Pair, SavedAdapter
 
-_SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-
-Pair = tuple[Tensor, Tensor]
-"""`lora_A` and `lora_B` as a file holds them."""
+_RELATED = 0.8  # of the rows of lora_A point to the same side before and after training
 
 
 @final
@@ -48,62 +40,9 @@ class Conversion:
         print_table(f"{self.out}: for the full-precision model", ("what", "number"), rows)
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class SavedAdapter:
-    """The two files of an adapter.
-
-    Attributes:
-        folder: where they are.
-        config: content of `adapter_config.json`.
-        tensors: content of `adapter_model.safetensors`.
-    """
-
-    folder: Path
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    @classmethod
-    def read(cls, folder: Path) -> SavedAdapter:
-        """Read a folder.
-
-        Raises:
-            ModelError: if there is no LoRA adapter in it, or a file is damaged.
-        """
-        try:
-            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "adapter_model.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"Expected an adapter's configuration and tensors in {folder}: {error}") from error
-        if config.get("peft_type") != "LORA" or config.get("use_dora"):
-            raise ModelError(f"Expected a plain LoRA adapter in {folder}, got {config.get('peft_type')}.")
-        return cls(folder, config, tensors)
-
-    @property
-    def scaling(self) -> LoraScaling:
-        """Ranks and alphas."""
-        rank, alpha, rslora, ranks, alphas = (self.config.get(name) for name in _SCALING)
-        own = {key: float(value) for key, value in (alphas or {}).items()}
-        return LoraScaling(int(rank or 0), float(alpha or 0), bool(rslora), ranks or {}, own)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each factor."""
-        return {key: tuple(tensor.shape) for key, tensor in self.tensors.items() if "lora_" in key}
-
-    def layer(self, stem: str) -> str:
-        """Return the name that ranks are looked up by: of the module, or of the parameter of an `ExpertStack`."""
-        name = stem.removeprefix(PREFIX)
-        module = name.replace(INNER, "")
-        fused = [each for each in self.config.get("target_parameters") or [] if each.rpartition(".")[0] == module]
-        return fused[len(fused) - 1 - name.count(INNER)] if fused else name
-
-    def pair(self, stem: str) -> Pair:
-        """Return the factors of a layer, float32."""
-        return self.tensors[stem + _A].float(), self.tensors[stem + _B].float()
-
-
-def convert(adapter: str, *, initial: str, out: str, model: str | None = None, overwrite: bool = False) -> Conversion:
+def convert(
+    adapter: StrPath, *, initial: StrPath, out: StrPath, model: StrPath | None = None, overwrite: bool = False
+) -> Conversion:
     """Write what training changed as an adapter for the full-precision model.
 
     An adapter of `init` makes up for the error of one quantized base. On the full-precision model it would *add* that
@@ -121,30 +60,33 @@ def convert(adapter: str, *, initial: str, out: str, model: str | None = None, o
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     trained, before = SavedAdapter.read(Path(adapter).expanduser()), SavedAdapter.read(Path(initial).expanduser())
+    for each in (trained, before):
+        each.check_plain()
     check_pair(trained, before)
+    check_started_from(trained, before)
     scaling = before.scaling
     doubled = double_rank(scaling)
-    stems = sorted(key.removesuffix(_A) for key in before.tensors if key.endswith(_A))
     tensors = {key: tensor for key, tensor in trained.tensors.items() if key not in before.tensors}
-    for stem in stems:
+    for stem in before.stems:
         rank = scaling.rank_of(before.layer(stem))
-        tensors[stem + _A], tensors[stem + _B] = change(trained.pair(stem), before.pair(stem), rank)
+        tensors[stem + A], tensors[stem + B] = change(trained.pair(stem), before.pair(stem), rank)
     config = dict(trained.config) | doubled.as_config()
     config |= {
-        "base_model_name_or_path": model or original_model(before),
+        "base_model_name_or_path": as_str(model) or original_model(before),
         "init_lora_weights": True,
+        "auto_mapping": None,  # where the origin stood: this adapter has another base
     }
     with new_folder(Path(out).expanduser(), overwrite) as folder:
         write_json(folder / "adapter_config.json", config)
         write_tensors(folder / "adapter_model.safetensors", tensors)
-    return Conversion(Path(out), doubled.rank, len(stems))
+    return Conversion(Path(out), doubled.rank, len(before.stems))
 
 
 def check_pair(trained: SavedAdapter, before: SavedAdapter) -> None:
     """Raise a `ConfigurationError` unless training can have started from the other adapter."""
     told = [
         f"{name} is {trained.config.get(name)!r} in one and {before.config.get(name)!r} in the other"
-        for name in _SCALING
+        for name in SCALING
         if (trained.config.get(name) or None) != (before.config.get(name) or None)
     ]
     if not told and trained.shapes != before.shapes:
@@ -152,6 +94,34 @@ def check_pair(trained: SavedAdapter, before: SavedAdapter) -> None:
     if told:
         raise ConfigurationError(
             f"{trained.folder} was not trained from {before.folder}: {'; '.join(told)}. Pass the folder that init "
+            "wrote as --initial."
+        )
+
+
+def check_started_from(trained: SavedAdapter, before: SavedAdapter) -> None:
+    """Raise a `ConfigurationError` if the factors say that training started from another adapter.
+
+    An adapter of `init` notes a hash of its factors, which training keeps. Where there is none, the share of directions
+    (rows of `lora_A`, of all layers) that point to the same side before and after decides: nearly all do after
+    training, however far it went, and about half in runs of `init` on other text or another base, whose signs are
+    arbitrary.
+    """
+    origin = read_provenance(trained.folder).origin
+    if origin is not None:
+        if origin.initial != before.digest:
+            raise ConfigurationError(
+                f"{trained.folder} was not trained from {before.folder}: it notes that training started from factors "
+                f"with the hash {origin.initial}, and the hash of those is {before.digest}. Pass the folder that init "
+                "wrote as --initial."
+            )
+        return
+    pairs = ((trained.pair(stem)[0], before.pair(stem)[0]) for stem in before.stems)
+    same_side = torch.cat([(after * start).sum(1) >= 0 for after, start in pairs])
+    share = same_side.float().mean().item()
+    if share < _RELATED:
+        raise ConfigurationError(
+            f"{trained.folder} was hardly trained from {before.folder}: only {share:.0%} of the rows of lora_A point "
+            "to the same side, as in two adapters that have nothing to do with each other. Pass the folder that init "
             "wrote as --initial."
         )
 
@@ -191,10 +161,9 @@ def original_model(before: SavedAdapter) -> str:
     Raises:
         ConfigurationError: if nothing says so.
     """
-    provenance = read_provenance(before.folder)
-    if not provenance:
+    origin = read_provenance(before.folder).origin
+    if origin is None:
         raise ConfigurationError(
-            f"{before.folder} has no quailora.json, so name the full-precision model with --model."
+            f"{before.folder} does not say which full-precision model it was made from, so name it with --model."
         )
-    name: str = provenance["base_model"]
-    return name
+    return origin.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -15,6 +15,7 @@ from ..errors import ConfigurationError
 from ..models.layers import Layer
 from ..outputs import write_json, write_tensors
 from ..solvers import LowRank
+from .provenance import Origin, digest_of
 
 PREFIX = "base_model.model."
 """Stands before a module's name in an adapter file."""
@@ -96,6 +97,7 @@ def write_lora(
     target_modules: Sequence[str],
     base_model: str,
     experts: Sequence[ExpertStack] = (),
+    origin: Origin | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -110,6 +112,7 @@ def write_lora(
         target_modules: what PEFT wraps; explicit names, since `all-linear` finds nothing on some quantized layers.
         base_model: hub name or folder of the base.
         experts: how corrections of experts belong together.
+        origin: what the adapter is made from, to be noted in its configuration with the hash of the factors.
 
     Raises:
         ValueError: if a correction's rank is not the one that the scaling states.
@@ -138,6 +141,8 @@ def write_lora(
     )
     # PEFT's own `save_pretrained` writes the same content, but its sets in an order that changes from run to run.
     content = config.to_dict() | {"target_modules": sorted(target_modules)}
+    if origin is not None:
+        content |= replace(origin, initial=digest_of(tensors)).as_config()
     write_json(folder / "adapter_config.json", content)
     write_tensors(folder / "adapter_model.safetensors", tensors)
 

@@ -1,27 +1,185 @@
-"""The sidecar of an adapter: what it was made from, and for which base."""
+"""Where an adapter comes from: which base it is for, as its own files say."""
 
 from __future__ import annotations
 
-from json import loads
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
+
+import torch
+from torch import Tensor
 
 from ..errors import ModelError
+from ..quantizers import Quantizer
+from ..quantizers.identity import BaseIdentity
+from ..report.settings import build
+
+_KEY = "quailora"
 
 
-def read_provenance(adapter: Path) -> dict[str, Any]:
-    """Return the sidecar `quailora.json` of an adapter, or an empty dict if the adapter has none.
+@final
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter was made from. It stands in `adapter_config.json`, in a place that training keeps.
+
+    PEFT reads its field `auto_mapping` only for adapters without a task type, and keeps it from loading to saving.
+
+    Attributes:
+        version: of quailora.
+        model: hub name or folder of the full-precision model.
+        quantizer: of the base, see `describe`.
+        checkpoint: hub name or folder of the base, if it was there before the adapter.
+        needs: what it takes besides the model and the quantizer to make the base: nothing but the "model"; also its
+            "calibration"; or it cannot be made again, and has to be there as a "base".
+        layers: how many layers have a correction.
+        base: identity of all these layers of the base together.
+        initial: hash of the factors before training.
+    """
+
+    version: str
+    model: str
+    quantizer: Mapping[str, Any]
+    checkpoint: str | None
+    needs: str
+    layers: int
+    base: BaseIdentity
+    initial: str
+
+    def as_config(self) -> dict[str, Any]:
+        """Return what `adapter_config.json` holds."""
+        return {"auto_mapping": {_KEY: asdict(self)}}
+
+    @property
+    def built_quantizer(self) -> Quantizer:
+        """The quantizer of the base.
+
+        Raises:
+            ModelError: if it is unknown here.
+        """
+        return build(Quantizer, self.quantizer)  # type: ignore[type-abstract]
+
+    @classmethod
+    def read(cls, content: Any, file: Path) -> Origin:
+        """Build what `dataclasses.asdict` wrote down, after a trip through JSON.
+
+        Raises:
+            ModelError: if it is something else.
+        """
+        expected: dict[str, type | tuple[type, ...]] = {
+            "version": str,
+            "model": str,
+            "quantizer": dict,
+            "checkpoint": (str, type(None)),
+            "needs": str,
+            "layers": int,
+            "base": dict,
+            "initial": str,
+        }
+        found = content if isinstance(content, dict) else {}
+        wrong = [name for name, kind in expected.items() if name not in found or not isinstance(found[name], kind)]
+        if wrong:
+            raise ModelError(
+                f"{file} should say what the adapter was made from, but its entry {wrong[0]!r} is missing or of "
+                "another type. The file is damaged, or was written by another version of quailora."
+            )
+        return cls(**{name: found[name] for name in expected} | {"base": BaseIdentity.read(found["base"])})
+
+
+@final
+@dataclass(frozen=True)
+class Provenance:
+    """What the folder of an adapter says about its base.
+
+    Attributes:
+        origin: None for an adapter that quailora did not make.
+        layers: identity of each layer of the base; empty after training into another folder, where nothing but the
+            adapter's own configuration is left.
+        calibration: what `init` was calibrated on; likewise.
+    """
+
+    origin: Origin | None = None
+    layers: Mapping[str, BaseIdentity] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def different(self, found: Mapping[str, BaseIdentity], *, exactly: bool = False) -> list[str]:
+        """Return the names of the layers whose base is another one, or one entry that stands for all of them.
+
+        Args:
+            found: identity of layers of a base; those of other layers than the adapter's do not count.
+            exactly: whether what threads and devices change counts, too.
+        """
+        if self.layers:
+            layers = self.layers.items()
+            return [name for name, one in layers if name not in found or not one.is_same(found[name], exactly=exactly)]
+        if self.origin is None or self.origin.base.is_same(BaseIdentity.together(found), exactly=exactly):
+            return []
+        return ["all layers together"]
+
+    def distance(self, found: Mapping[str, BaseIdentity]) -> float:
+        """Return an estimate of `|Q - Q'| / |W - Q|`, over all layers."""
+        if self.origin is None:
+            return 0.0
+        chosen = {name: found[name] for name in self.layers if name in found} if self.layers else found
+        return self.origin.base.distance(BaseIdentity.together(chosen))
+
+
+def read_provenance(adapter: Path) -> Provenance:
+    """Return what an adapter's configuration and its sidecar `quailora.json` say.
 
     Raises:
-        ModelError: if there is no adapter in the folder, or the sidecar is damaged.
+        ModelError: if there is no adapter in the folder, or a file is damaged, or the sidecar is of another adapter.
     """
-    if not (adapter / "adapter_config.json").is_file():
+    file, sidecar = adapter / "adapter_config.json", adapter / "quailora.json"
+    if not file.is_file():
         raise ModelError(f"Expected an adapter folder with adapter_config.json, but {adapter} has none.")
-    sidecar = adapter / "quailora.json"
+    noted = read_json(file).get("auto_mapping")
+    noted = noted.get(_KEY) if isinstance(noted, dict) else None
+    origin = None if noted is None else Origin.read(noted, file)
     if not sidecar.is_file():
-        return {}
+        return Provenance(origin)
+    content = read_json(sidecar)
+    beside = Origin.read(content.get("origin"), sidecar)
+    if origin is not None and origin != beside:
+        raise ModelError(
+            f"{sidecar} belongs to another adapter than {file}: they name different origins. Remove the one that was "
+            "copied here."
+        )
+    layers, calibration = content.get("base"), content.get("calibration")
+    if not isinstance(layers, dict) or not isinstance(calibration, dict):
+        raise ModelError(f"{sidecar} should list the layers of the base and the calibration. It is damaged.")
+    return Provenance(beside, {name: BaseIdentity.read(one) for name, one in layers.items()}, calibration)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a JSON file that holds an object.
+
+    Raises:
+        ModelError: if it cannot be read, or holds something else.
+    """
     try:
-        content: dict[str, Any] = loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"The sidecar {sidecar} is damaged: {error}.") from error
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot read {file} as JSON: {error}. It is damaged; write or copy it again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"Expected an object in {file}, got a {type(content).__name__}. It is damaged.")
     return content
+
+
+def unknown_base(adapter: Path | str) -> str:
+    """Return what to say about an adapter whose folder does not tell its base."""
+    return (
+        f"The folder {adapter} does not tell which base its adapter is for: neither adapter_config.json nor a "
+        "quailora.json beside it says so, because quailora did not make it, or a tool did not keep the note."
+    )
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return a short hash of tensors with their names; they are compared in float32."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().float().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]

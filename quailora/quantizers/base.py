@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import ClassVar, final
 
@@ -36,6 +36,13 @@ class QuantizedWeight(ABC):
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:
         """Return `Q`, the weight that the quantized layer computes with."""
 
+    def rounded(self) -> frozenset[str]:
+        """Return the names of the `tensors` that a sum in floating point decides.
+
+        They differ in their last digits from one number of threads to another, and from one device to another.
+        """
+        return frozenset()
+
     def packed(self) -> Mapping[str, Tensor]:
         """Return what a checkpoint that transformers loads has in place of the weight; empty where there is no format.
 
@@ -52,11 +59,21 @@ class QuantizedWeight(ABC):
     @final
     @cached_property
     def digest(self) -> str:
-        """A short hash of all stored tensors: equal weights in the same format have the same one, on any device."""
+        """A short hash of all stored tensors: equal weights in the same format have the same one."""
+        return self._hash(frozenset())
+
+    @final
+    @cached_property
+    def code_digest(self) -> str:
+        """A short hash that leaves out the content of what `rounded` names: the same on any device and thread count."""
+        return self._hash(self.rounded())
+
+    def _hash(self, without: Collection[str]) -> str:
         found = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            if name not in without:
+                found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return found.hexdigest()[:16]
 
     @final

@@ -53,6 +53,10 @@ class FourBitWeight(QuantizedWeight):
             stored |= {"offset": self.state.offset, "nested_absmax": self.state.state2.absmax}
         return stored
 
+    def rounded(self) -> frozenset[str]:
+        """Return the 8-bit scales and their own: their offset is a mean, whose last digits depend on the threads."""
+        return frozenset({"absmax", "offset", "nested_absmax"} if self.state.nested else ())
+
     def packed(self) -> Mapping[str, Tensor]:
         """Return the codes and bitsandbytes' own tensors for its state, if transformers knows the block size."""
         if self.state.blocksize != _STOCK_BLOCK_SIZE:

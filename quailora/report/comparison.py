@@ -56,7 +56,7 @@ class Row:
         scores = {
             text: Scores(tuple(each["losses"]), tuple(each["divergences"])) for text, each in content["scores"].items()
         }
-        layers = tuple(LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in content["layers"])
+        layers = tuple(LayerRecord.read(layer) for layer in content["layers"])
         return cls(**{**content, "scores": scores, "layers": layers, "spectrum": tuple(content["spectrum"])})
 
     def as_dict(self) -> dict[str, Any]:

@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, final
 
+from torch import Tensor
+
 from ..initializer import LayerInitialization
 from ..models.layers import kind
+from ..quantizers.identity import BaseIdentity
 
 _PACKAGES = ("quailora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 
@@ -33,7 +36,7 @@ class LayerRecord:
         iterations: rounds that the solver ran.
         seconds: what it took to quantize and correct; what several methods share counts for the first of them.
         asymmetry: for asymmetric inputs, share of the way from `W` (0) to `W*` (1) at which the target lies.
-        base: hash of the quantized weight that the correction belongs to, see `QuantizedWeight.digest`.
+        base: tells the quantized weight that the correction belongs to from others.
     """
 
     name: str
@@ -49,18 +52,19 @@ class LayerRecord:
     iterations: int
     seconds: float = 0.0
     asymmetry: float | None = None
-    base: str = ""
+    base: BaseIdentity | None = None
 
     @classmethod
     def of(
         cls,
         name: str,
         layer: LayerInitialization,
+        weight: Tensor,
         tokens: int,
         seconds: float = 0.0,
         asymmetry: float | None = None,
     ) -> LayerRecord:
-        """Take down one initialized layer."""
+        """Take down one initialized layer, whose full-precision weight is `weight`."""
         return cls(
             name=name,
             shape=layer.quantized.shape,
@@ -75,8 +79,15 @@ class LayerRecord:
             iterations=layer.low_rank.iterations,
             seconds=round(seconds, 4),
             asymmetry=asymmetry,
-            base=layer.quantized.digest,
+            base=BaseIdentity.of(layer.quantized, weight),
         )
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> LayerRecord:
+        """Build what `dataclasses.asdict` wrote down, after a trip through JSON."""
+        base = content.get("base")
+        changed = {"shape": tuple(content["shape"]), "base": BaseIdentity.read(base) if base else None}
+        return cls(**{**content, **changed})
 
 
 def mean_bits(layers: Sequence[LayerRecord]) -> float:

@@ -26,6 +26,8 @@ def describe(value: Any) -> Any:
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
     if isinstance(value, Mapping):
         return {key: describe(item) for key, item in value.items()}
+    if isinstance(value, PurePath):
+        return str(value)
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
     if isinstance(value, PurePath):
@@ -82,19 +84,25 @@ def build(base: type[Component], description: Mapping[str, Any]) -> Component:
     Raises:
         ModelError: if the class is unknown here, or its arguments do not fit.
     """
+    given = description.get("init_args", {}) if isinstance(description, Mapping) else None
+    if not isinstance(given, Mapping):
+        raise ModelError(f"Expected class_path and init_args of a {base.__name__}, got {description!r:.80}.")
     known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _subclasses(base)}
-    path = description.get("class_path", "")
+    path = str(description.get("class_path", ""))
     if path not in known:
         raise ModelError(
             f"Expected one of {', '.join(sorted(known))}, got {path!r}. "
             f"If it is your own {base.__name__}, import its module first."
         )
     cls = known[path]
-    arguments = {name: _built(base, value) for name, value in description.get("init_args", {}).items()}
+    arguments = {name: _built(base, value) for name, value in given.items()}
     unknown = set(arguments) - {field.name for field in fields(cls)}  # type: ignore[arg-type] # components are dataclasses
     if unknown:
         raise ModelError(f"{path} has no field {', '.join(sorted(unknown))}; it was written by another version.")
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path} cannot be built from {arguments}: {error}") from error
 
 
 def _built(base: type[Component], value: Any) -> Any:

@@ -1,0 +1,128 @@
+"""An adapter as its folder holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import ModelError
+from .lora import INNER, PREFIX, LoraScaling
+from .provenance import digest_of, read_json
+
+SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+"""What PEFT's configuration says of ranks and alphas."""
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+Pair = tuple[Tensor, Tensor]
+"""`lora_A` and `lora_B` as a file holds them."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SavedAdapter:
+    """The two files of an adapter.
+
+    Attributes:
+        folder: where they are.
+        config: content of `adapter_config.json`.
+        tensors: content of `adapter_model.safetensors`, all of them finite.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedAdapter:
+        """Read a folder.
+
+        Raises:
+            ModelError: if there is no adapter in it, or a file is damaged, or has NaN or infinite entries.
+        """
+        from safetensors.torch import load_file
+
+        file = folder / "adapter_model.safetensors"
+        if not (folder / "adapter_config.json").is_file():
+            raise ModelError(f"Expected an adapter folder with adapter_config.json, but {folder} has none.")
+        config = read_json(folder / "adapter_config.json")
+        if not file.is_file():
+            raise ModelError(f"Expected an adapter's tensors in {file}, and there is no such file. Let PEFT save them.")
+        try:
+            tensors = load_file(file)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(f"Cannot read {file}: {error}. It is damaged; copy or save it again.") from error
+        for name, tensor in tensors.items():
+            bad = tensor.numel() - int(tensor.isfinite().sum()) if tensor.is_floating_point() else 0
+            if bad:
+                raise ModelError(
+                    f"Expected finite numbers in {file}, got {bad} NaN or infinite entries of {tensor.numel()} in "
+                    f"{name}. The training diverged; take an earlier checkpoint."
+                )
+        return cls(folder, config, tensors)
+
+    def check_plain(self) -> None:
+        """Raise a `ModelError` unless it is a LoRA adapter that is `s B A` in every layer and nothing else."""
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            raise ModelError(
+                f"Expected a LoRA adapter in {self.folder}, got {kind}. Only what LoRA adds can be converted."
+            )
+        if self.config.get("use_dora"):
+            raise ModelError(
+                f"Expected a plain LoRA adapter in {self.folder}, got DoRA, whose magnitudes scale the base. Train "
+                "with use_dora=False to convert the result."
+            )
+        others = [name for name in self.tensors if "lora_" in name and not name.endswith((A, B))]
+        if others:
+            raise ModelError(
+                f"Expected only lora_A.weight and lora_B.weight in {self.folder}, got {others[0]}. Adapters with more "
+                "than plain LoRA cannot be converted."
+            )
+
+    @property
+    def scaling(self) -> LoraScaling:
+        """Ranks and alphas."""
+        rank, alpha, rslora, ranks, alphas = (self.config.get(name) for name in SCALING)
+        own = {key: float(value) for key, value in (alphas or {}).items()}
+        return LoraScaling(int(rank or 0), float(alpha or 0), bool(rslora), ranks or {}, own)
+
+    @property
+    def stems(self) -> list[str]:
+        """What stands before `.lora_A.weight` in the name of each pair of factors."""
+        return sorted(key.removesuffix(A) for key in self.tensors if key.endswith(A))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each factor."""
+        return {key: tuple(tensor.shape) for key, tensor in self.tensors.items() if "lora_" in key}
+
+    @property
+    def digest(self) -> str:
+        """Hash of the factors."""
+        return digest_of({key: tensor for key, tensor in self.tensors.items() if key.endswith((A, B))})
+
+    @cached_property
+    def _corrected(self) -> frozenset[str]:
+        return frozenset(stem.removeprefix(PREFIX) for stem in self.stems)
+
+    def corrects(self, layer: str) -> bool:
+        """Return whether the adapter has a correction for a layer, or for the fused parameter that an expert is in."""
+        return layer in self._corrected or layer.rpartition(".")[0] in (self.config.get("target_parameters") or ())
+
+    def layer(self, stem: str) -> str:
+        """Return the name that ranks are looked up by: of the module, or of the parameter of an `ExpertStack`."""
+        name = stem.removeprefix(PREFIX)
+        module = name.replace(INNER, "")
+        fused = [each for each in self.config.get("target_parameters") or [] if each.rpartition(".")[0] == module]
+        return fused[len(fused) - 1 - name.count(INNER)] if fused else name
+
+    def pair(self, stem: str) -> Pair:
+        """Return the factors of a layer, float32."""
+        return self.tensors[stem + A].float(), self.tensors[stem + B].float()

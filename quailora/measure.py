@@ -115,7 +115,7 @@ def measure(
     """
     device = next(model.parameters()).device
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    with counting(description, len(windows) * len(variants)) as advance:
+    with counting(description, len(windows) * len(variants)) as counter:
         for number, window in enumerate(windows, 1):
             ids = window.to(device)
             reference = log_probabilities(model(input_ids=ids[None], use_cache=False).logits[0, :-1])
@@ -123,7 +123,7 @@ def measure(
                 with replaced(layers, weights):
                     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
                 scores[name].append(score(reference, logits, ids[1:]))
-                advance()
+                counter.advance()
             if not console.is_terminal:  # where nobody sees a progress bar
                 logger.info("%s: window %d of %d.", description, number, len(windows))
     return {name: Scores(*map(tuple, zip(*pairs, strict=True))) for name, pairs in scores.items()}

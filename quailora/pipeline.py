@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from .plan import base_given, check_base, check_scaling, check_trainable, method
 from .quantizers import NF4, Quantizer
 from .report.phases import Phases
 from .report.settings import describe
-from .report.tables import print_table
+from .report.tables import print_note, print_table
 from .results import BaseFormat, Results
 from .runs import Run
 from .sensitivity import Sensitivity
@@ -88,6 +89,11 @@ class InitResult:
         ]
         title = f"{self.out}: {len(self.report['layers'])} layers, {self.report['bits_per_weight']:.2f} bits per weight"
         print_table(title, ("output error, mean over layers", "share"), rows)
+        print_note(
+            f"Next: {self.out}/README.md has the code that loads the base with this adapter. To measure it:\n"
+            f"  quailora evaluate {shlex.quote(self.report['model'])} --adapter {shlex.quote(str(self.out))} "
+            "--text TEXT_OF_YOUR_TASK"
+        )
 
 
 def init(

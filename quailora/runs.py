@@ -66,9 +66,11 @@ class Run:
         before = sum(not self._missing_here(layer) for layer in self.walk.layers)
         if before:
             logger.info("Going on: %d of %d layers are finished.", before, len(self.walk.layers))
-        with counting("Initializing", len(self.walk.layers), before) as advance:
+        with counting("Initializing", len(self.walk.layers), before) as counter:
+            walk = replace(self.walk, on_batch=counter.describe)
             start = time.perf_counter()
-            for block in self.walk:
+            for block in walk:
+                counter.describe(f"Block {block.index}: layers")
                 names = self._missing(block)
                 mine = distributed.packed({name: cost(block.layers[name]) for name in names})
                 for _, layer in layers_of([block]):
@@ -76,7 +78,7 @@ class Run:
                         for method, outcome in self._outcomes(block, layer):
                             self.checkpoint.save(key(method, layer.name), outcome)
                     if layer.name in names:
-                        advance()
+                        counter.advance()
                 self._share(block)
                 if self.walk.inputs != "full":
                     (method,) = self.methods

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ def run(group: str, number: int, seed: int, shop: object, keep: Path | None) -> 
         if ended.status is None:
             ending, reason = "traceback", ended.error.strip().splitlines()[-1]
         elif ended.status == 0:
-            reason = trial.judge() or ""
+            reason = judged(trial.judge)
             ending = "wrong" if reason else "right"
         if trial.forbidden.exists():
             ending, reason = "wrong", "code of the input ran"
@@ -141,6 +141,16 @@ def run(group: str, number: int, seed: int, shop: object, keep: Path | None) -> 
         (kept / "ending.txt").write_text("\n".join(lines), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     return Verdict(group, number, ending, told)
+
+
+def judged(judge: Callable[[], str]) -> str:
+    """Return what a judge says; that it cannot read what the command has read is a reason, too."""
+    try:
+        return judge()
+    except Slow:
+        raise
+    except Exception as error:  # noqa: BLE001 # the judges read with stock packages
+        return f"accepted what cannot be read ({type(error).__name__}: {str(error)[:100]})"
 
 
 def draw(groups: Sequence[str], inputs: int, seed: int, shop: object, keep: Path | None) -> Iterator[Verdict]:

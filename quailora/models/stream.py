@@ -83,6 +83,7 @@ class Walk:
         activations: keeps hidden states between blocks.
         start: blocks that an earlier walk has done.
         on_done: called with the number of blocks done, when all that the next block needs is kept.
+        on_batch: called with a few words before a block is run on a batch.
     """
 
     model: Any
@@ -93,6 +94,7 @@ class Walk:
     activations: Activations = field(default_factory=Activations)
     start: int = 0
     on_done: Callable[[int], None] | None = None
+    on_batch: Callable[[str], object] = str
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Block]:
@@ -175,6 +177,7 @@ class Walk:
         device = execution_device(self.model)
 
         def run(batch: int, network: str, watched: Mapping[str, Layer], *, keep: bool, cut: bool = False) -> Inputs:
+            self.on_batch(f"Block {index}: batch {batch + 1}")
             hidden = self.activations.load(index, network, batch, device)
             with captured(watched, cut=cut and not keep) as inputs, arithmetic(self.model, self.dtype):
                 hidden = forward(batch, hidden)

@@ -26,7 +26,7 @@ def print_table(
 
 def print_note(text: str) -> None:
     """Print a remark below a table."""
-    Console().print(Text(text, style="dim"))
+    Console().print(Text(text, style="dim"), soft_wrap=True)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
+import shlex
+import types
 
 import pytest
 import torch
-from examples import examples
+from examples import ROOT, examples
 
-from quailora.testing import check_quantizer, check_solver
+from quailora import cli
+from quailora.cli import main
 
 
 def test_extending_example_is_a_conforming_quantizer():
@@ -69,6 +74,54 @@ def test_training_example_for_peft(tiny_llama, tmp_path, monkeypatch):
     assert len(trainable) == 2 * 14
 
 
-def test_checks_are_importable_by_third_parties():
-    assert callable(check_quantizer)
-    assert callable(check_solver)
+def test_readme_example_loads_an_adapter(tiny_llama, tmp_path, monkeypatch):
+    from quailora.pipeline import init
+
+    init(str(tiny_llama), out=str(tmp_path / "adapter"), rank=4, samples=4, sequence_length=64)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    code = next(block for block in examples("README.md") if "PeftModel" in block)
+    exec(code.replace('"MODEL"', repr(str(tiny_llama))), namespace)
+    assert namespace["model"].peft_config["default"].r == 4
+
+
+def test_the_configuration_of_the_quick_start_runs(tiny_llama, tmp_path):
+    (tmp_path / "run.yaml").write_text(examples("docs/quickstart.md", "yaml")[0], encoding="utf-8")
+    small = ["--samples", "4", "--sequence-length", "32", "--rank", "4"]
+    assert (
+        main(["init", str(tiny_llama), "--out", str(tmp_path / "a"), "--config", str(tmp_path / "run.yaml"), *small])
+        == 0
+    )
+    sidecar = json.loads((tmp_path / "a" / "quailora.json").read_text(encoding="utf-8"))
+    assert sidecar["quantizer"]["init_args"] | {"bits": 3, "group_size": 64} == sidecar["quantizer"]["init_args"]
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+
+
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_are_understood(page, monkeypatch, tmp_path):
+    """Each is parsed by the command line, with a function of the same signature in place of the command."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("rank: 4", encoding="utf-8")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "config.yaml").write_text("rank: 4", encoding="utf-8")
+    for name, function in list(cli.COMMANDS.items()):
+        monkeypatch.setitem(cli.COMMANDS, name, stub(function))
+    for block in examples(page, "console"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ ").partition("  #")[0])
+            if words[:1] == ["quailora"] and not any(word.endswith(".help") for word in words):
+                assert main(words[1:]) == 0, line
+
+
+def stub(function):
+    """Return a function with the signature and the text of another one that does nothing."""
+
+    @functools.wraps(function)
+    def nothing(*_, **__):
+        return types.SimpleNamespace(show=lambda: None)
+
+    return nothing

@@ -19,7 +19,7 @@ from jsonargparse import auto_cli
 from quailora import FP4, GPTQ, HQQ, NF4, NF4GPTQ, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
 from quailora.adapters.lora import LoraScaling
 from quailora.calibration import Calibration, TextSource
-from quailora.comparison import evaluation_texts
+from quailora.comparison import evaluation_sources, evaluation_texts
 from quailora.contenders import Contender
 from quailora.contest import FULL_PRECISION, Contest
 from quailora.fingerprint import fingerprint
@@ -84,7 +84,7 @@ def main(
     layers = linear_layers(loaded.model)
     source = Calibration(TextSource(calibration), samples, 1024)
     seen = source.windows(loaded.tokenizer)
-    texts = dict(evaluation_texts(loaded, [text], ["text"], windows, 2048))
+    texts = dict(evaluation_texts(loaded, evaluation_sources([text]), windows, 2048))
     work = Path(out) / "work"
     work.mkdir(parents=True, exist_ok=True)
     board = Scoreboard(Path(out) / "rows", fingerprint({"windows": windows}, loaded, seen), fresh=False)

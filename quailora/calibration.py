@@ -1,127 +1,28 @@
-"""From a text file, a JSONL file or a data set to windows of tokens."""
+"""From documents to windows of tokens."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, Literal, final
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from .errors import CalibrationError, ConfigurationError
+from .text import TextSource, shipped_text  # noqa: F401 # also found here
+from .text.tokens import added_tokens, tokenize
 
 CalibrationDtype = Literal["auto", "model", "bfloat16"]
 
-_TEXT_SUFFIXES = {".json", ".jsonl", ".md", ".txt"}  # a name that ends so is that of a file, even where there is none
+BosPlacement = Literal["every-window", "stream"]
+"""Where the tokens go that a tokenizer puts in front of a text, such as BOS; see `Calibration`."""
+
+DEFAULT_LENGTH = 1024
+"""Tokens in a calibration window, where the model has as many positions."""
+
 _CHARACTERS_PER_TOKEN = 64  # how much text is read for each token that is needed; the windows are drawn from it
-
-
-@final
-@dataclass(frozen=True)
-class TextSource:
-    """Where text comes from.
-
-    Attributes:
-        source: a `.jsonl` file (one record a line), any other file (plain text, UTF-8), a folder or the hub name of a
-            data set that the package `datasets` can load, as `name` or `name:configuration`; None for the text that
-            ships with quailora.
-        fields: text fields of a record, in order, joined into one document; for records only.
-        split: split of a data set; for data sets only.
-    """
-
-    source: str | None = None
-    fields: tuple[str, ...] = ("text",)
-    split: str = "train"
-
-    def documents(self) -> Iterator[str]:
-        """Yield the documents.
-
-        Raises:
-            CalibrationError: if the source cannot be read, or a record lacks a field.
-        """
-        if self.source is None:
-            yield shipped_text("calibrate")
-            return
-        path = Path(self.source).expanduser()
-        missing_file = path.suffix in _TEXT_SUFFIXES or path.is_absolute() or self.source.startswith((".", "~"))
-        if path.is_dir() or (not path.exists() and not missing_file):
-            yield from self._from_data_set()
-        elif not path.is_file():
-            raise CalibrationError(
-                f"Expected a text file, a .jsonl file or the name of a data set, but {self.source!r} does not exist."
-            )
-        elif path.suffix == ".jsonl":
-            yield from self._from_json_lines(path)
-        else:
-            yield read_text(path)
-
-    def _from_json_lines(self, path: Path) -> Iterator[str]:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise CalibrationError(f"Expected one JSON object a line; {path}:{number}: {error}.") from error
-                yield self._document(record, f"{path}:{number}")
-
-    def _from_data_set(self) -> Iterator[str]:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise CalibrationError(
-                f"{self.source!r} is no file here, so it is taken for a data set, which needs the package 'datasets': "
-                "pip install 'quailora[data]'."
-            ) from error
-        name, _, configuration = str(self.source).partition(":")
-        try:
-            records = load_dataset(name, configuration or None, split=self.split, streaming=True)
-            for record in records:
-                yield self._document(record, self.source)
-        except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, CalibrationError):
-                raise
-            raise CalibrationError(
-                f"Cannot read split {self.split!r} of the data set {self.source!r} ({error}). "
-                "Check the name, or give a local .txt or .jsonl file."
-            ) from error
-
-    def _document(self, record: Any, place: str | None) -> str:
-        missing = [field for field in self.fields if not isinstance(record, dict) or field not in record]
-        if missing:
-            there = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-            raise CalibrationError(f"{place} has no field {missing[0]!r}. It has: {there}. Choose the text fields.")
-        return "".join(str(record[field]) for field in self.fields)
-
-
-def shipped_text(name: str) -> str:
-    """Return the shipped text `calibrate` or `evaluate`."""
-    return files("quailora").joinpath(f"data/{name}.txt").read_text(encoding="utf-8")
-
-
-def read_text(path: Path) -> str:
-    """Return a UTF-8 file.
-
-    Raises:
-        CalibrationError: if it cannot be read, or is not UTF-8 text.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"Cannot read {path} as UTF-8 text: {error}.") from error
-
-
-def tokenize(tokenizer: Any, text: str) -> Int[Tensor, " tokens"]:
-    """Return the tokens of a whole text, with the special tokens that the tokenizer adds by itself."""
-    if not text.strip():
-        return torch.empty(0, dtype=torch.long)
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
 @final
@@ -136,13 +37,17 @@ class Calibration:
         seed: seed of the draw.
         dtype: arithmetic of the pass: "auto" is bfloat16 on a CPU that multiplies in it, else that of the model;
             "model" is always that of the model.
+        bos: "every-window" starts each window with the tokens that the tokenizer puts in front of a text, such as BOS,
+            which models expect there; "stream" tokenizes the text as one stream and cuts it, so that only its first
+            window has them, as in the GPTQ papers. Without meaning for tokenizers that add none.
     """
 
-    text: TextSource = TextSource()
+    text: TextSource = field(default_factory=TextSource)
     samples: int = 16
-    sequence_length: int = 1024
+    sequence_length: int = DEFAULT_LENGTH
     seed: int = 0
     dtype: CalibrationDtype = "auto"
+    bos: BosPlacement = "every-window"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.sequence_length < 1:
@@ -152,9 +57,12 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
-        """Build what `dataclasses.asdict` wrote down, also after a trip through JSON."""
+        """Build what `dataclasses.asdict` wrote down, also after a trip through JSON.
+
+        What was written before there was a choice of `bos` is a stream.
+        """
         text = {**content["text"], "fields": tuple(content["text"]["fields"])}
-        return cls(**{**content, "text": TextSource(**text)})
+        return cls(**{"bos": "stream", **content, "text": TextSource(**text)})
 
     def windows(self, tokenizer: Any) -> Int[Tensor, "samples sequence_length"]:
         """Draw windows of tokens at random, without overlap.
@@ -167,54 +75,57 @@ class Calibration:
 
         Raises:
             CalibrationError: if the text is too short, or cannot be read.
+            ConfigurationError: if special tokens would fill the windows.
         """
-        available = self._every_window(tokenizer, self.samples)
-        if len(available) < self.samples:
+        every = self._every_window(tokenizer, self.samples)
+        if len(every.ids) < self.samples:
             raise CalibrationError(
                 f"Expected at least {self.samples} x {self.sequence_length} tokens of calibration text, got "
-                f"{available.numel()} from {self.text.source or 'the shipped text'}. Use a longer text, fewer samples "
+                f"{every.tokens} from {self.text.source or 'the shipped text'}. Use a longer text, fewer samples "
                 "or a shorter sequence length."
             )
         generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(len(available), generator=generator)[: self.samples].sort().values
-        return available[chosen]
+        chosen = torch.randperm(len(every.ids), generator=generator)[: self.samples].sort().values
+        return every.ids[chosen]
 
     def repeated(self, tokenizer: Any, count: int) -> Int[Tensor, "count sequence_length"]:
         """Draw `count` windows at random, in random order; when all have been drawn, all over again.
 
         Raises:
             CalibrationError: if the text does not fill `samples` windows, or cannot be read.
+            ConfigurationError: if special tokens would fill the windows.
         """
         self.windows(tokenizer)
-        available = self._every_window(tokenizer, count)
+        available = self._every_window(tokenizer, count).ids
         generator = torch.Generator().manual_seed(self.seed)
         rounds = -(-count // len(available))
         order = torch.cat([torch.randperm(len(available), generator=generator) for _ in range(rounds)])
         return available[order[:count]]
 
-    def _every_window(self, tokenizer: Any, needed: int) -> Int[Tensor, "windows sequence_length"]:
-        budget = needed * self.sequence_length * _CHARACTERS_PER_TOKEN
-        parts: list[str] = []
-        for document in self.text.documents():
-            parts.append(document[:budget])
-            budget -= len(document)
-            if budget <= 0:
-                break
-        tokens = tokenize(tokenizer, "\n\n".join(parts))
-        count = len(tokens) // self.sequence_length
-        return tokens[: count * self.sequence_length].view(count, self.sequence_length)
+    def _every_window(self, tokenizer: Any, needed: int) -> _Windows:
+        return _windows(tokenizer, self.text.documents(tokenizer), needed, self.sequence_length, self.bos)
+
+
+def evaluation_source(source: str | None, fields: Sequence[str]) -> TextSource:
+    """Return a text to evaluate on, by default the one that ships with quailora for that; see `TextSource`."""
+    return TextSource(source, tuple(fields), shipped="evaluate")
 
 
 def evaluation_windows(
-    tokenizer: Any, texts: Sequence[str], windows: int, sequence_length: int
+    tokenizer: Any,
+    texts: Iterable[str],
+    windows: int,
+    sequence_length: int,
+    bos: BosPlacement = "every-window",
 ) -> Int[Tensor, "windows sequence_length"]:
-    """Return the first windows of a text, without overlap: the convention of the GPTQ papers.
+    """Return the first windows of a text, without overlap: the convention of the GPTQ papers, but for `bos`.
 
     Args:
         tokenizer: a transformers tokenizer.
-        texts: documents, joined by blank lines.
+        texts: documents, joined by blank lines; no more of them are read than are needed, as in `Calibration.windows`.
         windows: number of windows at most; a short text gives fewer.
         sequence_length: tokens in a window.
+        bos: see `Calibration`.
 
     Raises:
         CalibrationError: if the text does not fill one window.
@@ -222,11 +133,44 @@ def evaluation_windows(
     """
     if windows < 1 or sequence_length < 2:
         raise ConfigurationError(f"Expected at least one window of two tokens, got {windows} x {sequence_length}.")
-    tokens = tokenize(tokenizer, "\n\n".join(texts))
-    available = min(windows, len(tokens) // sequence_length)
-    if available == 0:
+    available = _windows(tokenizer, texts, windows, sequence_length, bos)
+    if len(available.ids) == 0:
         raise CalibrationError(
-            f"Expected a text of at least {sequence_length} tokens, got {len(tokens)}. "
+            f"Expected a text of at least {sequence_length} tokens, got {available.tokens}. "
             "Use a longer text or a shorter sequence length."
         )
-    return tokens[: available * sequence_length].view(available, sequence_length)
+    return available.ids[:windows]
+
+
+class _Windows(NamedTuple):
+    """Every window of a text.
+
+    Attributes:
+        ids: token ids.
+        tokens: of the text, with special tokens that are added once, without those that are added to each window.
+    """
+
+    ids: Int[Tensor, "windows sequence_length"]
+    tokens: int
+
+
+def _windows(tokenizer: Any, documents: Iterable[str], needed: int, length: int, bos: BosPlacement) -> _Windows:
+    """Return at least the first `needed` windows of documents, if they fill as many."""
+    front = added_tokens(tokenizer).before if bos == "every-window" else ()
+    if length <= len(front):
+        raise ConfigurationError(
+            f"Expected windows longer than the {len(front)} special tokens that this tokenizer puts in front of each, "
+            f"got {length}. Use a longer sequence length."
+        )
+    budget = needed * length * _CHARACTERS_PER_TOKEN
+    parts: list[str] = []
+    for document in documents:
+        parts.append(document[:budget])
+        budget -= len(document)
+        if budget <= 0:
+            break
+    tokens = tokenize(tokenizer, "\n\n".join(parts), special=bos == "stream")
+    free = length - len(front)
+    count = len(tokens) // free
+    pieces = tokens[: count * free].view(count, free)
+    return _Windows(torch.cat([torch.tensor(front, dtype=torch.long).expand(count, -1), pieces], dim=1), len(tokens))

@@ -10,10 +10,11 @@ from typing import Any, final
 
 from .adapters.provenance import Provenance, unknown_base
 from .bases import Prequantized, StoredBase
-from .calibration import Calibration, TextSource
+from .calibration import Calibration
 from .errors import CalibrationError, ConfigurationError, ModelError
 from .quantizers import NF4, Quantizer
 from .quantizers.identity import BaseIdentity
+from .text import TextSource
 
 logger = logging.getLogger("quailora")
 

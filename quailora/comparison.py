@@ -11,15 +11,24 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .adapters.lora import LoraScaling
-from .calibration import Calibration, CalibrationDtype, TextSource, evaluation_windows, shipped_text
+from .calibration import (
+    DEFAULT_LENGTH,
+    BosPlacement,
+    Calibration,
+    CalibrationDtype,
+    evaluation_source,
+    evaluation_windows,
+)
 from .checkpoint import locked
 from .contenders import Contender
 from .contest import FULL_PRECISION, Contest
 from .errors import ConfigurationError
+from .evaluate import EVALUATION_LENGTH
 from .fingerprint import digest, fingerprint
 from .models.layers import linear_layers
-from .models.load import DeviceName, DtypeName, LoadedModel, check_sequence_length, load_model
-from .plan import check_scaling
+from .models.limits import check_token_ids, fitting_length
+from .models.load import DeviceName, DtypeName, LoadedModel, load_model
+from .plan import check_scaling, check_tokens
 from .quantizers import NF4, Int8, Quantizer, Uniform
 from .recipes import RECIPES, find_recipe
 from .report.comparison import Comparison, Row
@@ -27,6 +36,7 @@ from .report.record import versions_in_words
 from .report.settings import as_command, describe
 from .scoreboard import Scoreboard, write_comparison
 from .tasks import Tasks
+from .text import TextSource
 
 logger = logging.getLogger("quailora")
 
@@ -50,17 +60,18 @@ def compare(
     against: str = "quailora",
     baselines: Sequence[str] = tuple(BASELINES),
     text: Sequence[str] = (),
-    text_fields: Sequence[str] = ("text",),
+    text_fields: Sequence[str] = (),
     windows: int = 10,
-    window_length: int = 2048,
+    window_length: int | None = None,
     tasks: Sequence[str] = (),
     task_folder: str | None = None,
     task_limit: int | None = None,
     calibration: str | None = None,
-    calibration_fields: Sequence[str] = ("text",),
+    calibration_fields: Sequence[str] = (),
     calibration_split: str = "train",
     samples: int = 16,
-    sequence_length: int = 1024,
+    sequence_length: int | None = None,
+    bos: BosPlacement = "every-window",
     seed: int = 0,
     calibration_dtype: CalibrationDtype = "auto",
     dtype: DtypeName = "auto",
@@ -83,18 +94,23 @@ def compare(
         against: the recipe that differences are taken from, at the same rank.
         baselines: other bases to measure without an adapter: int8, and round to nearest in groups of 64 with 6, 5, 4
             or 3 bits. Gaps are closed towards int8.
-        text: text or .jsonl files to evaluate on; the shipped text by default. Do not use the calibration text.
-        text_fields: text fields of a .jsonl record.
+        text: files, folders or data sets to evaluate on, likewise; the shipped text by default. Do not use the
+            calibration text.
+        text_fields: fields of a record that are the text, likewise.
         windows: windows of each text at most.
-        window_length: tokens in such a window.
+        window_length: tokens in such a window; 2048 by default, or all positions that the model has.
         tasks: also score every row on these tasks of lm-eval, which has to be installed.
         task_folder: folder with more tasks, as YAML files of lm-eval.
         task_limit: examples of each task at most.
-        calibration: a text file, a .jsonl file, or the name of a data set; the shipped text by default.
-        calibration_fields: text fields of a record, joined in this order.
+        calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the
+            hub name of a data set; the shipped text by default.
+        calibration_fields: fields of a record that are the text, see `quailora init --help`.
         calibration_split: split of a data set.
         samples: number of calibration windows.
-        sequence_length: tokens in a calibration window.
+        sequence_length: tokens in a calibration window; 1024 by default, or all positions that the model has.
+        bos: "every-window" starts each window, of calibration and of evaluation, with the tokens that the tokenizer
+            puts in front of a text, such as BOS; "stream" only the first, as in the GPTQ papers. Without meaning for
+            tokenizers that add none.
         seed: seed of the draw of windows and of untrained directions.
         calibration_dtype: arithmetic of the calibration pass, see `quailora init`.
         dtype: dtype of the model; "auto" keeps that of the checkpoint.
@@ -113,17 +129,22 @@ def compare(
     calibrate_on = TextSource(calibration, tuple(calibration_fields), calibration_split)
     scored_on = Tasks(tuple(tasks), task_folder, task_limit)
     scored_on.check()
-    source = Calibration(calibrate_on, samples, sequence_length, seed, calibration_dtype)
+    evaluate_on = evaluation_sources(text, text_fields)
+    for each in (calibrate_on, *evaluate_on.values()):
+        each.check()
 
     loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-    check_sequence_length(loaded.model, max(sequence_length, window_length))
+    length = fitting_length(loaded.model, sequence_length, DEFAULT_LENGTH)
+    source = Calibration(calibrate_on, samples, length, seed, calibration_dtype, bos)
+    window_length = fitting_length(loaded.model, window_length, EVALUATION_LENGTH)
+    check_tokens(linear_layers(loaded.model), source)
     for rank in ranks:
         check_scaling(linear_layers(loaded.model), LoraScaling(rank))
-    seen = source.windows(loaded.tokenizer)
-    texts = dict(evaluation_texts(loaded, text, text_fields, windows, window_length))
+    seen = check_token_ids(loaded.model, source.windows(loaded.tokenizer))
+    texts = dict(evaluation_texts(loaded, evaluate_on, windows, window_length, bos))
     settings = {"quantizer": describe(quantizer), "seed": seed, "calibration dtype": calibration_dtype}
     settings |= {"tasks": list(tasks), "limit of tasks": task_limit} if tasks else {}
-    settings |= {name: digest(ids) for name, ids in texts.items()}
+    settings |= {f"text {name}": digest(ids) for name, ids in texts.items()}
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "work"):
@@ -167,12 +188,36 @@ def baseline(name: str) -> Contender:
 
 
 def evaluation_texts(
-    loaded: LoadedModel, paths: Sequence[str], fields: Sequence[str], windows: int, length: int
+    loaded: LoadedModel,
+    sources: Mapping[str, TextSource],
+    windows: int,
+    length: int,
+    bos: BosPlacement = "every-window",
 ) -> Iterator[tuple[str, Int[Tensor, "windows length"]]]:
     """Yield the name and the windows of each text."""
-    sources = {Path(path).stem: list(TextSource(path, tuple(fields)).documents()) for path in paths}
-    for name, documents in (sources or {"shipped text": [shipped_text("evaluate")]}).items():
-        ids = evaluation_windows(loaded.tokenizer, documents, windows, length)
+    for name, source in sources.items():
+        documents = source.documents(loaded.tokenizer)
+        ids = check_token_ids(loaded.model, evaluation_windows(loaded.tokenizer, documents, windows, length, bos))
         if len(ids) < windows:
             logger.warning("%s fills %d windows, not %d.", name, len(ids), windows)
         yield name, ids
+
+
+def evaluation_sources(paths: Sequence[str], fields: Sequence[str] = ()) -> dict[str, TextSource]:
+    """Return the texts to evaluate on by name; the shipped one if there are none."""
+    if not paths:
+        return {"shipped text": evaluation_source(None, fields)}
+    return {name: evaluation_source(path, fields) for name, path in distinct_names(paths).items()}
+
+
+def distinct_names(paths: Sequence[str]) -> dict[str, str]:
+    """Return paths by short names: those of the files, with as many folders as tell all of them apart.
+
+    A path that is there twice gets one name.
+    """
+    parts = {path: Path(path).parts for path in paths}
+    longest = max(map(len, parts.values()), default=0)
+    choices = [[Path(path).stem for path in parts]]
+    choices += [["/".join(each[-count:]) for each in parts.values()] for count in range(1, longest + 1)]
+    names = next((each for each in choices if len(set(each)) == len(parts)), list(parts))
+    return dict(zip(names, parts, strict=True))

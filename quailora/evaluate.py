@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +17,14 @@ from torch.nn import functional
 
 from .adapters.provenance import Provenance, read_provenance
 from .adapters.saved import SavedAdapter
-from .calibration import TextSource, evaluation_windows, shipped_text
+from .calibration import BosPlacement, evaluation_source, evaluation_windows
 from .chosen_base import check_measured_on, choose_base, loaded_partly
 from .errors import ModelError, named
 from .layerwise import layers_of
+from .measure import perplexity_of
 from .models.layers import all_layers, linear_layers
-from .models.load import DeviceName, DtypeName, check_sequence_length, load_model
+from .models.limits import check_token_ids, fitting_length
+from .models.load import DeviceName, DtypeName, load_model
 from .models.stream import Walk
 from .outputs import StrPath, as_str, write_json
 from .plan import quantized_layers
@@ -34,6 +35,9 @@ from .report.tables import print_table
 
 logger = logging.getLogger("quailora")
 
+EVALUATION_LENGTH = 2048
+"""Tokens in an evaluation window, where the model has as many positions."""
+
 
 @final
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Perplexity:
     """Token-level perplexity over windows that do not overlap.
 
     Attributes:
-        perplexity: `exp` of the mean negative log likelihood (nats) of every token but each window's first.
+        perplexity: `exp` of the mean negative log likelihood (nats) of every token but each window's first; infinite
+            where that is beyond floating point.
         tokens: number of predicted tokens.
         window_losses: mean negative log likelihood of each window, for paired comparisons.
     """
@@ -68,7 +73,7 @@ def perplexity(
         ids = window.to(device)
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         losses.append(functional.cross_entropy(logits.float(), ids[1:]).item())
-    return Perplexity(math.exp(sum(losses) / len(losses)), len(windows) * (windows.shape[1] - 1), tuple(losses))
+    return Perplexity(perplexity_of(losses), len(windows) * (windows.shape[1] - 1), tuple(losses))
 
 
 @torch.no_grad()
@@ -150,14 +155,15 @@ def evaluate(
     model: StrPath,
     *,
     text: StrPath | None = None,
-    text_fields: Sequence[str] = ("text",),
+    text_fields: Sequence[str] = (),
     quantizer: Quantizer | None = None,
     base: StrPath | None = None,
     adapter: StrPath | None = None,
     any_base: bool = False,
     calibration: StrPath | None = None,
     windows: int = 10,
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
+    bos: BosPlacement = "every-window",
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     trust_remote_code: bool = False,
@@ -170,8 +176,9 @@ def evaluate(
 
     Args:
         model: hub name, folder, .gguf file, or "demo".
-        text: text or .jsonl file to measure on; the shipped text by default. Do not use the calibration text.
-        text_fields: text fields of a .jsonl record.
+        text: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the hub name of
+            a data set, to measure on; the shipped text by default. Do not use the calibration text.
+        text_fields: fields of a record that are the text, see `quailora init --help`.
         quantizer: quantizes the base; by default the one the adapter was made for, or NF4 without adapter.
         base: a checkpoint to measure on, in place of a quantizer; by default the one that stands beside the adapter, or
             that it was made for.
@@ -180,7 +187,9 @@ def evaluate(
         calibration: calibration text for a quantizer that needs it; needed if the adapter was made with a text of
             its own.
         windows: number of windows at most.
-        sequence_length: tokens in a window.
+        sequence_length: tokens in a window; 2048 by default, or all positions that the model has.
+        bos: "every-window" starts each window with the tokens that the tokenizer puts in front of a text,
+            such as BOS; "stream" only the first, as in the GPTQ papers. Without meaning for tokenizers that add none.
         dtype: dtype of the model; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
         trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
@@ -194,16 +203,18 @@ def evaluate(
     provenance = read_provenance(folder) if folder else Provenance()
     saved = SavedAdapter.read(folder) if folder else None
     chosen = choose_base(folder, provenance, quantizer=quantizer, base=base, calibration=calibration)
+    measured_on = evaluation_source(text, text_fields)
+    measured_on.check()
     loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-    check_sequence_length(loaded.model, sequence_length)
-    texts = list(TextSource(text, tuple(text_fields)).documents()) if text else [shipped_text("evaluate")]
-    ids = evaluation_windows(loaded.tokenizer, texts, windows, sequence_length)
+    length = fitting_length(loaded.model, sequence_length, EVALUATION_LENGTH)
+    documents = measured_on.documents(loaded.tokenizer)
+    ids = check_token_ids(loaded.model, evaluation_windows(loaded.tokenizer, documents, windows, length, bos))
     if len(ids) < windows:
         logger.warning("The text fills %d windows, not %d.", len(ids), windows)
 
     walk = None
     if chosen.calibration is not None:
-        seen = chosen.calibration.windows(loaded.tokenizer)
+        seen = check_token_ids(loaded.model, chosen.calibration.windows(loaded.tokenizer))
         walk = Walk(loaded.model, linear_layers(loaded.model), seen, dtype=chosen.calibration.dtype)
     results = {"full precision": perplexity(loaded.model, ids, "Full precision")}
     identities = {}
@@ -225,5 +236,5 @@ def evaluate(
             results["quantized + adapter"] = perplexity(wrapped, ids, "Quantized + adapter")
     evaluation = Evaluation(model, chosen.title, as_str(adapter), results)
     if json:
-        write_json(Path(json), asdict(evaluation) | {"text": text, "sequence_length": sequence_length})
+        write_json(Path(json), asdict(evaluation) | {"text": text, "sequence_length": length, "bos": bos})
     return evaluation

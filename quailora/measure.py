@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -22,6 +22,14 @@ logger = logging.getLogger("quailora")
 _TOKENS = 256  # tokens whose whole distributions are compared at a time
 
 
+def perplexity_of(losses: Sequence[float]) -> float:
+    """Return `exp` of the mean of losses (nats a token), infinite where that is beyond floating point."""
+    try:
+        return math.exp(sum(losses) / len(losses))
+    except OverflowError:
+        return math.inf
+
+
 @final
 @dataclass(frozen=True)
 class Scores:
@@ -37,8 +45,8 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """`exp` of the mean loss."""
-        return math.exp(sum(self.losses) / len(self.losses))
+        """`exp` of the mean loss; infinite where that is beyond floating point."""
+        return perplexity_of(self.losses)
 
     @property
     def divergence(self) -> float:

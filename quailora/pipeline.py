@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import distributed
 from .adapters.lora import LoraScaling
-from .calibration import Calibration, CalibrationDtype, TextSource
+from .calibration import DEFAULT_LENGTH, BosPlacement, Calibration, CalibrationDtype
 from .checkpoint import locked, open_checkpoint
 from .estimate import Estimate, Offload, choose_offload, estimate
 from .fingerprint import fingerprint
@@ -25,18 +25,18 @@ from .machine import memory_available
 from .metrics import MetricName
 from .models.gradients import find_sensitivities
 from .models.layers import ALL_LINEAR, Layer, select_layers
+from .models.limits import check_token_ids, fitting_length
 from .models.load import (
     DeviceName,
     DtypeName,
     LoadedModel,
-    check_sequence_length,
     empty_model,
     load_model,
     resolve_device,
 )
 from .models.stream import InputsOf, Walk
 from .outputs import StrPath, as_str, check_output, new_folder
-from .plan import base_given, check_base, check_scaling, check_trainable, method_of, quantized_layers
+from .plan import base_given, check_layers, check_trainable, method_of, quantized_layers
 from .quantizers import NF4, Quantizer
 from .report.phases import Phases
 from .report.settings import describe
@@ -45,6 +45,7 @@ from .results import BaseFormat, Results
 from .runs import Run
 from .sensitivity import Sensitivity
 from .solvers import AlternatingLeastSquares, Solver
+from .text import TextSource
 
 logger = logging.getLogger("quailora")
 
@@ -112,10 +113,11 @@ def init(
     alpha_pattern: dict[str, float] | None = None,
     targets: Sequence[str] = (ALL_LINEAR,),
     calibration: StrPath | None = None,
-    calibration_fields: Sequence[str] = ("text",),
+    calibration_fields: Sequence[str] = (),
     calibration_split: str = "train",
     samples: int = 16,
-    sequence_length: int = 1024,
+    sequence_length: int | None = None,
+    bos: BosPlacement = "every-window",
     seed: int = 0,
     calibration_dtype: CalibrationDtype = "auto",
     dtype: DtypeName = "auto",
@@ -152,11 +154,15 @@ def init(
         rank_pattern: rank of the layers that a name, ending or regular expression matches, as in PEFT.
         alpha_pattern: lora_alpha of the layers that a name, ending or regular expression matches, as in PEFT.
         targets: "all-linear" for every linear layer but the output head, or names, endings and regular expressions.
-        calibration: a text file, a .jsonl file, or the name of a data set; the shipped text by default.
-        calibration_fields: text fields of a record, joined in this order.
+        calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the
+            hub name of a data set; the shipped text by default.
+        calibration_fields: fields of a record that are the text, joined by line breaks in this order; by default
+            `text`, else a conversation in `messages` or `conversations`, by the chat template.
         calibration_split: split of a data set.
         samples: number of calibration windows.
-        sequence_length: tokens in a calibration window.
+        sequence_length: tokens in a calibration window; 1024 by default, or all positions that the model has.
+        bos: "every-window" starts each calibration window with the tokens that the tokenizer puts in front of a text,
+            such as BOS; "stream" only the first, as in the GPTQ papers. Without meaning for tokenizers that add none.
         seed: seed of the draw of windows and of untrained directions.
         calibration_dtype: arithmetic of the calibration pass, which never changes the weights: "auto" is bfloat16 on a
             CPU that multiplies in it, else that of the model; "model" is always that of the model.
@@ -185,15 +191,15 @@ def init(
     scaling = LoraScaling(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
     folder = Path(out).expanduser()
     text = TextSource(calibration, tuple(calibration_fields), calibration_split)
-    source = Calibration(text, samples, sequence_length, seed, calibration_dtype)
+    text.check()
     initializer = Initializer(quantizer if base is None else base_given(base, quantizer), solver, rank, metric)
     method, inputs, own = method_of(recipe, initializer, scaling, inputs)
     save_base = save_base or own
     empty = empty_model(model, dtype, trust_remote_code=trust_remote_code)
     planned = select_layers(empty, targets)
-    check_scaling(planned, scaling)
-    check_base(planned, method, save_base)
-    check_sequence_length(empty, sequence_length)
+    length = fitting_length(empty, sequence_length, DEFAULT_LENGTH)
+    source = Calibration(text, samples, length, seed, calibration_dtype, bos)
+    check_layers(planned, method, source, save_base)
     available = memory_available(memory_limit)
     needed = estimate(model, empty, planned, method, source, inputs_of=inputs, available=available)
     if dry_run:
@@ -216,7 +222,7 @@ def init(
                 model, dtype, device, offload=place, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
             )
             layers = select_layers(loaded.model, targets)
-            windows = source.windows(loaded.tokenizer)
+            windows = check_token_ids(loaded.model, source.windows(loaded.tokenizer))
         depends_on = {name: value for name, value in settings.items() if name not in _HARMLESS}
         checkpoint = open_checkpoint(work, fingerprint(depends_on, loaded, windows, base), fresh)
         every = save_base or inputs != "full"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from .adapters.lora import LoraScaling
 from .bases import Prequantized
+from .calibration import Calibration
 from .errors import ConfigurationError, TargetError
 from .initializer import Initializer
 from .layerwise import Method
@@ -15,6 +17,8 @@ from .models.stream import InputsOf
 from .quantizers import NF4, Quantizer
 from .recipes import find_recipe
 from .solvers import AlternatingLeastSquares
+
+logger = logging.getLogger("quailora")
 
 
 def base_given(base: str, asked: Quantizer) -> Quantizer:
@@ -48,6 +52,20 @@ def method_of(
         raise ConfigurationError("A recipe decides solver, metric and inputs; leave these options out.")
     row = find_recipe(recipe)
     return row.method(asked.quantizer, scaling), row.inputs, row.changes_base
+
+
+def check_layers(layers: Mapping[str, Layer], method: Method, source: Calibration, save_base: bool) -> None:
+    """Raise a `ConfigurationError` or a `TargetError` if layers cannot be initialized so; warn of few tokens.
+
+    Args:
+        layers: the targets.
+        method: how they are quantized and corrected.
+        source: what they are calibrated on.
+        save_base: whether the base is to be written.
+    """
+    check_scaling(layers, method.scaling)
+    check_base(layers, method, save_base)
+    check_tokens(layers, source)
 
 
 def check_base(layers: Mapping[str, Layer], method: Method, save_base: bool) -> None:
@@ -100,6 +118,24 @@ def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
         raise TargetError(
             f"{len(small)} of {len(layers)} layers cannot carry the rank they were given: {', '.join(small[:5])}"
             f"{', ...' if len(small) > 5 else ''}. Lower the rank, or give these layers their own with rank_pattern."
+        )
+
+
+def check_tokens(layers: Mapping[str, Layer], source: Calibration) -> None:
+    """Warn if there are fewer calibration tokens than inputs of the widest layer.
+
+    The second moment of its inputs is then singular: a correction can be perfect on the calibration text and poor on
+    any other.
+    """
+    widest = max(layers.values(), key=lambda layer: layer.shape[1])
+    tokens = source.samples * source.sequence_length
+    if tokens < widest.shape[1]:
+        logger.warning(
+            "Calibrating on %d tokens, fewer than the %d inputs of %s: the errors that are reported will be too low "
+            "for other text. Use more or longer samples.",
+            tokens,
+            widest.shape[1],
+            widest.name,
         )
 
 

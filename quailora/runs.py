@@ -19,6 +19,7 @@ from .fingerprint import digest
 from .initializer import LayerInitialization
 from .layerwise import Method, initialize_layer, initializers, layers_of, seeded
 from .models.layers import Layer
+from .models.limits import check_token_ids
 from .models.stream import Block, Walk
 from .polish import Polish
 from .progress import console, counting
@@ -116,7 +117,7 @@ class Run:
                 self.walk.layers,
                 weights,
                 {name: (low_rank.lora_A, low_rank.lora_B) for name, low_rank in found.items()},
-                settings.windows(source, tokenizer),
+                check_token_ids(self.walk.model, settings.windows(source, tokenizer)),
                 source.dtype,
             )
             for name, (lora_A, lora_B) in trained.items():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from quailora.calibration import Calibration, TextSource, evaluation_windows, shipped_text, tokenize
+from quailora.calibration import Calibration, evaluation_windows
 from quailora.errors import CalibrationError, ConfigurationError
+from quailora.text import TextSource, shipped_text
+from quailora.text.tokens import tokenize
 
 
 def windows(tokenizer, text=None, **settings):
@@ -33,36 +38,6 @@ def test_evaluation_windows_are_the_first(tokenizer):
     assert len(evaluation_windows(tokenizer, ["word " * 500], 99, 100)) < 99
 
 
-def test_json_lines_with_chosen_fields(tokenizer, tmp_path):
-    path = tmp_path / "data.jsonl"
-    records = [{"prompt": "Ask ", "response": f"answer {index}."} for index in range(50)]
-    path.write_text("\n\n".join(json.dumps(record) for record in records), encoding="utf-8")
-    documents = list(TextSource(str(path), ("prompt", "response")).documents())
-    assert documents[:2] == ["Ask answer 0.", "Ask answer 1."]
-    with pytest.raises(CalibrationError, match=r"data.jsonl:1 has no field 'text'. It has: prompt, response"):
-        list(TextSource(str(path)).documents())
-    assert windows(tokenizer, TextSource(str(path), ("response",)), samples=2, sequence_length=32).shape == (2, 32)
-
-
-def test_broken_json_names_the_line(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
-    with pytest.raises(CalibrationError, match=r"data.jsonl:2"):
-        list(TextSource(str(path)).documents())
-
-
-def test_data_set_through_the_datasets_package(tokenizer, tmp_path):
-    """A local folder stands for a hub name: the same loader reads both."""
-    pytest.importorskip("datasets")
-    lines = [json.dumps({"text": f"Document number {index} of the set."}) for index in range(40)]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    source = TextSource(str(tmp_path))
-    assert list(source.documents())[1] == "Document number 1 of the set."
-    assert windows(tokenizer, source, samples=2, sequence_length=50).shape == (2, 50)
-    with pytest.raises(CalibrationError, match="Cannot read split 'nowhere'"):
-        list(TextSource(str(tmp_path), split="nowhere").documents())
-
-
 def test_short_text_says_how_much_is_missing(tokenizer, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("Only a few words.", encoding="utf-8")
@@ -77,19 +52,81 @@ def test_short_text_says_how_much_is_missing(tokenizer, tmp_path):
         evaluation_windows(tokenizer, ["text"], 1, 1)
 
 
-def test_unreadable_sources_are_refused(tmp_path):
-    with pytest.raises(CalibrationError, match=r"'nothing.txt' does not exist"):
-        list(TextSource("nothing.txt").documents())
-    binary = tmp_path / "binary.txt"
-    binary.write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(CalibrationError, match="as UTF-8 text"):
-        list(TextSource(str(binary)).documents())
+def test_settings_are_checked():
     with pytest.raises(ValueError, match="at least one sample"):
         Calibration(samples=0)
 
 
 def test_settings_survive_json():
-    from dataclasses import asdict
-
     calibration = Calibration(TextSource("a.jsonl", ("x", "y"), "test"), 3, 5, 7)
-    assert Calibration.from_dict(json.loads(json.dumps(asdict(calibration)))) == calibration
+    written = json.loads(json.dumps(asdict(calibration)))
+    assert Calibration.from_dict(written) == calibration
+    del written["bos"]  # as before there was a choice
+    assert Calibration.from_dict(written) == replace(calibration, bos="stream")
+
+
+@pytest.fixture(params=[("<bos> $A", 1), ("<bos> $A <eos>", 1), ("<eos> <bos> $A <eos>", 2), ("$A <eos>", 0)])
+def adding(request, tokenizer):
+    """A tokenizer that adds special tokens by itself, and how many go in front; BOS and EOS may be the same."""
+    from tokenizers.processors import TemplateProcessing
+
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens(["<bos>", "<eos>"], special_tokens=True)  # no bos_token: what counts is what it does
+    pairs = [(name, changed.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+    template, count = request.param
+    changed.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=pairs)
+    return changed, count
+
+
+def test_every_window_starts_as_the_tokenizer_starts_a_text(adding, tokenizer):
+    changed, count = adding
+    front = changed("a")["input_ids"][:count]
+    text = tokenize(tokenizer, shipped_text("evaluate"))
+    chosen = evaluation_windows(changed, [shipped_text("evaluate")], 5, 64)
+    assert chosen[:, :count].tolist() == [front] * 5
+    torch.testing.assert_close(chosen[:, count:].flatten(), text[: 5 * (64 - count)])  # no token lost, none in between
+    drawn = windows(changed, samples=4, sequence_length=32)
+    repeated = Calibration(samples=1, sequence_length=32).repeated(changed, 9)
+    for found in (drawn, repeated):
+        assert found[:, :count].tolist() == [front] * len(found)
+        assert int(found[:, count:].max()) < 300  # no special token anywhere else
+
+
+def test_a_stream_has_them_once(adding):
+    changed, count = adding
+    tokens = torch.tensor(changed(shipped_text("evaluate"), verbose=False)["input_ids"])
+    torch.testing.assert_close(
+        evaluation_windows(changed, [shipped_text("evaluate")], 3, 64, "stream"), tokens[:192].view(3, 64)
+    )
+    drawn = windows(changed, samples=200, sequence_length=32, bos="stream")
+    assert int((drawn[:, :count] >= 300).sum()) <= 2
+
+
+def test_without_special_tokens_both_are_the_same(tokenizer):
+    for choice in ("every-window", "stream"):
+        torch.testing.assert_close(
+            windows(tokenizer, samples=8, sequence_length=64, bos=choice), drawn_before(tokenizer, 8, 64)
+        )
+
+
+def drawn_before(tokenizer, samples, length):
+    """The windows as they were drawn before there was a choice."""
+    tokens = torch.tensor(tokenizer(shipped_text("calibrate")[: samples * length * 64])["input_ids"])
+    every = tokens[: len(tokens) // length * length].view(-1, length)
+    chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:samples]
+    return every[chosen.sort().values]
+
+
+def test_windows_of_special_tokens_alone_are_refused(adding):
+    changed, count = adding
+    if count == 0:
+        assert windows(changed, samples=1, sequence_length=1).shape == (1, 1)
+        return
+    with pytest.raises(ConfigurationError, match=f"longer than the {count} special tokens"):
+        windows(changed, samples=1, sequence_length=count)
+
+
+def test_no_more_is_read_than_is_needed(tokenizer):
+    """A data set may be endless."""
+    documents = itertools.repeat("Once upon a time. " * 10)
+    assert evaluation_windows(tokenizer, documents, 2, 32).shape == (2, 32)

@@ -8,7 +8,8 @@ import torch
 from quailora import InputStatistics
 from quailora.errors import CalibrationError, ModelError, TargetError
 from quailora.models.layers import Layer, explicit_targets, linear_layers, select_layers
-from quailora.models.load import check_sequence_length, load_model
+from quailora.models.limits import check_sequence_length
+from quailora.models.load import load_model
 from quailora.models.locate import demo_file
 from quailora.models.stream import collect_statistics
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError, ModelError
+from ..errors import ConfigurationError
 from .accept import check_loaded, check_weights, find_config, unreadable
 from .locate import NO_ADAPTER, quiet_transformers, resolve
 from .weights import compute_on
@@ -146,10 +146,3 @@ def save_model(folder: Path, loaded: LoadedModel, state: Mapping[str, Tensor] | 
     with quiet_transformers(), warnings.catch_warnings(action="ignore"):  # of shards larger than memory
         model.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD)
     loaded.tokenizer.save_pretrained(folder)
-
-
-def check_sequence_length(model: Any, sequence_length: int) -> None:
-    """Raise a `ModelError` if the model has no positions for sequences of this length."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise ModelError(f"Expected a sequence length of at most {longest} for this model, got {sequence_length}.")

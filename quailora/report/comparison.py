@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
@@ -126,11 +127,13 @@ class Comparison:
     def gap_closed(self, row: Row, text: str) -> float | None:
         """Return the share of the gap in perplexity from the base alone to int8 that a row closes.
 
-        None for rows without an adapter, and where int8 was not measured or there is no gap.
+        None for rows without an adapter, and where int8 was not measured or there is no finite gap.
         """
         of = {each.name: each.scores[text].perplexity for each in self.rows}
         gap = of["base alone"] - of.get("int8", of["base alone"])
-        return (of["base alone"] - row.scores[text].perplexity) / gap if row.recipe and gap > 0 else None
+        if not row.recipe or not 0 < gap < math.inf:
+            return None
+        return (of["base alone"] - row.scores[text].perplexity) / gap
 
     def difference(self, row: Row, text: str) -> Difference | None:
         """Return the loss of a recipe less that of the reference at its rank, in nats a token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
@@ -161,7 +162,8 @@ def picture(draw: Callable[[Axes], None], title: str) -> str:
 def draw_sizes(axes: Axes, comparison: Comparison, text: str) -> None:
     """Draw perplexity against stored bytes."""
     alone = sorted((row.base_bytes / 1e6, row.scores[text].perplexity) for row in comparison.rows if is_alone(row))
-    worst = max((row.scores[text].perplexity for row in comparison.rows if row.recipe), default=0.0)
+    reached = [row.scores[text].perplexity for row in comparison.rows if row.recipe]
+    worst = max(filter(math.isfinite, reached), default=0.0)
     worth = [point for index, point in enumerate(alone) if all(point[1] < smaller[1] for smaller in alone[:index])]
     axes.plot(*zip(*alone, strict=True), "o", color="grey", label="bases alone")
     axes.plot(*zip(*worth, strict=True), color="grey")
@@ -175,7 +177,9 @@ def draw_sizes(axes: Axes, comparison: Comparison, text: str) -> None:
         axes.plot(*zip(*sorted(points), strict=True), marker(index) + "-", label=recipe, linewidth=0.8)
     full = comparison.rows[0].scores[text].perplexity
     axes.axhline(full, linestyle=":", color=_INK)
-    axes.set(xlabel="MB", ylabel="perplexity", ylim=(full - 0.05 * (worst - full), worst + 0.1 * (worst - full)))
+    axes.set(xlabel="MB", ylabel="perplexity")
+    if full < worst:
+        axes.set_ylim(full - 0.05 * (worst - full), worst + 0.1 * (worst - full))
     legend(axes)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..quantizers.grid import Grid, GridWeight
 from ..quantizers.packing import unpack_words
-from .misfit import misfit
+from .whole import check_present, check_scales, check_words, misfit
 
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in its word of eight codes each output's is."""
@@ -26,13 +26,19 @@ def read_awq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
         dtype: that the layer computes in.
 
     Raises:
-        ModelError: if the checkpoint has other than 4 bits, is of another layout, or shapes do not fit together.
+        ModelError: if the checkpoint has other than 4 bits, is of another layout, a tensor is missing or damaged, or
+            shapes do not fit together.
     """
-    bits, layout = int(config.get("bits", 4)), str(config.get("version") or config.get("format") or "gemm").lower()
+    bits, layout = config.get("bits", 4), str(config.get("version") or config.get("format") or "gemm").lower()
     if bits != 4 or layout != "gemm":
         raise ModelError(f"Expected an AWQ checkpoint of 4 bits in the layout 'gemm', got {bits} bits in {layout!r}.")
-    columns, (groups, rows) = len(tensors["qweight"]), tensors["scales"].shape
-    if tensors["qweight"].shape[1] * 8 != rows or tensors["qzeros"].shape != (groups, rows // 8):
+    check_present(tensors, ("qweight", "qzeros", "scales"))
+    check_words(tensors, ("qweight", "qzeros"), (torch.int32,))
+    check_scales(tensors, ("scales",))
+    columns, (groups, rows) = len(tensors["qweight"]), tensors["qzeros"].shape
+    rows *= 8
+    fits = tensors["qweight"].shape[1] * 8 == rows and tensors["scales"].shape == (groups, rows)
+    if not fits or groups == 0 or columns % groups:
         raise misfit(tensors, "one layer")
     grid = Grid(tensors["scales"].T.float(), codes_of(tensors["qzeros"]).T.float(), bits)
     codes = codes_of(tensors["qweight"]).T

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import final
 
 from jaxtyping import Float
@@ -88,7 +89,15 @@ class Stored(Quantizer):
         return None
 
 
-@cache
 def opened(base: str) -> StoredBase:
-    """Return a checkpoint, whose configuration and index are read once."""
+    """Return a checkpoint, whose configuration and index are read once, as long as its files stay as they are."""
+    folder = Path(base).expanduser()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return _opened(base, tuple((file.name, file.lstat().st_size, file.lstat().st_mtime_ns) for file in files))
+
+
+@cache
+def _opened(base: str, files: tuple[tuple[str, int, int], ...]) -> StoredBase:
+    """Return a checkpoint; files are part of the key alone."""
+    del files
     return StoredBase(base)

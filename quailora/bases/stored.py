@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import ModelError
-from ..models.checkpoint import checkpoint_files
+from ..errors import ModelError, NumericalError
+from ..models.checkpoint import StoredTensor, opened, stored_tensors
 from ..models.locate import resolve
-from ..models.quantized import quantization_of
+from ..models.names import module_names
+from ..models.quantized import FLOATS, quantization_of
 from ..quantizers import QuantizedWeight
+from ..quantizers.base import check_finite
 from .awq import read_awq
 from .bitsandbytes import read_bitsandbytes
 from .gptq import read_gptq
@@ -36,13 +37,13 @@ READERS: dict[str, Reader] = {
 """By `quant_method` of the checkpoint's `quantization_config`."""
 
 _MARKS = {
-    "gptq": re.compile("qweight$"),
-    "awq": re.compile("qweight$"),
-    "bitsandbytes": re.compile(r"SCB$|weight\.quant_state\."),
-    "hqq": re.compile("W_q$"),
-    "torchao": re.compile("_weight_qdata$"),
+    "gptq": re.compile("qweight|qzeros|scales|g_idx"),
+    "awq": re.compile("qweight|qzeros|scales"),
+    "bitsandbytes": re.compile(r"SCB|weight\..*"),
+    "hqq": re.compile("W_q|packing"),
+    "torchao": re.compile("_weight_qdata|_weight_scale"),
 }
-"""Tensors that only quantized layers have."""
+"""Tensors that only quantized layers have; one of them is enough, since others may be missing."""
 
 
 @final
@@ -80,21 +81,28 @@ class StoredBase:
         return self.described
 
     @cached_property
-    def index(self) -> dict[str, dict[str, Path]]:
-        """The file of each tensor of each module: by the module's name, then by the tensor's name in it."""
-        found: dict[str, dict[str, Path]] = {}
-        for file in checkpoint_files(resolve(self.name)):
-            with safe_open(file, "pt") as content:
-                for key in content.keys():  # noqa: SIM118 # no mapping
-                    module, tensor = split_key(key)
-                    found.setdefault(module, {})[tensor] = file
-        return found
+    def index(self) -> dict[str, dict[str, tuple[str, StoredTensor]]]:
+        """Where the tensors of each quantized layer are: by its name in the model, then by the tensor's name in it.
 
-    @cached_property
-    def layers(self) -> frozenset[str]:
-        """Names of the quantized layers; raises as `config` does."""
+        Each with its name in the checkpoint. Raises as `config` does, and if a file is missing or damaged.
+        """
         mark = _MARKS[self.config["quant_method"]]
-        return frozenset(name for name, tensors in self.index.items() if any(map(mark.match, tensors)))
+        modules: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
+        for key, tensor in stored_tensors(resolve(self.name)).items():
+            module, name = split_key(key)
+            modules.setdefault(module, {})[name] = key, tensor
+        quantized = {
+            module: tensors
+            for module, tensors in modules.items()
+            if any(map(mark.fullmatch, tensors)) or ("weight" in tensors and tensors["weight"][1].dtype not in FLOATS)
+        }
+        names = module_names(resolve(self.name), quantized)
+        return {names[module]: tensors for module, tensors in quantized.items()}
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Names of the quantized layers; raises as `index` does."""
+        return frozenset(self.index)
 
     def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:
         """Return the weight of a layer.
@@ -105,22 +113,34 @@ class StoredBase:
             device: to read it to.
 
         Raises:
-            ModelError: if the layer is not there, not quantized, or damaged.
+            ModelError: if the layer is not there, not quantized, or damaged; the message names it and its file.
         """
-        if layer not in self.layers:
+        if layer not in self.index:
             raise ModelError(f"Expected a quantized layer {layer} in {self.name!r}, and there is none.")
+        places = {name: place for name, place in self.index[layer].items() if name != "bias"}
+        files = sorted({tensor.file for _, tensor in places.values()})
         tensors: dict[str, Tensor] = {}
-        places = {name: file for name, file in self.index[layer].items() if name != "bias"}
-        for file in set(places.values()):
-            with safe_open(file, "pt", device=str(device)) as content:
-                tensors |= {name: content.get_tensor(f"{layer}.{name}") for name in places if places[name] == file}
-        return READERS[self.config["quant_method"]](tensors, self.config, dtype)
+        for file in files:
+            with opened(file, device) as content:
+                here = {name: key for name, (key, tensor) in places.items() if tensor.file == file}
+                tensors |= {name: content.get_tensor(key) for name, key in here.items()}
+        try:
+            weight = READERS[self.config["quant_method"]](tensors, self.config, dtype)
+            check_finite(weight.dequantize())
+        except (ModelError, NumericalError) as error:
+            raise ModelError(f"Layer {layer} in {names_of(files)}: {error}") from error
+        return weight
+
+
+def names_of(files: list[Path]) -> str:
+    """Return files in words."""
+    return " and ".join(map(str, files))
 
 
 def split_key(key: str) -> tuple[str, str]:
     """Return the module of a tensor of a checkpoint, and the tensor's name in it, which may have dots."""
-    place = key.rfind(".weight")
-    if place > 0:
-        return key[:place], key[place + 1 :]
+    found = re.fullmatch(r"(.+)\.(weight(?:\..+)?)", key)
+    if found:
+        return found[1], found[2]
     module, _, tensor = key.rpartition(".")
     return module, tensor

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..quantizers.torchao_int8 import TorchaoWeight
+from .whole import check_present, check_scales, check_words, misfit
 
 
 def read_torchao(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> TorchaoWeight:
@@ -21,12 +22,20 @@ def read_torchao(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype
         dtype: that the layer computes in.
 
     Raises:
-        ModelError: if codes are no signed bytes around zero, which is all that is read.
+        ModelError: if codes are no signed bytes around zero, which is all that is read, a tensor is missing or damaged,
+            or the shapes do not fit together.
     """
     del config
-    codes, scale = tensors["_weight_qdata"], tensors.get("_weight_scale")
-    zero_point = tensors.get("_weight_zero_point")
-    if codes.dtype != torch.int8 or scale is None or (zero_point is not None and zero_point.any()):
+    check_present(tensors, ("_weight_qdata",))
+    codes, zero_point = tensors["_weight_qdata"], tensors.get("_weight_zero_point")
+    if codes.dtype != torch.int8 or (zero_point is not None and bool(zero_point.any())):
         found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
         raise ModelError(f"Expected torchao's int8 weights with zero points of zero, got {found}.")
+    check_present(tensors, ("_weight_qdata", "_weight_scale"))
+    check_words(tensors, ("_weight_qdata",), (torch.int8,))
+    check_scales(tensors, ("_weight_scale",))
+    scale = tensors["_weight_scale"]
+    fits = scale.ndim == 2 and len(scale) == len(codes)
+    if not fits or scale.shape[1] == 0 or codes.shape[1] % scale.shape[1]:
+        raise misfit(tensors, "one layer with scales for each row")
     return TorchaoWeight(codes, scale, dtype)

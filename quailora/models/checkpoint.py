@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, final
 
+import torch
+
 from ..errors import ModelError, first_line
 
 SAFE = ".safetensors"
@@ -204,8 +206,12 @@ def stored_tensors(name: str) -> dict[str, StoredTensor]:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Any]:
+def opened(file: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
     """Open a safetensors file inside a `with` statement.
+
+    Args:
+        file: the file.
+        device: that its tensors are read to.
 
     Raises:
         ModelError: if it is damaged, here or while it is read.
@@ -213,7 +219,7 @@ def opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "pt") as content:
+        with safe_open(file, "pt", device=str(device)) as content:
             yield content
     except (OSError, SafetensorError) as error:
         if isinstance(error, ModelError):

@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import ModelError
 from .checkpoint import StoredTensor, config_of, find_file, read_json
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Dtypes of weights that are not quantized, as safetensors writes them."""
 
 
 def quantization_of(name: str) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def check_full_precision_weights(name: str, tensors: Mapping[str, StoredTensor])
         tensors: of its checkpoint.
     """
     for key, tensor in tensors.items():
-        if key.endswith("weight") and tensor.dtype not in _FLOATS:
+        if key.endswith("weight") and tensor.dtype not in FLOATS:
             raise already_quantized(name, f"something that stores {key} as {tensor.dtype}")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import torch
 
+from .adapters.hub import adapter_folder
 from .adapters.provenance import Origin, read_provenance, unknown_base
 from .adapters.saved import SavedAdapter
 from .bases import StoredBase
@@ -28,7 +28,7 @@ class BaseCheck:
     """What `check` returns: all layers agree.
 
     Attributes:
-        adapter: folder of the adapter.
+        adapter: hub name, or folder of the adapter.
         base: the base as it was asked for.
         layers: how many layers were compared.
     """
@@ -64,7 +64,7 @@ def check(
     Raises:
         ModelError: if it does not belong there; the message says in how many layers, and in which first.
     """
-    folder, base = Path(adapter).expanduser(), str(base)
+    folder, base = adapter_folder(adapter), str(base)
     provenance, saved = read_provenance(folder), SavedAdapter.read(folder)
     origin = provenance.origin
     if origin is None:

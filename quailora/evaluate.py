@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
+from .adapters.hub import adapter_folder
 from .adapters.provenance import Provenance, read_provenance
 from .adapters.saved import SavedAdapter
 from .calibration import BosPlacement, evaluation_source, evaluation_windows
@@ -182,7 +183,7 @@ def evaluate(
         quantizer: quantizes the base; by default the one the adapter was made for, or NF4 without adapter.
         base: a checkpoint to measure on, in place of a quantizer; by default the one that stands beside the adapter, or
             that it was made for.
-        adapter: folder of a LoRA adapter, trained or not.
+        adapter: hub name or folder of a LoRA adapter, trained or not.
         any_base: measure the adapter on another base than the one it was made for, too.
         calibration: calibration text for a quantizer that needs it; needed if the adapter was made with a text of
             its own.
@@ -199,7 +200,7 @@ def evaluate(
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     model, text, base, calibration = str(model), as_str(text), as_str(base), as_str(calibration)
-    folder = Path(adapter).expanduser() if adapter else None
+    folder = adapter_folder(adapter) if adapter else None
     provenance = read_provenance(folder) if folder else Provenance()
     saved = SavedAdapter.read(folder) if folder else None
     chosen = choose_base(folder, provenance, quantizer=quantizer, base=base, calibration=calibration)

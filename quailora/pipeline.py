@@ -14,9 +14,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from . import distributed
+from .adapters.hub import check_upload, upload
 from .adapters.lora import LoraScaling
 from .calibration import DEFAULT_LENGTH, BosPlacement, Calibration, CalibrationDtype
-from .checkpoint import locked, open_checkpoint
+from .checkpoint import Checkpoint, locked, open_checkpoint
 from .estimate import Estimate, Offload, choose_offload, estimate
 from .fingerprint import fingerprint
 from .initializer import Initializer
@@ -54,6 +55,7 @@ _HARMLESS = {
     "overwrite",
     "fresh",
     "dry_run",
+    "push_to_hub",
     "offload",
     "memory_limit",
     "allow_pickle",
@@ -132,6 +134,7 @@ def init(
     overwrite: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
+    push_to_hub: str | None = None,
 ) -> InitResult | Estimate:
     """Write a LoRA adapter that makes the quantized model behave like the full-precision one.
 
@@ -182,6 +185,7 @@ def init(
         overwrite: replace a result that is in the folder.
         fresh: forget what an unfinished run with this output folder has done, instead of going on from it.
         dry_run: load configuration and shapes only, print what the run would take, and write nothing.
+        push_to_hub: name on the hub to upload the result to, such as owner/adapter; a new repository is private.
 
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
@@ -204,7 +208,7 @@ def init(
     needed = estimate(model, empty, planned, method, source, inputs_of=inputs, available=available)
     if dry_run:
         return needed
-    check_output(folder, overwrite)
+    check_destinations(folder, overwrite, push_to_hub)
     if calibration is None:
         logger.warning("Calibrating on the text that ships with quailora; pass --calibration for text like your task.")
 
@@ -225,31 +229,10 @@ def init(
             windows = check_token_ids(loaded.model, source.windows(loaded.tokenizer))
         depends_on = {name: value for name, value in settings.items() if name not in _HARMLESS}
         checkpoint = open_checkpoint(work, fingerprint(depends_on, loaded, windows, base), fresh)
-        every = save_base or inputs != "full"
-        whole = quantized_layers(loaded.model, layers, method.initializer.quantizer) if every else layers
-        walk = Walk(
-            loaded.model,
-            whole,
-            windows,
-            inputs=inputs,
-            dtype=source.dtype,
-            activations=checkpoint.activations,
-            start=distributed.from_first(checkpoint.blocks_done),
-            on_done=checkpoint.set_blocks_done,
-        )
         with phases.measure("initialize"):
-            run = Run(
-                walk,
-                layers,
-                {"": method},
-                checkpoint,
-                keep_weights=[""] if save_base or method.polish else [],
-                keep_packed=save_base,
-                seed=seed,
-                sensitivities=sensitivities_for(method, loaded, layers, windows, source),
+            run = finished_run(
+                loaded, layers, windows, method, source, checkpoint, inputs=inputs, save_base=save_base, seed=seed
             )
-            run.finish()
-            run.polish("", method.polish, source, loaded.tokenizer)
         report = None
         if distributed.rank() == 0:
             results = Results(settings, phases, loaded, method, source, layers, windows.numel(), run, base)
@@ -257,7 +240,67 @@ def init(
                 report = results.write(partial, base_format if save_base else None)
         distributed.barrier()
         checkpoint.remove()
+    if report is not None:
+        upload(folder, push_to_hub)
     return InitResult(folder, report)
+
+
+def finished_run(
+    loaded: LoadedModel,
+    layers: Mapping[str, Layer],
+    windows: Int[Tensor, "samples sequence_length"],
+    method: Method,
+    source: Calibration,
+    checkpoint: Checkpoint,
+    *,
+    inputs: InputsOf,
+    save_base: bool,
+    seed: int,
+) -> Run:
+    """Initialize all layers by a method, from where the checkpoint stands, and train them if the method says so.
+
+    Args:
+        loaded: the model.
+        layers: the layers that get a correction.
+        windows: calibration tokens.
+        method: how.
+        source: where the tokens are from.
+        checkpoint: keeps what is finished.
+        inputs: see `Walk`.
+        save_base: whether the base will be written, so that all of it is quantized and kept.
+        seed: of untrained directions.
+    """
+    every = save_base or inputs != "full"
+    walk = Walk(
+        loaded.model,
+        quantized_layers(loaded.model, layers, method.initializer.quantizer) if every else layers,
+        windows,
+        inputs=inputs,
+        dtype=source.dtype,
+        activations=checkpoint.activations,
+        start=distributed.from_first(checkpoint.blocks_done),
+        on_done=checkpoint.set_blocks_done,
+    )
+    run = Run(
+        walk,
+        layers,
+        {"": method},
+        checkpoint,
+        keep_weights=[""] if save_base or method.polish else [],
+        keep_packed=save_base,
+        seed=seed,
+        sensitivities=sensitivities_for(method, loaded, layers, windows, source),
+    )
+    run.finish()
+    run.polish("", method.polish, source, loaded.tokenizer)
+    return run
+
+
+def check_destinations(folder: Path, overwrite: bool, push_to_hub: str | None) -> None:
+    """Raise an error unless the result can go where it is asked to: to a folder, and maybe to the hub."""
+    check_output(folder, overwrite)
+    if push_to_hub is not None:
+        check_upload(push_to_hub)
 
 
 def sensitivities_for(

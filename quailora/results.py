@@ -28,7 +28,7 @@ from .report.settings import describe
 from .runs import Run
 from .solvers import LowRank
 
-_OF_ONE_RUN = {"out", "overwrite", "fresh", "dry_run"}  # not worth repeating
+_OF_ONE_RUN = {"out", "overwrite", "fresh", "dry_run", "push_to_hub"}  # not worth repeating
 BaseFormat = Literal["auto", "dequantized"]
 
 

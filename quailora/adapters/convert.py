@@ -12,6 +12,7 @@ import torch
 from ..errors import ConfigurationError
 from ..outputs import StrPath, as_str, new_folder, write_json, write_tensors
 from ..report.tables import print_table
+from .hub import adapter_folder
 from .lora import LoraScaling
 from .provenance import read_provenance
 from .saved import SCALING, A, B, Pair, SavedAdapter
@@ -59,7 +60,7 @@ def convert(
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    trained, before = SavedAdapter.read(Path(adapter).expanduser()), SavedAdapter.read(Path(initial).expanduser())
+    trained, before = SavedAdapter.read(adapter_folder(adapter)), SavedAdapter.read(adapter_folder(initial))
     for each in (trained, before):
         each.check_plain()
     check_pair(trained, before)

@@ -1,0 +1,79 @@
+"""Adapters on the hub: fetched by their names, and uploaded."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from ..errors import ModelError, StorageError, first_line
+from ..outputs import RESULTS, StrPath
+
+logger = logging.getLogger("quailora")
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_NOT_NEEDED = ("*.bin", "*.pt", "*.pth", "*.pkl", "checkpoint-*/*", "runs/*")
+
+
+def adapter_folder(adapter: StrPath) -> Path:
+    """Return the folder of an adapter. A name `owner/adapter` that is no folder here is fetched from the hub.
+
+    Raises:
+        ModelError: if the hub does not give it.
+    """
+    folder = Path(adapter).expanduser()
+    if folder.exists() or not _HUB_NAME.fullmatch(str(adapter)):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(adapter), ignore_patterns=list(_NOT_NEEDED)))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"Expected an adapter's folder or its name on the hub, got {str(adapter)!r}: there is no such folder, and "
+            f"the hub gives none ({first_line(error)})."
+        ) from error
+
+
+def check_upload(name: str) -> None:
+    """Raise an error unless the hub knows who is uploading; called before anything is computed.
+
+    Raises:
+        StorageError: if the name is no hub name, there is no login, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    if not _HUB_NAME.fullmatch(name):
+        raise StorageError(f"Expected a hub name such as owner/adapter to upload to, got {name!r}.")
+    try:
+        HfApi().whoami()
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"Cannot upload to {name!r}: {first_line(error)} Log in with `hf auth login`, or leave out --push-to-hub."
+        ) from error
+
+
+def upload(folder: Path, name: str | None) -> None:
+    """Upload what `init` has written, if there is a name; a repository that does not exist yet is made, and is private.
+
+    Raises:
+        StorageError: if the hub does not take it; the folder stays as it is.
+    """
+    if name is None:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(name, private=True, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=[*RESULTS, "base/*"],
+            commit_message="Upload an adapter made by quailora",
+        )
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"The adapter is complete in {folder}, but uploading it to {name!r} failed: {first_line(error)} "
+            f"Try again with: hf upload {name} {folder}"
+        ) from error
+    logger.info("Uploaded to %s.", name)

@@ -64,6 +64,11 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
+def summary(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message, for messages that pass it on."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 @contextmanager
 def named(layer: str) -> Iterator[None]:
     """Put a layer's name in front of what goes wrong inside a `with` statement."""

@@ -15,8 +15,8 @@ from .calibration import Calibration
 from .errors import DoesNotFitError
 from .layerwise import Method
 from .machine import duration, flops, size
-from .models.blocks import run_body
-from .models.capture import Inputs, captured, has_bfloat16, shared_inputs
+from .models.capture import has_bfloat16, shared_inputs
+from .models.empty_pass import empty_inputs
 from .models.layers import Layer, kind
 from .models.stream import TOKENS_PER_PASS, InputsOf
 from .quantizers import Quantizer
@@ -163,14 +163,10 @@ def estimate(
 def distinct_inputs(model: Any, layers: Mapping[str, Layer]) -> dict[str, Layer]:
     """Return one layer for each tensor that layers are run on, found by a pass of an empty model over a few tokens.
 
-    All layers, where an empty model cannot be run, as with experts that depend on the data.
+    All layers, where the model does not run without weights.
     """
-    linear = {name: layer for name, layer in layers.items() if layer.expert is None}
-    inputs: Inputs = {}
-    try:
-        with torch.no_grad(), captured(linear) as inputs:
-            run_body(model, torch.zeros(1, 2, dtype=torch.long, device="meta"))
-    except (RuntimeError, NotImplementedError):
+    inputs = empty_inputs(model, layers)
+    if inputs is None:
         return dict(layers)
     first = {names[0] for names in shared_inputs(inputs)} | (layers.keys() - inputs.keys())
     return {name: layer for name, layer in layers.items() if name in first}

@@ -6,7 +6,7 @@ import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -24,8 +24,9 @@ from .initializer import Initializer
 from .layerwise import Method
 from .machine import memory_available
 from .metrics import MetricName
+from .models.empty_pass import Reach
 from .models.gradients import find_sensitivities
-from .models.layers import ALL_LINEAR, Layer, select_layers
+from .models.layers import ALL_LINEAR, Layer, all_layers
 from .models.limits import check_token_ids, fitting_length
 from .models.load import (
     DeviceName,
@@ -46,6 +47,7 @@ from .results import BaseFormat, Results
 from .runs import Run
 from .sensitivity import Sensitivity
 from .solvers import AlternatingLeastSquares, Solver
+from .targets import plan_adapter
 from .text import TextSource
 
 logger = logging.getLogger("quailora")
@@ -200,12 +202,14 @@ def init(
     method, inputs, own = method_of(recipe, initializer, scaling, inputs)
     save_base = save_base or own
     empty = empty_model(model, dtype, trust_remote_code=trust_remote_code)
-    planned = select_layers(empty, targets)
+    plan = plan_adapter(empty, targets, scaling, stock_base=base is None and not save_base)
+    method = replace(method, scaling=plan.scaling)
     length = fitting_length(empty, sequence_length, DEFAULT_LENGTH)
     source = Calibration(text, samples, length, seed, calibration_dtype, bos)
-    check_layers(planned, method, source, save_base)
-    available = memory_available(memory_limit)
-    needed = estimate(model, empty, planned, method, source, inputs_of=inputs, available=available)
+    check_layers(plan.layers, method, source, save_base)
+    needed = estimate(
+        model, empty, plan.layers, method, source, inputs_of=inputs, available=memory_available(memory_limit)
+    )
     if dry_run:
         return needed
     check_destinations(folder, overwrite, push_to_hub)
@@ -219,23 +223,32 @@ def init(
         if distributed.rank() == 0:
             held.enter_context(locked(work))
         on_disk = choose_offload(offload, memory_limit, needed)
-        check_trainable(method, planned, on_disk)
+        check_trainable(method, plan.layers, on_disk)
         with phases.measure("load"):
             place = work / f"offload-{distributed.rank()}" if on_disk else None
             loaded = load_model(
                 model, dtype, device, offload=place, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
             )
-            layers = select_layers(loaded.model, targets)
+            layers = plan.of(all_layers(loaded.model))
             windows = check_token_ids(loaded.model, source.windows(loaded.tokenizer))
         depends_on = {name: value for name, value in settings.items() if name not in _HARMLESS}
         checkpoint = open_checkpoint(work, fingerprint(depends_on, loaded, windows, base), fresh)
         with phases.measure("initialize"):
             run = finished_run(
-                loaded, layers, windows, method, source, checkpoint, inputs=inputs, save_base=save_base, seed=seed
+                loaded,
+                layers,
+                windows,
+                method,
+                source,
+                checkpoint,
+                inputs=inputs,
+                save_base=save_base,
+                seed=seed,
+                reach=plan.reach,
             )
         report = None
         if distributed.rank() == 0:
-            results = Results(settings, phases, loaded, method, source, layers, windows.numel(), run, base)
+            results = Results(settings, phases, loaded, method, source, layers, windows.numel(), run, empty, base)
             with new_folder(folder, overwrite) as partial:
                 report = results.write(partial, base_format if save_base else None)
         distributed.barrier()
@@ -256,6 +269,7 @@ def finished_run(
     inputs: InputsOf,
     save_base: bool,
     seed: int,
+    reach: Reach,
 ) -> Run:
     """Initialize all layers by a method, from where the checkpoint stands, and train them if the method says so.
 
@@ -269,11 +283,13 @@ def finished_run(
         inputs: see `Walk`.
         save_base: whether the base will be written, so that all of it is quantized and kept.
         seed: of untrained directions.
+        reach: what text does to the layers.
     """
     every = save_base or inputs != "full"
+    of_base = quantized_layers(loaded.model, layers, method.initializer.quantizer) if every else layers
     walk = Walk(
         loaded.model,
-        quantized_layers(loaded.model, layers, method.initializer.quantizer) if every else layers,
+        reach.watched(of_base),
         windows,
         inputs=inputs,
         dtype=source.dtype,
@@ -290,6 +306,7 @@ def finished_run(
         keep_packed=save_base,
         seed=seed,
         sensitivities=sensitivities_for(method, loaded, layers, windows, source),
+        silent=reach.idle(of_base) if save_base else {},
     )
     run.finish()
     run.polish("", method.polish, source, loaded.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from .calibration import Calibration
 from .errors import ConfigurationError, TargetError
 from .initializer import Initializer
 from .layerwise import Method
-from .models.layers import Layer, base_layers
+from .models.layers import Layer, base_layers, kind
 from .models.stream import InputsOf
 from .quantizers import NF4, Quantizer
 from .recipes import find_recipe
@@ -57,13 +58,14 @@ def method_of(
 def check_layers(layers: Mapping[str, Layer], method: Method, source: Calibration, save_base: bool) -> None:
     """Raise a `ConfigurationError` or a `TargetError` if layers cannot be initialized so; warn of few tokens.
 
+    Whether they are large enough for their ranks was checked when they were chosen.
+
     Args:
         layers: the targets.
         method: how they are quantized and corrected.
         source: what they are calibrated on.
         save_base: whether the base is to be written.
     """
-    check_scaling(layers, method.scaling)
     check_base(layers, method, save_base)
     check_tokens(layers, source)
 
@@ -108,16 +110,17 @@ def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
             f"The pattern {unused[0]!r} means none of the {len(layers)} target layers, the first of which is "
             f"{next(iter(layers))}. Patterns are names, endings at a dot, or regular expressions for an ending."
         )
-    limits = {name: min(layer.shape) for name, layer in layers.items()}
-    small = [
-        f"{name} (at most {limit})"
-        for name, limit in limits.items()
-        if not 1 <= scaling.rank_of(layers[name].group) <= limit
-    ]
+    limits = {layer.group: min(layer.shape) for layer in layers.values()}
+    small = {group: limit for group, limit in limits.items() if scaling.rank_of(group) > limit}
     if small:
+        shown = ", ".join(f"{group} (at most {limit})" for group, limit in list(small.items())[:5])
+        ranks = {
+            kind(group): min(each for other, each in small.items() if kind(other) == kind(group)) for group in small
+        }
         raise TargetError(
-            f"{len(small)} of {len(layers)} layers cannot carry the rank they were given: {', '.join(small[:5])}"
-            f"{', ...' if len(small) > 5 else ''}. Lower the rank, or give these layers their own with rank_pattern."
+            f"{len(small)} of {len(limits)} layers cannot carry the rank they were given: {shown}"
+            f"{', ...' if len(small) > 5 else ''}. Lower the rank, or give these layers their own: "
+            f"--rank-pattern '{json.dumps(ranks)}'."
         )
 
 

@@ -13,6 +13,7 @@ import yaml
 from .adapters.card import BESIDE, model_card
 from .adapters.lora import LoraScaling, expert_stacks, write_lora
 from .adapters.provenance import Origin, read_provenance
+from .adapters.written import check_files
 from .calibration import Calibration
 from .checkpoint import Outcome
 from .layerwise import Method
@@ -46,6 +47,7 @@ class Results:
         layers: the layers with a correction.
         tokens: calibration tokens.
         run: the finished run.
+        empty: the model without weights.
         base: the checkpoint that the adapter is for, if it was there before; else that of the model, once quantized.
     """
 
@@ -57,6 +59,7 @@ class Results:
     layers: Mapping[str, Layer]
     tokens: int
     run: Run
+    empty: Any
     base: str | None = None
 
     def write(self, folder: Path, base_format: BaseFormat | None) -> dict[str, Any]:
@@ -75,6 +78,7 @@ class Results:
             base = {record.name: record.base for record in records if record.base is not None}
             origin = self._origin(base)
             write_adapter(folder, self.loaded, self.layers, corrections, self.method.scaling, self.base, origin)
+            check_files(folder, self.empty, self.layers, corrections, self.method.scaling)
             if base_format is not None:
                 self._write_base(folder / "base", outcomes, base_format)
         report = build_report(self.settings, self.phases.entries, records, self.tokens, self.run.seconds)
@@ -93,7 +97,7 @@ class Results:
 
     def _write_base(self, folder: Path, outcomes: Mapping[str, Outcome], base_format: BaseFormat) -> None:
         """Write the base: packed, where transformers reads its format, else dequantized."""
-        layers = self.run.walk.layers
+        layers = self.run.layers
         packed = {name: outcome.packed for name, outcome in outcomes.items()}
         if base_format == "auto" and savable(layers, packed):
             save_packed(folder, self.loaded, packed)

@@ -21,6 +21,7 @@ from .layerwise import Method, initialize_layer, initializers, layers_of, seeded
 from .models.layers import Layer
 from .models.limits import check_token_ids
 from .models.stream import Block, Walk
+from .models.weights import resident
 from .polish import Polish
 from .progress import console, counting
 from .quantizers import QuantizedWeight
@@ -47,6 +48,7 @@ class Run:
         keep_packed: whether they are also kept as a checkpoint has them.
         seed: seed of untrained directions.
         sensitivities: of the targets, for methods in the metric "fisher".
+        silent: layers of the base that no text reaches; they are quantized without statistics.
         seconds: what each block took, filled in on the way.
     """
 
@@ -58,7 +60,13 @@ class Run:
     keep_packed: bool = False
     seed: int = 0
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
+    silent: Mapping[str, Layer] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """All layers that the run quantizes, those that no text reaches among them."""
+        return {**self.walk.layers, **self.silent}
 
     def finish(self) -> None:
         """Finish every layer that is not finished yet."""
@@ -88,6 +96,28 @@ class Run:
                 self.seconds[block.index] = round(self.seconds.get(block.index, 0.0) + spent, 3)
                 if not console.is_terminal:  # where nobody sees a progress bar
                     logger.info("Block %d, %d layers: %.1f s.", block.index, len(block.layers), spent)
+        self._quantize_silent()
+
+    def _quantize_silent(self) -> None:
+        """Quantize the layers that no text reaches; with a quantizer that needs inputs they stay as they are.
+
+        The first of several processes does it, which is the one that writes the base.
+        """
+        for method, settings in self.methods.items() if self.silent and distributed.rank() == 0 else ():
+            quantizer = settings.initializer.quantizer
+            if quantizer.calibrated:
+                logger.warning(
+                    "The base keeps %d layers that text never reaches in full precision: %r needs their inputs.",
+                    len(self.silent),
+                    quantizer,
+                )
+                continue
+            for name in self.silent:
+                layer = self.silent[name]
+                if not self.checkpoint.has(key(method, name)):
+                    with resident(layer.module):
+                        stored = quantizer.for_layer(name).quantize(layer.weight)
+                    self.checkpoint.save(key(method, name), Outcome(None, None, *self._kept(stored)))
 
     def outcomes(self, method: str, polish: Polish | None = None) -> dict[str, Outcome]:
         """Return what a finished run made of each layer by one of its methods; tensors are memory-mapped.
@@ -96,7 +126,8 @@ class Run:
             method: its name.
             polish: a training that followed, see `polish`.
         """
-        found = {name: self.checkpoint.load(key(method, name)) for name in self.walk.layers}
+        silent = [name for name in self.silent if self.checkpoint.has(key(method, name))]
+        found = {name: self.checkpoint.load(key(method, name)) for name in (*self.walk.layers, *silent)}
         if polish is not None:
             keys = polished_keys(method, polish, self.targets)
             found |= {name: self.checkpoint.load(each) for name, each in keys.items()}
@@ -114,7 +145,7 @@ class Run:
             found = {name: one.low_rank for name, one in before.items() if one.low_rank is not None}
             trained = settings.train(
                 self.walk.model,
-                self.walk.layers,
+                self.layers,
                 weights,
                 {name: (low_rank.lora_A, low_rank.lora_B) for name, low_rank in found.items()},
                 check_token_ids(self.walk.model, settings.windows(source, tokenizer)),

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from quailora import NF4, SVD, Initializer, LowRank, Zero
 from quailora.adapters.lora import LoraScaling, write_lora
+from quailora.errors import ConfigurationError
 from quailora.evaluate import quantize_in_place
 from quailora.layerwise import Method, run_methods
 from quailora.models.layers import explicit_targets, linear_layers, select_layers
@@ -157,6 +158,13 @@ def test_every_direction_of_an_adapter_gets_gradients(ids, tmp_path):
 
 
 def test_bad_scalings_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="Expected a rank of at least 1, got 0"):
+        LoraScaling(0)
+    with pytest.raises(ConfigurationError, match="Expected a rank of at least 1, got -2"):
+        LoraScaling(4, rank_pattern={"q_proj": -2})
+    for alpha in (1e-300, 1e300):
+        with pytest.raises(ConfigurationError, match="Expected a lora_alpha between 1e-06 and 1e\\+06, got 1e"):
+            LoraScaling(4, alpha=alpha)
     with pytest.raises(ValueError, match="Expected a positive lora_alpha, got 0"):
         LoraScaling(4, alpha=0.0)
     with pytest.raises(ValueError, match="Expected a positive lora_alpha, got inf"):

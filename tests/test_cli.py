@@ -227,7 +227,7 @@ def test_failure_loses_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "33"], "layers cannot carry the rank they were given"),
+        (["--rank", "65"], "layers cannot carry the rank they were given"),
         (["--rank-pattern", '{"query": 2}'], "The pattern 'query' means none of the 14 target layers"),
         (["--targets", "attention"], "'attention' matches no linear layer"),
         (["--samples", "100000"], "Use a longer text, fewer samples or a shorter sequence length"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, make_model
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from quailora import InputStatistics
 from quailora.errors import CalibrationError, ModelError
@@ -153,7 +154,7 @@ def test_blocks_that_share_more_than_hidden_states_are_no_chain(tiny_llama, ids,
         rotary = self.rotary_emb(hidden, position_ids=positions)
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings=rotary, attention_mask=None, memory=hidden * 2)
-        return hidden
+        return BaseModelOutputWithPast(hidden)
 
     monkeypatch.setattr(type(model.model), "forward", handing_on)
     with pytest.raises(ModelError, match="more than hidden states from earlier blocks"):

@@ -24,6 +24,9 @@ INNER = ".base_layer"
 """Stands behind it once for each wrapper around the parameter of fused experts; see `ExpertStack`."""
 
 
+_EXTREME = 1e6  # of lora_alpha; float32 has room for far more, training has not
+
+
 @final
 @dataclass(frozen=True)
 class LoraScaling:
@@ -46,9 +49,17 @@ class LoraScaling:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if rank < 1:
+                raise ConfigurationError(f"Expected a rank of at least 1, got {rank}.")
         for alpha in (self.default_alpha, *self.alpha_pattern.values()):
             if not (alpha > 0 and math.isfinite(alpha)):
                 raise ConfigurationError(f"Expected a positive lora_alpha, got {alpha}.")
+            if not 1 / _EXTREME <= alpha <= _EXTREME:
+                raise ConfigurationError(
+                    f"Expected a lora_alpha between {1 / _EXTREME:g} and {_EXTREME:g}, got {alpha:g}. Factors that are "
+                    "scaled by more overflow or vanish in float32. Values from 1 to some hundreds are common."
+                )
 
     @property
     def default_alpha(self) -> float:
@@ -64,6 +75,10 @@ class LoraScaling:
         alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, name), self.default_alpha)
         rank = self.rank_of(name)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def alpha_for(self, rank: int, scale: float) -> float:
+        """Return the `lora_alpha` that gives a layer of some rank the factor `s`."""
+        return scale * (math.sqrt(rank) if self.rslora else rank)
 
     def as_config(self) -> dict[str, Any]:
         """Return what PEFT's `LoraConfig` says of ranks and alphas."""
@@ -117,8 +132,6 @@ def write_lora(
     Raises:
         ValueError: if a correction's rank is not the one that the scaling states.
     """
-    from peft import LoraConfig, TaskType
-
     stacked = {name for stack in experts for name in stack.members}
     tensors: dict[str, Tensor] = {}
     for name in corrections:
@@ -128,7 +141,26 @@ def write_lora(
     for stack in experts:
         factors = [scaled_factors(stack.parameter, corrections[name], scaling) for name in stack.members]
         tensors |= stack.tensors([lora_A for lora_A, _ in factors], [lora_B for _, lora_B in factors])
-    config = LoraConfig(
+    config = lora_config(scaling, target_modules=target_modules, base_model=base_model, experts=experts)
+    # PEFT's own `save_pretrained` writes the same content, but its sets in an order that changes from run to run.
+    content = config.to_dict() | {"target_modules": sorted(target_modules)}
+    if origin is not None:
+        content |= replace(origin, initial=digest_of(tensors)).as_config()
+    write_json(folder / "adapter_config.json", content)
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def lora_config(
+    scaling: LoraScaling,
+    *,
+    target_modules: Sequence[str],
+    base_model: str | None = None,
+    experts: Sequence[ExpertStack] = (),
+) -> Any:
+    """Return PEFT's configuration of an adapter; see `write_lora`."""
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
         **scaling.as_config(),
         target_modules=list(target_modules),
         target_parameters=[stack.parameter for stack in experts] or None,
@@ -139,12 +171,19 @@ def write_lora(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    # PEFT's own `save_pretrained` writes the same content, but its sets in an order that changes from run to run.
-    content = config.to_dict() | {"target_modules": sorted(target_modules)}
-    if origin is not None:
-        content |= replace(origin, initial=digest_of(tensors)).as_config()
-    write_json(folder / "adapter_config.json", content)
-    write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def lora_shapes(layers: Mapping[str, Layer], scaling: LoraScaling) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Return the tensors of an adapter file for these layers: by name, the layer or fused parameter, and the shape."""
+    found: dict[str, tuple[str, tuple[int, int]]] = {}
+    places = {stack.parameter: (stack.place, len(stack.members)) for stack in expert_stacks(layers)}
+    for layer in layers.values():
+        rows, columns = layer.shape
+        place, members = places.get(layer.group, (f"{PREFIX}{layer.name}", 1))
+        rank = scaling.rank_of(layer.group) * members
+        found[f"{place}.lora_A.weight"] = layer.group, (rank, columns)
+        found[f"{place}.lora_B.weight"] = layer.group, (rows, rank)
+    return found
 
 
 def scaled_factors(name: str, correction: LowRank, scaling: LoraScaling) -> tuple[Tensor, Tensor]:
@@ -181,13 +220,25 @@ class ExpertStack:
     members: tuple[str, ...]
     wrapped_by: int
 
+    @property
+    def place(self) -> str:
+        """What stands before `.lora_A.weight` in an adapter file."""
+        return f"{PREFIX}{self.parameter.rpartition('.')[0]}{INNER * self.wrapped_by}"
+
     def tensors(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the two tensors of an adapter file."""
-        place = f"{PREFIX}{self.parameter.rpartition('.')[0]}{INNER * self.wrapped_by}"
         return {
-            f"{place}.lora_A.weight": torch.cat(list(lora_A)),
-            f"{place}.lora_B.weight": torch.stack(list(lora_B), dim=-1).flatten(1),
+            f"{self.place}.lora_A.weight": torch.cat(list(lora_A)),
+            f"{self.place}.lora_B.weight": torch.stack(list(lora_B), dim=-1).flatten(1),
         }
+
+    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `lora_A` and `lora_B` of each member from the tensors of an adapter file."""
+        lora_A, lora_B = (tensors[f"{self.place}.{each}.weight"] for each in ("lora_A", "lora_B"))
+        members = len(self.members)
+        lora_A = lora_A.view(members, -1, lora_A.shape[1])
+        lora_B = lora_B.view(len(lora_B), -1, members)
+        return {name: (lora_A[index], lora_B[..., index]) for index, name in enumerate(self.members)}
 
 
 def expert_stacks(layers: Mapping[str, Layer]) -> list[ExpertStack]:

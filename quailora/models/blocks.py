@@ -3,11 +3,12 @@
 A model is run with its blocks stubbed. That gives the first block's input and the other arguments of every block
 (masks, positions), from the model's own code, so no family needs code here. What makes a model a chain is checked on
 the way: each block is called once, in order, gets what the block before it returned, and gets nothing else that
-depends on earlier blocks.
+depends on earlier blocks. A model that breaks off when its blocks are stubbed is no chain, whatever it raises.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, summary
+from .layers import output_head
 from .weights import execution_device, resident
 
 Slot = int | str
@@ -59,22 +61,21 @@ class Chain:
         names: module name of each block.
         blocks: the blocks, in the order of the model.
         slot: where a block expects hidden states.
-        in_tuple: whether a block returns hidden states as the first of a tuple.
+        rest: what a block returns in a tuple behind hidden states, without tensors; None if it returns no tuple.
     """
 
     model: Any
     names: tuple[str, ...]
     blocks: tuple[nn.Module, ...]
     slot: Slot
-    in_tuple: bool
+    rest: tuple[Any, ...] | None
     _kept: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def run(self, index: int, call: Call, hidden: Tensor) -> Tensor:
         """Run one block, which has to be resident, on hidden states; return the next ones."""
         call = call.with_hidden(self.slot, hidden)
         output = self.blocks[index](*call.arguments, **call.named)
-        result: Tensor = output[0] if self.in_tuple else output
-        return result
+        return _hidden(output)
 
     def record(self, ids: Int[Tensor, "samples length"]) -> tuple[Tensor, list[Call]]:
         """Return the first block's input for a batch, and every block's call without hidden states.
@@ -97,7 +98,7 @@ class Chain:
         def stub(*arguments: Any, **named: Any) -> Any:
             calls.append(Call(arguments, named))
             answer = reply(calls[-1].hidden(self.slot))
-            return (answer,) if self.in_tuple else answer
+            return answer if self.rest is None else (answer, *self.rest)
 
         with forward_replaced(self.blocks, [stub] * len(self.blocks)):
             run_body(self.model, ids)
@@ -150,23 +151,62 @@ def find_chain(model: Any, probe: Int[Tensor, "1 tokens"]) -> Chain:
     Raises:
         ModelError: if the model is no chain of blocks; the message says why.
     """
+    name, blocks = _longest_list(model)
+    names = tuple(f"{name}.{index}" for index in range(len(blocks)))
+    try:
+        with resident(blocks[0]):
+            calls, outputs = _probed(model, names, blocks, probe)
+        slots = {call.slot_of(_hidden(output)) for call, output in zip(calls[1:], outputs, strict=False)}
+        if len(slots) > 1 or None in slots:
+            raise _no_chain(model, f"blocks in {name} do not receive what the block before them returned")
+        slot = slots.pop() if slots else (0 if calls[0].arguments else "hidden_states")
+        assert slot is not None
+        rest = map_tensors(lambda _: None, outputs[0][1:]) if isinstance(outputs[0], tuple) else None
+        chain = Chain(model, names, blocks, slot, rest)
+        repeated = chain.stubbed_run(probe, torch.zeros_like)
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except _FROM_STUBS as error:
+        raise _no_chain(model, f"it ends in {summary(error)} when they are left out") from error
+    for call, again in zip(calls, repeated, strict=True):
+        before, after = (tensors_in(made.with_hidden(slot, None)) for made in (call, again))
+        if len(before) != len(after) or not all(map(torch.equal, before, after)):
+            raise _no_chain(model, f"blocks in {name} receive more than hidden states from earlier blocks")
+    return chain
+
+
+_FROM_STUBS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError)
+
+
+def _longest_list(model: Any) -> tuple[str, tuple[nn.Module, ...]]:
+    """Return the name and the modules of the largest list of modules that lies in no other list."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
     outermost = {name: m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
     if not outermost:
         raise _no_chain(model, "it has no list of modules")
     name = max(outermost, key=lambda name: sum(parameter.numel() for parameter in outermost[name].parameters()))
-    blocks = tuple(outermost[name])
-    names = tuple(f"{name}.{index}" for index in range(len(blocks)))
+    return name, tuple(outermost[name])
 
-    calls: list[tuple[int, Call]] = []
+
+def _probed(
+    model: Any, names: Sequence[str], blocks: Sequence[nn.Module], probe: Int[Tensor, "1 tokens"]
+) -> tuple[list[Call], list[Any]]:
+    """Run the first block and stubs of the others, each of which returns other hidden states; return calls and outputs.
+
+    Raises:
+        ModelError: if the blocks are not run once each, in order.
+    """
+    order: list[int] = []
+    calls: list[Call] = []
     outputs: list[Any] = []
-    originals = [block.forward for block in blocks]
+    run_first = blocks[0].forward
 
     def stub(index: int) -> Callable[..., Any]:
         def forward(*arguments: Any, **named: Any) -> Any:
-            calls.append((index, Call(arguments, named)))
+            order.append(index)
+            calls.append(Call(arguments, named))
             if index == 0 and not outputs:
-                outputs.append(originals[0](*arguments, **named))
+                outputs.append(run_first(*arguments, **named))
             elif not outputs:
                 raise _no_chain(model, f"{names[index]} runs before {names[0]}")
             else:
@@ -176,21 +216,11 @@ def find_chain(model: Any, probe: Int[Tensor, "1 tokens"]) -> Chain:
 
         return forward
 
-    with forward_replaced(blocks, [stub(index) for index in range(len(blocks))]), resident(blocks[0]):
+    with forward_replaced(blocks, [stub(index) for index in range(len(blocks))]):
         run_body(model, probe)
-    if [index for index, _ in calls] != list(range(len(blocks))):
-        raise _no_chain(model, f"its {len(blocks)} blocks in {name} are not run once each, in order")
-    slots = {call.slot_of(_hidden(output)) for (_, call), output in zip(calls[1:], outputs, strict=False)}
-    if len(slots) > 1 or None in slots:
-        raise _no_chain(model, f"blocks in {name} do not receive what the block before them returned")
-    slot = slots.pop() if slots else (0 if calls[0][1].arguments else "hidden_states")
-    chain = Chain(model, names, blocks, slot, isinstance(outputs[0], tuple))  # type: ignore[arg-type] # None is not in slots
-
-    for (_, call), again in zip(calls, chain.stubbed_run(probe, torch.zeros_like), strict=True):
-        before, after = (tensors_in(made.with_hidden(chain.slot, None)) for made in (call, again))
-        if len(before) != len(after) or not all(map(torch.equal, before, after)):
-            raise _no_chain(model, f"blocks in {name} receive more than hidden states from earlier blocks")
-    return chain
+    if order != list(range(len(blocks))):
+        raise _no_chain(model, f"its {len(blocks)} blocks in {names[0].rpartition('.')[0]} are not run once, in order")
+    return calls, outputs
 
 
 def _hidden(output: Any) -> Tensor:
@@ -205,8 +235,17 @@ def _no_chain(model: Any, why: str) -> ModelError:
 
 
 def run_body(model: Any, ids: Int[Tensor, "samples length"]) -> None:
-    """Run a model without its output head."""
-    model.base_model(input_ids=ids.to(execution_device(model)), use_cache=False)
+    """Run a model without the product with its output head, on the model's device."""
+    device, head = execution_device(model), output_head(model)
+    ids = ids if device.type == "meta" else ids.to(device)  # an empty model is run by `empty_pass`
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_cache = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters)
+    with forward_replaced([head] if head else [], [_one_logit]):
+        model(input_ids=ids, **({"use_cache": False} if takes_cache else {}))
+
+
+def _one_logit(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden[..., :1]
 
 
 @contextmanager

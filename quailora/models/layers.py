@@ -65,19 +65,36 @@ class Layer:
 
 
 def linear_layers(model: Any) -> dict[str, Layer]:
-    """Return every linear layer but the output head, by module name, in the order of the model.
+    """Return every linear layer of a model, by module name, in the order of the model.
 
-    These are the layers that bitsandbytes quantizes by default and that PEFT's `all-linear` means: `torch.nn.Linear`
-    and GPT-2's `Conv1D`.
+    These are `torch.nn.Linear` and GPT-2's `Conv1D`, but not the output head, nor what a model keeps in float32.
     """
     from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    head = model.get_output_embeddings()
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001
     return {
         name: Layer(name, module, transposed=isinstance(module, Conv1D))
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D)) and should_convert_module(name, kept)
     }
+
+
+def stock_quantizes(layer: Layer) -> bool:
+    """Return whether stock transformers quantizes a layer while it loads a model: no experts, no derived classes."""
+    from transformers.pytorch_utils import Conv1D
+
+    return layer.expert is None and type(layer.module) in (nn.Linear, Conv1D)
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """Return the layer that turns hidden states into logits, if the model says which it is."""
+    try:
+        head: nn.Module | None = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return head
 
 
 def expert_layers(model: Any) -> dict[str, Layer]:
@@ -128,11 +145,29 @@ def select_layers(model: Any, targets: Sequence[str] = (ALL_LINEAR,)) -> dict[st
     for target in [targets] if isinstance(targets, str) else targets:
         matches = {name for name, layer in layers.items() if is_meant(layer, target)}
         if not matches:
-            endings = ", ".join(sorted({ending(layer.group) for layer in layers.values()}))
-            kind = "fused experts" if target == EXPERTS else "linear layer"
-            raise TargetError(f"The target {target!r} matches no {kind}. Layers of this model end in: {endings}.")
+            raise no_match(model, layers, target)
         chosen |= matches
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def no_match(model: Any, layers: Mapping[str, Layer], target: str) -> TargetError:
+    """Return the error for a target that means no layer that can be quantized."""
+    endings = ", ".join(sorted({ending(layer.group) for layer in layers.values()}))
+    others = [name for name, _ in model.named_modules() if name and matches_target(name, target)]
+    head = output_head(model)
+    if any(module is head for name, module in model.named_modules() if name in others):
+        reason = "is the output head, which is never quantized, so there is nothing to correct"
+    elif others:
+        reason = f"means {others[0]}, which is no linear layer that transformers quantizes"
+    else:
+        reason = f"matches no {'fused experts' if target == EXPERTS else 'linear layer'}"
+    return TargetError(f"The target {target!r} {reason}. Layers of this model end in: {endings}.")
+
+
+def named_layers(layers: Mapping[str, Layer], targets: Sequence[str]) -> set[str]:
+    """Return the layers that a target means by name, beside those that `all-linear` and `experts` mean by kind."""
+    names = [target for target in targets if target not in (ALL_LINEAR, EXPERTS)]
+    return {name for name, layer in layers.items() if any(is_meant(layer, target) for target in names)}
 
 
 def is_meant(layer: Layer, target: str) -> bool:

@@ -25,7 +25,7 @@ _FOUR_BIT = "weight.quant_state.bitsandbytes__"
 
 def savable(layers: Mapping[str, Layer], packed: Packed) -> bool:
     """Return whether every layer is one that transformers replaces, with tensors that it can load."""
-    plain = all(layer.expert is None and isinstance(layer.module, nn.Linear) for layer in layers.values())
+    plain = all(type(layer.module) is nn.Linear and layer.expert is None for layer in layers.values())
     if not plain or not all(packed.get(name) for name in layers):
         return False
     in_blocks = all(re.search(r"\.\d+\.", name) for name in layers)

@@ -226,7 +226,7 @@ class Walk:
         for batch in list(batches)[:1]:
             inputs = run(batch, "quantized", layers, keep=False)
             found, once = shared_inputs(inputs), all(len(tensors) == 1 for tensors in inputs.values())
-        order = next(filter(None, distributed.gather(found)))
+        order = next(filter(None, distributed.gather(found)), [])
         groups: dict[str, dict[str, Layer]] = {}
         for name in [*(name for names in order for name in names), *layers]:
             leader = next((names[0] for names in order if name in names), name)

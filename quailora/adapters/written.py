@@ -1,0 +1,96 @@
+"""Read an adapter that was just written as stock PEFT reads it, before it is published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, NumericalError, summary
+from ..models.layers import Layer
+from ..solvers import LowRank
+from .lora import PREFIX, LoraScaling, expert_stacks, lora_shapes
+from .peft_check import adapted_copy, adapter_parameters, loaded_by_peft, parameter_of
+
+_PROBES = 2
+_ROUNDING = 1e-5  # of three products in float32, relative to the largest sums that they could give
+
+
+def check_files(
+    folder: Path, model: Any, layers: Mapping[str, Layer], corrections: Mapping[str, LowRank], scaling: LoraScaling
+) -> None:
+    """Compare an adapter on disk with what was to be written.
+
+    Args:
+        folder: of the adapter.
+        model: the model without weights; it is left as it was.
+        layers: its layers that have a correction.
+        corrections: what stock PEFT shall compute.
+        scaling: ranks and alphas.
+
+    Raises:
+        ModelError: if PEFT does not use one of its tensors, or looks for others.
+        NumericalError: if a number is not finite, or `s B A` is not the correction to the rounding of float32.
+    """
+    from peft import PeftConfig
+    from peft.utils import load_peft_weights
+
+    try:
+        tensors = load_peft_weights(str(folder), device="cpu")
+        adapted = adapted_copy(model, PeftConfig.from_pretrained(str(folder)))
+        loaded = loaded_by_peft(adapted, tensors)
+    except Exception as error:  # PEFT passes on many kinds
+        raise ModelError(f"Stock PEFT cannot load the adapter that was made ({summary(error)}).") from error
+    expected = {key: shape for key, (_, shape) in lora_shapes(layers, scaling).items()}
+    lost = [key for key in expected if key not in tensors or not _is_same(loaded.get(parameter_of(key)), tensors[key])]
+    wanted = adapter_parameters(adapted)
+    if lost or wanted != loaded.keys() or expected != {key: tuple(tensor.shape) for key, tensor in tensors.items()}:
+        other = next(iter((*lost, *(wanted ^ loaded.keys()), *(tensors.keys() - expected.keys()))), "of other shapes")
+        raise ModelError(
+            f"Stock PEFT does not load the adapter that was made whole: it uses {len(expected) - len(lost)} of "
+            f"{len(tensors)} tensors, and looks for {len(wanted)}. The first that differs is {other}."
+        )
+    for name, (lora_A, lora_B) in factors_in(tensors, layers).items():
+        check_function(name, lora_A, lora_B, scaling.scale_of(layers[name].group), corrections[name])
+
+
+def _is_same(found: Tensor | None, tensor: Tensor) -> bool:
+    return found is not None and torch.equal(found, tensor)
+
+
+def factors_in(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return `lora_A` and `lora_B` of each layer from the tensors of an adapter file."""
+    found = {
+        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"])
+        for name, layer in layers.items()
+        if layer.expert is None
+    }
+    for stack in expert_stacks(layers):
+        found |= stack.factors(tensors)
+    return found
+
+
+def check_function(name: str, lora_A: Tensor, lora_B: Tensor, scale: float, correction: LowRank) -> None:
+    """Raise a `NumericalError` if `scale * lora_B @ lora_A`, computed as PEFT does, is not the correction.
+
+    Args:
+        name: of the layer.
+        lora_A: (rank, in_features), as PEFT stores it.
+        lora_B: (out_features, rank).
+        scale: what PEFT multiplies with.
+        correction: before scaling.
+    """
+    if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
+        raise NumericalError(f"The adapter of {name} is NaN or infinite in float32. Try a lora_alpha near the rank.")
+    inputs = torch.randn(lora_A.shape[1], _PROBES, generator=torch.Generator().manual_seed(0))
+    found = scale * (lora_B.float() @ (lora_A.float() @ inputs)).double()
+    exact_A, exact_B = correction.lora_A.cpu().double(), correction.lora_B.cpu().double()
+    limit = _ROUNDING * (exact_B.abs() @ (exact_A.abs() @ inputs.abs().double())).norm()
+    if not (found - exact_B @ (exact_A @ inputs.double())).norm() <= limit:
+        raise NumericalError(
+            f"The adapter of {name}, scaled by {scale:g}, is not the correction that was found: it overflows or "
+            "vanishes in float32. Try a lora_alpha near the rank."
+        )

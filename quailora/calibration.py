@@ -111,6 +111,14 @@ def evaluation_source(source: str | None, fields: Sequence[str]) -> TextSource:
     return TextSource(source, tuple(fields), shipped="evaluate")
 
 
+def given_tokens(tokenizer: Any, bos: BosPlacement) -> int:
+    """Return how many tokens at the start of each evaluation window are given: all but the others are predicted.
+
+    Those are the special tokens in front of it, of which some tokenizers have several, and the first token anyway.
+    """
+    return max(1, len(added_tokens(tokenizer).before) if bos == "every-window" else 0)
+
+
 def evaluation_windows(
     tokenizer: Any,
     texts: Iterable[str],

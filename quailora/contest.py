@@ -13,7 +13,7 @@ from typing import final
 from jaxtyping import Int
 from torch import Tensor
 
-from .calibration import Calibration
+from .calibration import Calibration, given_tokens
 from .checkpoint import open_checkpoint
 from .contenders import Contender, Entry, groups
 from .fingerprint import digest
@@ -118,8 +118,9 @@ class Contest:
     def _scores(self, variants: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Scores]]:
         """Return the scores of each variant on each text."""
         scores: dict[str, dict[str, Scores]] = {name: {} for name in variants}
+        given = given_tokens(self.loaded.tokenizer, self.source.bos)
         for text, ids in self.texts.items():
-            found = measure(self.loaded.model, self.layers, variants, ids, f"Evaluating on {text}")
+            found = measure(self.loaded.model, self.layers, variants, ids, f"Evaluating on {text}", given)
             for name, score in found.items():
                 scores[name][text] = score
         return scores

@@ -18,7 +18,7 @@ from torch.nn import functional
 from .adapters.hub import adapter_folder
 from .adapters.provenance import Provenance, read_provenance
 from .adapters.saved import SavedAdapter
-from .calibration import BosPlacement, evaluation_source, evaluation_windows
+from .calibration import BosPlacement, evaluation_source, evaluation_windows, given_tokens
 from .chosen_base import check_measured_on, choose_base, loaded_partly
 from .errors import ModelError, named
 from .layerwise import layers_of
@@ -46,8 +46,8 @@ class Perplexity:
     """Token-level perplexity over windows that do not overlap.
 
     Attributes:
-        perplexity: `exp` of the mean negative log likelihood (nats) of every token but each window's first; infinite
-            where that is beyond floating point.
+        perplexity: `exp` of the mean negative log likelihood (nats) of every predicted token: all but the first of each
+            window, and special tokens there; infinite where that is beyond floating point.
         tokens: number of predicted tokens.
         window_losses: mean negative log likelihood of each window, for paired comparisons.
     """
@@ -59,7 +59,7 @@ class Perplexity:
 
 @torch.inference_mode()
 def perplexity(
-    model: Any, windows: Int[Tensor, "windows sequence_length"], description: str = "Evaluating"
+    model: Any, windows: Int[Tensor, "windows sequence_length"], description: str = "Evaluating", given: int = 1
 ) -> Perplexity:
     """Measure a causal language model, one window at a time.
 
@@ -67,14 +67,15 @@ def perplexity(
         model: a transformers or PEFT causal language model.
         windows: token ids.
         description: label of the progress bar.
+        given: tokens at the start of each window that are not predicted.
     """
     device = next(model.parameters()).device
     losses = []
     for window in track(windows, description, total=len(windows)):
         ids = window.to(device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        losses.append(functional.cross_entropy(logits.float(), ids[1:]).item())
-    return Perplexity(perplexity_of(losses), len(windows) * (windows.shape[1] - 1), tuple(losses))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, given - 1 : -1]
+        losses.append(functional.cross_entropy(logits.float(), ids[given:]).item())
+    return Perplexity(perplexity_of(losses), len(windows) * (windows.shape[1] - given), tuple(losses))
 
 
 @torch.no_grad()
@@ -210,6 +211,7 @@ def evaluate(
     length = fitting_length(loaded.model, sequence_length, EVALUATION_LENGTH)
     documents = measured_on.documents(loaded.tokenizer)
     ids = check_token_ids(loaded.model, evaluation_windows(loaded.tokenizer, documents, windows, length, bos))
+    given = given_tokens(loaded.tokenizer, bos)
     if len(ids) < windows:
         logger.warning("The text fills %d windows, not %d.", len(ids), windows)
 
@@ -217,7 +219,7 @@ def evaluate(
     if chosen.calibration is not None:
         seen = check_token_ids(loaded.model, chosen.calibration.windows(loaded.tokenizer))
         walk = Walk(loaded.model, linear_layers(loaded.model), seen, dtype=chosen.calibration.dtype)
-    results = {"full precision": perplexity(loaded.model, ids, "Full precision")}
+    results = {"full precision": perplexity(loaded.model, ids, "Full precision", given)}
     identities = {}
     if chosen.quantizer is not None:
         for name, stored in each_quantized(loaded.model, chosen.quantizer, walk):
@@ -231,10 +233,10 @@ def evaluate(
             identities = {name: BaseIdentity.of_dequantized(weight) for name, weight in corrected.items()}
     if folder is not None:
         check_measured_on(folder, provenance, identities, chosen, any_base=any_base)
-    results["quantized"] = perplexity(loaded.model, ids, "Quantized")
+    results["quantized"] = perplexity(loaded.model, ids, "Quantized", given)
     if folder is not None:
         with adapted(loaded.model, folder) as wrapped:
-            results["quantized + adapter"] = perplexity(wrapped, ids, "Quantized + adapter")
+            results["quantized + adapter"] = perplexity(wrapped, ids, "Quantized + adapter", given)
     evaluation = Evaluation(model, chosen.title, as_str(adapter), results)
     if json:
         write_json(Path(json), asdict(evaluation) | {"text": text, "sequence_length": length, "bos": bos})

@@ -109,6 +109,7 @@ def measure(
     variants: Mapping[str, Mapping[str, Tensor]],
     windows: Int[Tensor, "windows sequence_length"],
     description: str = "Evaluating",
+    given: int = 1,
 ) -> dict[str, Scores]:
     """Measure variants of a model that differ in the weights of its linear layers.
 
@@ -120,17 +121,18 @@ def measure(
         variants: weights by layer, by variant; no weights are the model itself.
         windows: token ids.
         description: label of the progress bar.
+        given: tokens at the start of each window that are not predicted.
     """
     device = next(model.parameters()).device
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     with counting(description, len(windows) * len(variants)) as counter:
         for number, window in enumerate(windows, 1):
             ids = window.to(device)
-            reference = log_probabilities(model(input_ids=ids[None], use_cache=False).logits[0, :-1])
+            reference = log_probabilities(model(input_ids=ids[None], use_cache=False).logits[0, given - 1 : -1])
             for name, weights in variants.items():
                 with replaced(layers, weights):
-                    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-                scores[name].append(score(reference, logits, ids[1:]))
+                    logits = model(input_ids=ids[None], use_cache=False).logits[0, given - 1 : -1]
+                scores[name].append(score(reference, logits, ids[given:]))
                 counter.advance()
             if not console.is_terminal:  # where nobody sees a progress bar
                 logger.info("%s: window %d of %d.", description, number, len(windows))

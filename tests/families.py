@@ -36,10 +36,26 @@ def save_llama(folder: Path, tokenizer: Any, **options: Any) -> Path:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes | options, vocab_size=300, max_position_embeddings=256)
+    config = LlamaConfig(**sizes | options, vocab_size=len(tokenizer), max_position_embeddings=256)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def with_special_tokens(tokenizer: Any, template: str) -> Any:
+    """Return a copy of a tokenizer that adds <bos> and <eos> by itself, as in `<bos> $A`; their ids are 300 and 301.
+
+    It has no `bos_token`: what counts is what a tokenizer does.
+    """
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens(["<bos>", "<eos>"], special_tokens=True)
+    pairs = [(name, changed.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+    changed.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=pairs)
+    return changed
 
 
 def make_model(family: str) -> Any:

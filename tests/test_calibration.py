@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from families import with_special_tokens
 
 from quailora.calibration import Calibration, evaluation_windows
 from quailora.errors import CalibrationError, ConfigurationError
@@ -68,14 +68,8 @@ def test_settings_survive_json():
 @pytest.fixture(params=[("<bos> $A", 1), ("<bos> $A <eos>", 1), ("<eos> <bos> $A <eos>", 2), ("$A <eos>", 0)])
 def adding(request, tokenizer):
     """A tokenizer that adds special tokens by itself, and how many go in front; BOS and EOS may be the same."""
-    from tokenizers.processors import TemplateProcessing
-
-    changed = copy.deepcopy(tokenizer)
-    changed.add_tokens(["<bos>", "<eos>"], special_tokens=True)  # no bos_token: what counts is what it does
-    pairs = [(name, changed.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
     template, count = request.param
-    changed.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=pairs)
-    return changed, count
+    return with_special_tokens(tokenizer, template), count
 
 
 def test_every_window_starts_as_the_tokenizer_starts_a_text(adding, tokenizer):

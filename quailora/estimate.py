@@ -129,11 +129,13 @@ def estimate(
     by_block: dict[str, list[int]] = {}
     for layer in inputs.values():
         by_block.setdefault(block_of(layer.name), []).append(layer.shape[1])
+    at_once = inputs_at_once(inputs, inputs_of)
     element = model.dtype.itemsize
-    grams = max(sum(8 * (width * n) ** 2 * (2 if paired else 1) for n in widths) for widths in by_block.values())
+    grams = max(sum(gram_bytes(layer, paired=paired) for layer in group) for group in at_once)
     captured_bytes = max(per_pass * sum(widths) * element * width for widths in by_block.values())
     largest = max(layers.values(), key=lambda layer: layer.shape[0] * layer.shape[1])
-    working = 4 * max(layer.shape[1] for layer in layers.values()) ** 2 + 24 * largest.shape[0] * largest.shape[1]
+    widest = max(layer.shape[1] for layer in layers.values())
+    working = (16 if paired else 4) * widest**2 + 24 * largest.shape[0] * largest.shape[1]
     shared = _PROCESS + grams + captured_bytes + working
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     hidden = tokens * largest_hidden(model) * element * width
@@ -170,6 +172,26 @@ def distinct_inputs(model: Any, layers: Mapping[str, Layer]) -> dict[str, Layer]
         return dict(layers)
     first = {names[0] for names in shared_inputs(inputs)} | (layers.keys() - inputs.keys())
     return {name: layer for name, layer in layers.items() if name in first}
+
+
+def inputs_at_once(inputs: Mapping[str, Layer], inputs_of: InputsOf) -> list[list[Layer]]:
+    """Return the inputs whose statistics are held at the same time.
+
+    They are those of a block; where each layer sees what those before it have become, they are one input or the experts
+    of one parameter.
+    """
+    groups: dict[str, list[Layer]] = {}
+    for layer in inputs.values():
+        groups.setdefault(block_of(layer.name) if inputs_of == "full" else layer.group, []).append(layer)
+    return list(groups.values())
+
+
+def gram_bytes(layer: Layer, *, paired: bool) -> int:
+    """Return the bytes of the moments of a layer's inputs, and of what a fit to two networks adds to them.
+
+    Paired are two moments of all tokens, two of those that are held out, and one that is factored; experts have one.
+    """
+    return 8 * (5 if paired and layer.expert is None else 1) * layer.shape[1] ** 2
 
 
 def block_of(name: str) -> str:
@@ -235,7 +257,8 @@ def seconds_for(
     if method.polish is not None:  # forward in full precision; forward and backward in the quantized network
         passes += 4.0 * method.polish.steps * method.polish.batch * method.polish.sequence_length
     forward += sum(2 * passes * layer.shape[0] * layer.shape[1] for layer in layers.values())
-    grams = sum(2 * seen[name] * (width * layer.shape[1]) ** 2 * 5 / 8 for name, layer in inputs.items())
+    each = 2 * 5 / 8 + (2 if width == 2 else 0)  # a symmetric product; of two networks another, which is not
+    grams = sum(each * seen[name] * layer.shape[1] ** 2 for name, layer in inputs.items())
     solutions = 0.0
     for layer in layers.values():
         rows, columns = layer.shape

@@ -93,6 +93,7 @@ def layers_of(blocks: Iterable[Block]) -> Iterator[tuple[Block, Layer]]:
             previous = inputs
             yield block, layer
             del block.statistics[name], inputs
+            block.paired.pop(name, None)
             block.held_out.pop(name, None)
         if previous is not None:
             previous.forget()

@@ -78,10 +78,19 @@ def safe_cholesky(matrix: Float[Tensor, "n n"], max_tries: int = 10) -> Float[Te
     Raises:
         NumericalError: if the matrix has NaN or infinite entries, or stays indefinite after the largest jitter.
     """
+    factor, jitter = repaired_cholesky(matrix, max_tries)
+    if jitter:
+        message = f"A Gram matrix was indefinite by rounding; added {jitter:.3g} to its diagonal."
+        warnings.warn(message, NumericalWarning, stacklevel=2)
+    return factor
+
+
+def repaired_cholesky(matrix: Float[Tensor, "n n"], max_tries: int = 10) -> tuple[Float[Tensor, "n n"], float]:
+    """Return the factor of `safe_cholesky` without its warning, and the jitter that was added."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not info:
-        return factor
+        return factor, 0.0
     scale = matrix.diagonal().max().item() * torch.finfo(matrix.dtype).eps * len(matrix)
     for attempt in range(max_tries):
         jitter = scale * 10**attempt
@@ -89,9 +98,7 @@ def safe_cholesky(matrix: Float[Tensor, "n n"], max_tries: int = 10) -> Float[Te
         repaired.diagonal().add_(jitter)
         factor, info = torch.linalg.cholesky_ex(repaired)
         if not info:
-            message = f"A Gram matrix was indefinite by rounding; added {jitter:.3g} to its diagonal."
-            warnings.warn(message, NumericalWarning, stacklevel=2)
-            return factor
+            return factor, jitter
     raise NumericalError(
         f"Expected a positive semidefinite matrix, but Cholesky failed even after adding {jitter:.3g} to the diagonal. "
         "Check that the calibration inputs are finite, or raise the damping."

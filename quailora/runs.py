@@ -11,7 +11,7 @@ from typing import Any, final
 from torch import Tensor
 
 from . import distributed
-from .asymmetric import initialize_asymmetric, quantized_inputs
+from .asymmetric import initialize_asymmetric
 from .calibration import Calibration
 from .checkpoint import Checkpoint, Outcome
 from .errors import ConfigurationError, named
@@ -187,21 +187,19 @@ class Run:
         """Yield each method that is missing and what it makes of a layer."""
         methods = {method: self.methods[method] for method in self._missing_here(layer.name)}
         inputs, start = block.statistics[layer.name], time.perf_counter()
-        paired = self.walk.inputs == "asymmetric" and layer.expert is None
         if layer.name not in self.targets:
-            own = quantized_inputs(inputs, block.held_out[layer.name]) if paired else inputs
             for name, method in methods.items():
                 with named(layer.name):
-                    stored = method.initializer.quantizer.for_layer(layer.name).quantize(layer.weight, own)
+                    stored = method.initializer.quantizer.for_layer(layer.name).quantize(layer.weight, inputs)
                 yield name, Outcome(None, None, *self._kept(stored))
             return
         asymmetry = None
         results: Iterable[tuple[str, LayerInitialization]]
-        if paired:
+        if layer.name in block.paired:
             ((name, initializer),) = initializers(layer, methods).items()
-            held_out, trust = block.held_out[layer.name], methods[name].trust
+            pair = block.paired[layer.name], block.held_out[layer.name]
             with named(layer.name), seeded(layer.name, self.seed):
-                result, asymmetry = initialize_asymmetric(initializer, layer.weight, inputs, held_out, trust)
+                result, asymmetry = initialize_asymmetric(initializer, layer.weight, *pair, methods[name].trust)
             results = [(name, result)]
         else:
             results = initialize_layer(layer, inputs, methods, self.seed, self.sensitivities.get(layer.name))

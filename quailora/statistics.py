@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .errors import CalibrationError, NumericalError
 
-_CHUNK_TOKENS = 8192  # tokens per float32 product; keeps its rounding error near 1e-7 of the largest entry
+CHUNK_TOKENS = 8192
+"""Tokens per float32 product; keeps its rounding error near 1e-7 of the largest entry."""
+
 _ROWS = 512  # rows that are converted to float64 at a time
 _NORMAL = 2 / math.pi  # square of the mean magnitude of a standard normal number
 _BLOCKS, _LEAST_BLOCK = 4, 192  # blocks of a symmetric product: 5/8 of the work of a general one
@@ -100,7 +102,7 @@ class InputStatistics:
         inputs = inputs.detach()
         tokens = inputs.reshape(-1, self.in_features) if mask is None else inputs[mask.to(inputs.device)]
         working = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-        for chunk in torch.split(tokens, _CHUNK_TOKENS):
+        for chunk in torch.split(tokens, CHUNK_TOKENS):
             product = self_product(chunk.to(working))
             if not product.diagonal().isfinite().all():
                 raise NumericalError(
@@ -123,14 +125,10 @@ class InputStatistics:
         """
         if tokens:
             self.tokens += tokens
-            self._mean.mul_(1 - tokens / self.tokens)
-            # By rows, since adding float32 to float64 makes a copy first.
-            for rows, more in zip(torch.split(self._mean, _ROWS), torch.split(product, _ROWS), strict=True):
-                rows.add_(more.to(rows.device), alpha=1 / self.tokens)
+            blend(self._mean, product, tokens / self.tokens, 1 / self.tokens)
             if magnitude is None:
                 magnitude = (_NORMAL * tokens * product.diagonal().clamp(min=0)).sqrt()
-            magnitude = magnitude.to(self._magnitude.device)
-            self._magnitude.mul_(1 - tokens / self.tokens).add_(magnitude, alpha=1 / self.tokens)
+            blend(self._magnitude, magnitude, tokens / self.tokens, 1 / self.tokens)
             self.forget()
 
     def once(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
@@ -149,29 +147,68 @@ class InputStatistics:
         """Free what `once` has kept."""
         self._derived.clear()
 
-    def sum_of_products(self) -> Float[Tensor, "in_features in_features"]:
-        """Return the sum of `x x^T` over all tokens, float64; zero where there are none."""
-        return self._mean * self.tokens
-
     def merge(self, other: InputStatistics) -> InputStatistics:
         """Return the statistics of both sets of tokens together.
 
         Raises:
             ValueError: if the widths differ.
         """
+        merged = InputStatistics(self.in_features, self._mean.device)
+        merged.include(self)
+        merged.include(other)
+        return merged
+
+    def include(self, other: InputStatistics) -> None:
+        """Add the tokens of other statistics in place, which takes no memory.
+
+        Raises:
+            ValueError: if the widths differ.
+        """
         if other.in_features != self.in_features:
             raise ValueError(f"Expected statistics of width {self.in_features}, got {other.in_features}.")
-        merged = InputStatistics(self.in_features, self._mean.device)
-        for part in (self, other):
-            if part.tokens:
-                merged.add(part.sum_of_products(), part.tokens, part.mean_magnitude * part.tokens)
-        return merged
+        if other.tokens:
+            self.tokens += other.tokens
+            share = other.tokens / self.tokens
+            blend(self._mean, other._mean, share, share)
+            blend(self._magnitude, other._magnitude, share, share)
+            self.forget()
+
+    def without(self, other: InputStatistics) -> InputStatistics:
+        """Return the statistics of these tokens without some that are among them, and fewer.
+
+        Raises:
+            ValueError: if the other statistics have as many tokens or more.
+        """
+        tokens = self.tokens - other.tokens
+        if tokens <= 0:
+            raise ValueError(f"Expected fewer than {self.tokens} tokens to leave out, got {other.tokens}.")
+        left = InputStatistics(self.in_features, self._mean.device)
+        left.include(self)
+        share = -other.tokens / tokens
+        blend(left._mean, other._mean, share, share)
+        blend(left._magnitude, other._magnitude, share, share)
+        left.tokens = tokens
+        return left
+
+    def pool(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Become the statistics of the tokens of all processes, in place.
+
+        Args:
+            add_up: sums a tensor over all processes in place, and returns it.
+        """
+        tokens = int(add_up(torch.tensor(self.tokens, device=self._mean.device)))
+        for mean in (self._mean, self._magnitude):
+            add_up(mean.mul_(self.tokens / max(1, tokens)))
+        self.tokens = tokens
+        self.forget()
 
     def to(self, device: torch.device | str) -> InputStatistics:
         """Return these statistics on `device` (themselves, if they are there already)."""
-        if self._mean.device == torch.empty(0, device=device).device:  # "cuda" is the current one, such as cuda:0
+        if same_device(self._mean, device):
             return self
-        return InputStatistics(self.in_features, device).merge(self)
+        moved = InputStatistics(self.in_features, device)
+        moved.include(self)
+        return moved
 
     def save(self, path: str | Path) -> None:
         """Write the statistics as one safetensors file."""
@@ -201,6 +238,21 @@ class InputStatistics:
         statistics._mean, statistics._magnitude = tensors["second_moment"], tensors["mean_magnitude"]
         statistics.tokens = int(tensors["tokens"])
         return statistics
+
+
+def blend(mean: Tensor, more: Tensor, share: float, weight: float) -> None:
+    """Replace a float64 mean by `(1 - share) mean + weight more`, in place, from any dtype and device.
+
+    By rows, since adding float32 to float64 makes a copy first.
+    """
+    mean.mul_(1 - share)
+    for rows, others in zip(torch.split(mean, _ROWS), torch.split(more, _ROWS), strict=True):
+        rows.add_(others.to(rows.device), alpha=weight)
+
+
+def same_device(tensor: Tensor, device: torch.device | str) -> bool:
+    """Return whether a tensor is on a device; one without a number is the current one of its kind."""
+    return tensor.device == torch.empty(0, device=device).device
 
 
 def self_product(matrix: Float[Tensor, "tokens in_features"]) -> Float[Tensor, "in_features in_features"]:

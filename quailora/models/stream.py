@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from .. import distributed
 from ..calibration import CalibrationDtype
 from ..errors import CalibrationError, ModelError, NumericalError
+from ..paired import PairedStatistics
 from ..statistics import InputStatistics
 from .activations import Activations
 from .blocks import Call, Chain, WholeModel, find_chain
 from .capture import Inputs, arithmetic, captured, shared_inputs
 from .layers import Layer
-from .tally import Tally
+from .tally import BlockTally
 from .weights import execution_device, is_offloaded, replaced, resident
 
 Forward = Callable[[int, Tensor], Tensor]
@@ -49,10 +50,10 @@ class Block:
         index: its place in the model; what lies outside all blocks comes last.
         layers: the layers in it, by name.
         statistics: the inputs of each layer; layers with the same input share one object. Taking entries out of it
-            frees them. For asymmetric inputs they are those of full precision and of the quantized network joined,
-            twice as wide.
+            frees them.
         tokens: calibration tokens that each layer saw.
-        held_out: statistics from batches that are held out; for asymmetric inputs only.
+        paired: for asymmetric inputs, those of both networks, but for experts; `statistics` are then a part of them.
+        held_out: the same from the batches that are held out, which are counted in `paired`, too.
         replacements: what the layers will compute with in the quantized network; to be filled in by whoever walks.
     """
 
@@ -60,7 +61,8 @@ class Block:
     layers: Mapping[str, Layer]
     statistics: dict[str, InputStatistics]
     tokens: Mapping[str, int]
-    held_out: dict[str, InputStatistics] = field(default_factory=dict)
+    paired: dict[str, PairedStatistics] = field(default_factory=dict)
+    held_out: dict[str, PairedStatistics] = field(default_factory=dict)
     replacements: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -188,21 +190,19 @@ class Walk:
         groups, cut = self._in_order(layers, batches, run)
         replacements: dict[str, Tensor] = {}
         for members in groups:
-            seen, held = Tally(device), Tally(device)
+            tally = BlockTally(members, device, paired=self.inputs == "asymmetric")
             for batch in batches:
+                full: Inputs = {}
                 inputs: Inputs = {}
                 if self.inputs != "quantized":
-                    inputs = run(batch, "full", members, keep=members is groups[0], cut=cut)
+                    full = run(batch, "full", members, keep=members is groups[0], cut=cut)
                 if self.inputs != "full":
                     with replaced(layers, replacements):
-                        quantized = run(batch, "quantized", members, keep=False, cut=cut)
-                    inputs = joined(members, inputs, quantized) if inputs else quantized
-                    del quantized
-                (held if batch in held_out else seen).add(inputs)
-                del inputs  # they would stay while the block is worked on
-            of_held = held.result(members)[0] if held_out else {}
+                        inputs = run(batch, "quantized", members, keep=False, cut=cut)
+                tally.add(full if self.inputs == "full" else inputs, full, held_out=batch in held_out)
+                del full, inputs  # they would stay while the block is worked on
             if members:
-                yield Block(index, members, *seen.result(members), of_held, replacements)
+                yield Block(index, members, *tally.result(), replacements)
         if self.inputs != "full":
             with replaced(layers, replacements):
                 for batch in batches:
@@ -242,20 +242,6 @@ def _run_block(
 
 def _run_outside(chain: Chain | WholeModel, batches: Mapping[int, Tensor], batch: int, hidden: Tensor) -> Tensor:
     return chain.finish(batches[batch], hidden)
-
-
-def joined(layers: Mapping[str, Layer], full: Inputs, quantized: Inputs) -> Inputs:
-    """Return the inputs of a layer in both networks side by side, tokens paired.
-
-    Experts keep those of the quantized network alone: the two networks do not send the same tokens to them.
-    """
-    pairs: dict[tuple[int, ...], list[Tensor]] = {}  # layers that share their inputs share these, too
-    for name, tensors in quantized.items():
-        parts = tensors if layers[name].expert is not None else zip(full[name], tensors, strict=True)
-        key = tuple(map(id, (*full[name], *tensors)))
-        pairs[key] = pairs.get(key) or [part if isinstance(part, Tensor) else torch.cat(part, dim=-1) for part in parts]
-        quantized[name] = pairs[key]
-    return quantized
 
 
 def check_finite_parameters(name: str, block: nn.Module) -> None:

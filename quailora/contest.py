@@ -62,8 +62,12 @@ class Contest:
     seed: int
 
     def measure(self, contenders: Sequence[Contender]) -> None:
-        """Measure all contenders that have no row yet."""
+        """Measure full precision and all contenders that have no row yet."""
         there = self.board.rows()
+        if FULL_PRECISION not in there:
+            itself: dict[str, Mapping[str, Tensor]] = {FULL_PRECISION: {}}
+            scores, accuracies = self._scores(itself), self._accuracies(itself)
+            self.board.add(Row(FULL_PRECISION, scores[FULL_PRECISION], tasks=accuracies[FULL_PRECISION]))
         missing = [each for each in contenders if each.name not in there or there[each.name].method != each.definition]
         for group in groups(missing):
             logger.info("Rows: %s.", ", ".join(contender.name for contender in group))
@@ -72,8 +76,6 @@ class Contest:
             entries = [Entry(each, run.outcomes(each.walked, each.method.polish)) for each in group]
             variants = self._variants(entries)
             scores, accuracies = self._scores(variants), self._accuracies(variants)
-            if FULL_PRECISION in variants:
-                self.board.add(Row(FULL_PRECISION, scores[FULL_PRECISION], tasks=accuracies[FULL_PRECISION]))
             solving = {entry.contender.walked: entry.seconds for entry in entries}
             walking = max(0.0, sum(run.seconds.values()) - sum(solving.values()))  # of this process, if it went on
             for entry in entries:
@@ -98,12 +100,9 @@ class Contest:
         return time.perf_counter() - start
 
     def _variants(self, entries: Sequence[Entry]) -> dict[str, Mapping[str, Tensor]]:
-        """Return what the layers of each entry compute with; nothing for full precision, if it has no row yet."""
+        """Return what the layers of each entry compute with."""
         bases = {entry.contender.base: entry.quantized for entry in entries if entry.quantized}
-        variants: dict[str, Mapping[str, Tensor]] = {} if FULL_PRECISION in self.board.rows() else {FULL_PRECISION: {}}
-        for entry in entries:
-            variants[entry.contender.name] = Corrected(bases[entry.contender.base], entry.factors)
-        return variants
+        return {entry.contender.name: Corrected(bases[entry.contender.base], entry.factors) for entry in entries}
 
     def _accuracies(self, variants: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
         """Return the score of each variant on each task."""

@@ -248,7 +248,7 @@ def test_a_changed_nf4_base_is_a_stock_checkpoint(name, whole_blocks, tmp_path):
     assert "quantization_config" not in card
     shutil.rmtree(out / "base")
     if name == "loftq":
-        with pytest.raises(ModelError, match="belongs on the base that was written with it"):
+        with pytest.raises(ModelError, match="cannot be made again"):
             evaluate(str(whole_blocks), adapter=str(out), sequence_length=128)
 
 
@@ -292,6 +292,7 @@ def test_damaged_rows_are_measured_again(tiny_llama, tmp_path, caplog):
     content["scores"]["shipped text"]["losses"][0] += 0.1
     row.write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "rows" / "quailora-r2.json").write_text("{", encoding="utf-8")
+    (tmp_path / "rows" / "full-precision.json").write_text("[]", encoding="utf-8")
     second = compare(str(tiny_llama), **options)
     assert "lorc-r2.json is damaged" in caplog.text
     assert [row.scores for row in second.rows] == [row.scores for row in first.rows]

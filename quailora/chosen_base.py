@@ -41,6 +41,11 @@ class ChosenBase:
         """What to call it."""
         return repr(self.quantizer) if self.quantizer is not None else str(self.folder)
 
+    def check_text(self) -> None:
+        """Raise a `CalibrationError` if the text that the quantizer needs cannot be read."""
+        if self.calibration is not None:
+            self.calibration.text.check()
+
     @classmethod
     def at(cls, folder: str) -> ChosenBase:
         """Return a checkpoint as a base: quantized, or dequantized."""

@@ -207,6 +207,7 @@ def evaluate(
     chosen = choose_base(folder, provenance, quantizer=quantizer, base=base, calibration=calibration)
     measured_on = evaluation_source(text, text_fields)
     measured_on.check()
+    chosen.check_text()
     loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     length = fitting_length(loaded.model, sequence_length, EVALUATION_LENGTH)
     documents = measured_on.documents(loaded.tokenizer)

@@ -18,6 +18,7 @@ FORMS = {
     "ShareGPT": {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
     "no text": {"text": None, "conversation": TURNS},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, TURNS[1]]},
+    "object of lists": {"conversations": {"from": ["human", "gpt"], "value": ["Why?", "So."]}},
     "null keys": {"messages": [{**turn, "tool_calls": None} for turn in TURNS]},
 }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import save_llama
 
+from quailora import GPTQ
 from quailora.comparison import compare, distinct_names
 from quailora.errors import CalibrationError, ModelError
 from quailora.evaluate import evaluate
@@ -91,6 +92,20 @@ def test_unknown_token_ids_are_refused_before_the_model_runs(short_embedding, tm
         compare(short_embedding, out=str(tmp_path / "c"), recipes=("lorc",), windows=1, window_length=64, **few)
     windows = torch.tensor([[0, 289]])
     assert check_token_ids(empty_model(short_embedding), windows) is windows
+
+
+def test_texts_are_read_before_a_model_is_loaded(tmp_path):
+    """There is no model, so whoever loads it first says so."""
+    nothing, text = str(tmp_path / "no-model"), str(tmp_path / "no-text.jsonl")
+    for run in (
+        lambda: init(nothing, out=str(tmp_path / "a"), calibration=text, dry_run=True),
+        lambda: evaluate(nothing, text=text),
+        lambda: evaluate(nothing, quantizer=GPTQ(), calibration=text),
+        lambda: compare(nothing, out=str(tmp_path / "c"), calibration=text),
+        lambda: compare(nothing, out=str(tmp_path / "c"), text=[text]),
+    ):
+        with pytest.raises(CalibrationError, match=r"no-text.jsonl' does not exist"):
+            run()
 
 
 def test_perplexities_beyond_floating_point_are_infinite():

@@ -82,6 +82,8 @@ def test_tables_of_other_packages(tmp_path):
         read(tmp_path / "splits", split="nowhere")
     with pytest.raises(CalibrationError, match="one table and no splits"):
         read(tmp_path / "saved", split="test")
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").write_bytes(b"nonsense")
+    assert "Cannot read" in refused(tmp_path / "saved")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     (tmp_path / "bad.arrow").write_bytes(b"nonsense")
     for name in ("bad.parquet", "bad.arrow"):

@@ -13,9 +13,17 @@ from .tokens import added_tokens
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of what templates call so
 
 
-def is_conversation(value: Any) -> bool:
-    """Return whether a value is a list of turns."""
-    return isinstance(value, list) and bool(value) and all(map(is_turn, value))
+def turns_of(value: Any) -> list[dict[str, Any]] | None:
+    """Return the turns of a conversation, or None if a value is none.
+
+    A conversation is a list of turns, or an object of lists, which is what the package `datasets` makes of a
+    `Sequence` of objects.
+    """
+    if is_turn(value) and all(isinstance(parts, list) for parts in value.values()):
+        if len(set(map(len, value.values()))) != 1:
+            return None
+        value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
+    return value if isinstance(value, list) and value and all(map(is_turn, value)) else None
 
 
 def render(turns: Sequence[Mapping[str, Any]], tokenizer: Any, place: str) -> str:

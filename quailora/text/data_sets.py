@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError
-from .files import read_text
+from .files import read_text, reading
 from .formats import FORMATS, PLAIN, format_of, records_of
-from .records import Record, one_line
+from .records import Record, numbered, one_line
 
 _SAVED = ("state.json", "dataset_dict.json")  # one of them lies in every folder that `save_to_disk` wrote
 
@@ -28,8 +28,7 @@ def from_hub(source: str, split: str) -> Iterator[Record]:
     name, _, configuration = source.partition(":")
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield Record(row, f"{source}, record {number}")
+        yield from numbered(rows, source)
     except Exception as error:  # datasets passes on the errors of the hub and of every format
         raise _unreadable(source, split, error) from error
 
@@ -101,8 +100,8 @@ def _saved(datasets: Any, folder: Path, split: str) -> Iterator[Record]:
         raise CalibrationError(
             f"{folder} holds one table and no splits, so there is no {split!r}. Leave the split out."
         )
-    for number, row in enumerate(rows, 1):
-        yield Record(row, f"{folder}, record {number}")
+    with reading(folder):
+        yield from numbered(rows, str(folder))
 
 
 def _package(source: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, final
 
 from ..errors import CalibrationError
-from .conversation import is_conversation, render
+from .conversation import render, turns_of
 from .data_sets import from_folder, from_hub
 from .files import ShippedText, shipped_text
 from .formats import COMPRESSED, FORMATS, PLAIN, format_of, records_of
@@ -117,9 +117,9 @@ class TextSource:
         if not values:
             return None
         parts = []
-        for are_turns, group in groupby(values, lambda each: is_conversation(each[1])):
+        for are_turns, group in groupby(values, lambda each: turns_of(each[1]) is not None):
             if are_turns:
-                parts.append(render([turn for _, turns in group for turn in turns], tokenizer, place))
+                parts.append(render([turn for _, value in group for turn in turns_of(value) or ()], tokenizer, place))
                 continue
             for field, value in group:
                 if not isinstance(value, str):

@@ -75,7 +75,8 @@ def quantized_tensors(folder: Path) -> dict[str, Tensor]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {name: load_file(folder / file)[name] for name, file in places.items()}
+        files = sorted(set(places.values()))  # transformers loads all that is in them
+        found = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
     else:
         found = load_file(single)
     return {name: tensor for name, tensor in found.items() if ".self_attn." in name or ".mlp." in name}

@@ -124,6 +124,12 @@ def test_links_of_the_hubs_cache_and_to_folders_are_followed(folder, tensors, tm
         assert value_of(each) == load_model(str(each)).model.model.norm.weight[0].item() == 3.0
 
 
+def add(folder):
+    """Put all tensors of both files into the second one, too, which the index does not say."""
+    save_file(load_file(folder / NEW[0]) | load_file(folder / NEW[1]), folder / NEW[1], {"format": "pt"})
+    write_index(folder, {"some": NEW[0], "other": NEW[1]})
+
+
 DAMAGES = {
     "nothing": (lambda folder: [file.unlink() for file in folder.glob("*.safetensors*")], "and there are none.$"),
     "a shard is missing": (lambda folder: (folder / NEW[1]).unlink(), f"names {NEW[1]}, which is not there"),
@@ -137,10 +143,18 @@ DAMAGES = {
     "a list as index": (lambda folder: (folder / INDEX).write_text("[]"), "Expected a JSON object in .*index.json"),
     "an index of nothing": (lambda folder: (folder / INDEX).write_text("{}"), "Expected weight_map and metadata in"),
     "a tensor in two shards": (
-        lambda folder: add(folder / NEW[0], folder / NEW[1]),
+        add,
         "both have a tensor model.embed_tokens",
     ),
+    "an index of other places": (
+        lambda folder: write_index(folder, {MARKED: NEW[0], "lm_head.weight": NEW[1]}),
+        f"looks for {MARKED} in {NEW[0]}, but it is in {NEW[1]}",
+    ),
     "other names": (lambda folder: rename(folder, INDEX, "other.json"), f"{NEW[0]}, {NEW[1]} is not what transformers"),
+    "a weight of another shape": (
+        lambda folder: save_file(grown(load_file(folder / NEW[0])), folder / NEW[0], {"format": "pt"}),
+        r"Expected model.embed_tokens.weight in .* to have the shape \(300, 64\) .* got \(301, 64\)",
+    ),
     "a weight is missing": (lambda folder: save_file({}, folder / NEW[1], {"format": "pt"}), "to have every weight"),
 }
 
@@ -149,14 +163,14 @@ def cut(file, size):
     file.write_bytes(file.read_bytes()[:size])
 
 
+def grown(tensors):
+    """Give the embedding another row."""
+    tensor = tensors["model.embed_tokens.weight"]
+    return tensors | {"model.embed_tokens.weight": torch.cat([tensor, tensor[:1]])}
+
+
 def rename(folder, old, new):
     (folder / old).rename(folder / new)
-
-
-def add(first, second):
-    """Put all tensors of one file into another, too."""
-    save_file(load_file(first) | load_file(second), second, {"format": "pt"})
-    save_file(load_file(first) | load_file(second), first, {"format": "pt"})
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -175,6 +175,12 @@ DAMAGES = [
     ("nf4", without("weight.absmax"), "and weight.absmax is missing"),
     ("nf4", without("weight.quant_map"), "and weight.quant_map is missing"),
     ("nf4", without("weight.quant_state.bitsandbytes__nf4"), "and weight.quant_state.bitsandbytes__nf4 is missing"),
+    ("nf4", scaled("weight.quant_map", 1.01), "has for codes in weight.quant_map, got 15 others of 16"),
+    (
+        "nf4",
+        lambda t: {**t, "weight.nested_quant_map": t["weight.nested_quant_map"].flip(0)},
+        "codes in weight.nested_",
+    ),
     ("nf4", without("weight.nested_absmax"), "and weight.nested_absmax is missing"),
     ("nf4", scaled("weight.nested_absmax", -1), "Expected no negative number in weight.nested_absmax, got -"),
     ("nf4", with_entry("nested_offset", None), "Expected bitsandbytes' description .*KeyError: 'nested_offset'"),

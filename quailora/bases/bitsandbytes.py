@@ -47,6 +47,7 @@ def read_bitsandbytes(
     check_scales(tensors, ("weight.nested_absmax",) if nested else ("weight.absmax",), negative=False)
     state = state_of(tensors)
     check_state(tensors, state)
+    check_tables(state)
     codes = tensors["weight"].contiguous().view(torch.uint8).reshape(-1, 1)
     return FourBitWeight(codes, state, dtype)
 
@@ -103,3 +104,19 @@ def check_state(tensors: Mapping[str, Tensor], state: QuantState) -> None:
         fits = fits and bool(state.offset.isfinite())
     if not fits:
         raise misfit(tensors, f"a matrix of {shape[0]} x {shape[1]} in blocks of {state.blocksize}")
+
+
+def check_tables(state: QuantState) -> None:
+    """Raise a `ModelError` unless the values of codes and of 8-bit scales are those of bitsandbytes."""
+    from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+
+    tables = [("quant_map", state.code, get_4bit_type(state.quant_type, device="cpu"))]
+    if state.nested:
+        tables.append(("nested_quant_map", state.state2.code, create_dynamic_map()))
+    for name, found, expected in tables:
+        bad = int((~torch.isclose(found.cpu().float(), expected.float(), rtol=1e-5, atol=0.0)).sum())
+        if bad:
+            raise ModelError(
+                f"Expected the values that bitsandbytes has for codes in weight.{name}, got {bad} others of "
+                f"{len(expected)}. Download or copy the checkpoint again."
+            )

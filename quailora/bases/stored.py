@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, NumericalError
-from ..models.checkpoint import StoredTensor, opened, stored_tensors
+from ..models.accept import is_known, read_config, skeleton
+from ..models.checkpoint import StoredTensor, config_of, opened, stored_tensors
 from ..models.locate import resolve
-from ..models.names import module_names
+from ..models.names import names_in
 from ..models.quantized import FLOATS, quantization_of
 from ..quantizers import QuantizedWeight
 from ..quantizers.base import check_finite
@@ -96,8 +97,23 @@ class StoredBase:
             for module, tensors in modules.items()
             if any(map(mark.fullmatch, tensors)) or ("weight" in tensors and tensors["weight"][1].dtype not in FLOATS)
         }
-        names = module_names(resolve(self.name), quantized)
+        names = self._names(quantized)
         return {names[module]: tensors for module, tensors in quantized.items()}
+
+    def _names(self, modules: Iterable[str]) -> dict[str, str]:
+        """Return the name of each module in the model that transformers makes of the checkpoint.
+
+        Modules that transformers merges or turns keep their name, since no module of the model holds the same weight.
+        So do all of a model whose class transformers does not have.
+        """
+        name = resolve(self.name)
+        if not is_known(config_of(name)):
+            return {module: module for module in modules}
+        config = read_config(self.name, name, trust_remote_code=False)
+        keys = names_in(
+            skeleton(self.name, config, trust_remote_code=False), [f"{module}.weight" for module in modules]
+        )
+        return {key.removesuffix(".weight"): (new or key).removesuffix(".weight") for key, new in keys.items()}
 
     @property
     def layers(self) -> frozenset[str]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..errors import ModelError, first_line
 from .checkpoint import SAFE, checkpoint_files, config_of, stored_tensors
+from .names import names_in
 from .quantized import check_full_precision, check_full_precision_weights
 
+_AUTO = {"AutoConfig", "AutoModelForCausalLM"}
 _TRUST = "If you have read that code and trust it, pass --trust-remote-code."
 
 
@@ -23,26 +27,60 @@ def find_config(model: str, name: str, trust_remote_code: bool) -> Any:
     Raises:
         ModelError: if it cannot be read, is of a quantized model or of another kind, or needs code that is not trusted.
     """
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     content = config_of(name)
     check_full_precision(name)
-    brought, kind = content.get("auto_map"), str(content.get("model_type"))
-    own = isinstance(brought, dict) and not brought.keys().isdisjoint({"AutoConfig", "AutoModelForCausalLM"})
-    known = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind, known = str(content.get("model_type")), is_known(content)
+    own = isinstance(content.get("auto_map"), dict) and not _AUTO.isdisjoint(content["auto_map"])
     if own and not known and not trust_remote_code:
         raise ModelError(
             f"{model!r} is a model of the kind {kind!r}, which transformers does not know, and brings Python code of "
             f"its own. {_TRUST}"
         )
-    if kind in CONFIG_MAPPING and not known and not own:
+    if known is False and not own:
         raise ModelError(
             f"Expected a causal language model, but {model!r} is {described(kind, content)}, which is not supported."
         )
+    return read_config(model, name, trust_remote_code)
+
+
+def read_config(model: str, name: str, trust_remote_code: bool) -> Any:
+    """Return the configuration of any model; see `find_config`."""
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise unreadable(model, error) from error
+
+
+def is_known(config: Mapping[str, Any]) -> bool | None:
+    """Return whether transformers has a causal language model for a configuration; None if it has no model at all."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = str(config.get("model_type"))
+    return CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING if kind in CONFIG_MAPPING else None
+
+
+def skeleton(model: str, config: Any, trust_remote_code: bool, dtype: torch.dtype | None = None) -> Any:
+    """Return a model without weights.
+
+    Args:
+        model: as it was asked for.
+        config: its configuration.
+        trust_remote_code: run the Python code that the model brings along.
+        dtype: of its weights; that of the configuration by default.
+
+    Raises:
+        ModelError: if transformers cannot make it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
+            ).eval()
     except Exception as error:
         raise unreadable(model, error) from error
 
@@ -52,22 +90,32 @@ def described(kind: str, config: Mapping[str, Any]) -> str:
     return f"an encoder-decoder ({kind})" if config.get("is_encoder_decoder") else f"a model of the kind {kind!r}"
 
 
-def check_weights(model: str, name: str, allow_pickle: bool) -> None:
-    """Raise a `ModelError` unless the weight files are whole, unquantized, and of a format that is accepted.
+def check_weights(model: str, name: str, empty: Any, allow_pickle: bool) -> None:
+    """Raise a `ModelError` unless the weight files are whole, unquantized, of the right shapes and an accepted format.
 
     Args:
         model: as it was asked for.
         name: hub name or folder.
-        allow_pickle: accept PyTorch's pickle format.
+        empty: the model without weights.
+        allow_pickle: accept PyTorch's pickle format, into which nobody looks here.
     """
     pickled = [file.name for file in checkpoint_files(name) if not file.name.endswith(SAFE)]
-    if not pickled:
-        check_full_precision_weights(name, stored_tensors(name))
-    elif not allow_pickle:
+    if pickled and not allow_pickle:
         raise ModelError(
             f"The weights of {model!r} ({pickled[0]}) are in PyTorch's pickle format, which can run any code while it "
             "is read. If you trust it, pass --allow-pickle."
         )
+    if pickled:
+        return
+    tensors = stored_tensors(name)
+    check_full_precision_weights(name, tensors)
+    shapes = {key: tuple(parameter.shape) for key, parameter in empty.named_parameters()}
+    for key, new in names_in(empty, tensors).items():
+        if new in shapes and shapes[new] != tensors[key].shape:
+            raise ModelError(
+                f"Expected {key} in {tensors[key].file} to have the shape {shapes[new]} that config.json asks for, got "
+                f"{tensors[key].shape}. They are of different models."
+            )
 
 
 def check_loaded(model: str, loaded: Any, report: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ folder are ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -36,10 +36,12 @@ class StoredTensor:
     Attributes:
         file: the safetensors file.
         dtype: as safetensors writes it, such as BF16, U8 or I32.
+        shape: of the tensor.
     """
 
     file: Path
     dtype: str
+    shape: tuple[int, ...]
 
 
 def find_file(name: str, file: str) -> Path | None:
@@ -106,6 +108,15 @@ def config_of(name: str) -> dict[str, Any]:
 def checkpoint_files(name: str) -> list[Path]:
     """Return the weight files of a model that transformers would load, sorted by name; fetched if need be.
 
+    Raises:
+        ModelError: as `located` does.
+    """
+    return located(name)[0]
+
+
+def located(name: str) -> tuple[list[Path], Mapping[str, str]]:
+    """Return the weight files of a model, and the file that an index names for each tensor, if there is an index.
+
     Args:
         name: hub name or folder.
 
@@ -118,7 +129,7 @@ def checkpoint_files(name: str) -> list[Path]:
     for candidate in (explicit,) if explicit else _CANDIDATES:
         found = find_file(name, candidate)
         if found is not None:
-            return shards_of(name, found) if candidate.endswith(_INDEX) else [found]
+            return shards_of(name, found) if candidate.endswith(_INDEX) else ([found], {})
     beside = sorted(file.name for file in Path(name).glob("*") if file.suffix in {SAFE, ".bin", ".pt", ".pth"})
     raise ModelError(
         f"Expected weights in {name!r}, as {explicit or ' or '.join(_CANDIDATES[:2])}, and there are none"
@@ -126,8 +137,8 @@ def checkpoint_files(name: str) -> list[Path]:
     )
 
 
-def shards_of(name: str, index: Path) -> list[Path]:
-    """Return the files that an index names, sorted by name; fetched if need be.
+def shards_of(name: str, index: Path) -> tuple[list[Path], Mapping[str, str]]:
+    """Return the files that an index names, sorted by name and fetched if need be, and what it says of each tensor.
 
     Args:
         name: hub name or folder.
@@ -148,7 +159,7 @@ def shards_of(name: str, index: Path) -> list[Path]:
         files, _ = get_checkpoint_shard_files(name, str(index))
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot fetch the weights of {name!r}: {first_line(error)}") from error
-    return [Path(file) for file in files]
+    return [Path(file) for file in files], places
 
 
 def check_inside(name: str, place: Any, source: str) -> None:
@@ -185,10 +196,11 @@ def stored_tensors(name: str) -> dict[str, StoredTensor]:
         name: hub name or folder.
 
     Raises:
-        ModelError: if a file is damaged or a pickle, or two files have a tensor of the same name.
+        ModelError: if a file is damaged or a pickle, or tensors are not where the index says, or twice.
     """
     found: dict[str, StoredTensor] = {}
-    for file in checkpoint_files(name):
+    files, places = located(name)
+    for file in files:
         if not file.name.endswith(SAFE):
             raise ModelError(
                 f"Expected safetensors, got {file.name} in {name!r}: this is PyTorch's pickle format, which can run "
@@ -201,7 +213,14 @@ def stored_tensors(name: str) -> dict[str, StoredTensor]:
                         f"{found[key].file} and {file.name} both have a tensor {key}, and it is not clear which one "
                         "counts. Download or copy the model again."
                     )
-                found[key] = StoredTensor(file, content.get_slice(key).get_dtype())
+                place = PurePosixPath(places.get(key, file.name)).parts
+                if file.parts[-len(place) :] != place:
+                    raise ModelError(
+                        f"The index of {name!r} looks for {key} in {places[key]}, but it is in {file.name}: they are "
+                        "not of the same upload. Download or copy the model again."
+                    )
+                header = content.get_slice(key)
+                found[key] = StoredTensor(file, header.get_dtype(), tuple(header.get_shape()))
     return found
 
 

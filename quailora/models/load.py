@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .accept import check_loaded, check_weights, find_config, unreadable
+from .accept import check_loaded, check_weights, find_config, skeleton, unreadable
 from .locate import NO_ADAPTER, quiet_transformers, resolve
 from .weights import compute_on
 
@@ -70,7 +70,7 @@ def load_model(
     where = resolve_device(device)
     name = resolve(model)
     config = find_config(model, name, trust_remote_code)
-    check_weights(model, name, allow_pickle)
+    check_weights(model, name, skeleton(model, config, trust_remote_code), allow_pickle)
     wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and where == "cpu" and config.dtype == torch.float16:
         logger.info("Computing in float32: float16 is many times slower on a CPU.")
@@ -121,15 +121,8 @@ def resolve_device(device: str) -> Literal["cpu", "cuda"]:
 
 def empty_model(model: str, dtype: DtypeName = "auto", *, trust_remote_code: bool = False) -> Any:
     """Return a model without weights, from its configuration alone; see `load_model`."""
-    from transformers import AutoModelForCausalLM
-
     config = find_config(model, resolve(model), trust_remote_code)
-    wanted = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code).eval()
-    except Exception as error:
-        raise unreadable(model, error) from error
+    return skeleton(model, config, trust_remote_code, None if dtype == "auto" else getattr(torch, dtype))
 
 
 def save_model(folder: Path, loaded: LoadedModel, state: Mapping[str, Tensor] | None = None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import distributed
 from .adapters.hub import check_upload, upload
 from .adapters.lora import LoraScaling
+from .adapters.modules import find_modules
 from .calibration import DEFAULT_LENGTH, BosPlacement, Calibration, CalibrationDtype
 from .checkpoint import Checkpoint, locked, open_checkpoint
 from .estimate import Estimate, Offload, choose_offload, estimate
@@ -116,6 +117,7 @@ def init(
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
     targets: Sequence[str] = (ALL_LINEAR,),
+    modules_to_save: Sequence[str] = (),
     calibration: StrPath | None = None,
     calibration_fields: Sequence[str] = (),
     calibration_split: str = "train",
@@ -159,6 +161,8 @@ def init(
         rank_pattern: rank of the layers that a name, ending or regular expression matches, as in PEFT.
         alpha_pattern: lora_alpha of the layers that a name, ending or regular expression matches, as in PEFT.
         targets: "all-linear" for every linear layer but the output head, or names, endings and regular expressions.
+        modules_to_save: modules that training shall change as a whole beside the adapter, as in PEFT, such as
+            embed_tokens and lm_head.
         calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the
             hub name of a data set; the shipped text by default.
         calibration_fields: fields of a record that are the text, joined by line breaks in this order; by default
@@ -207,6 +211,7 @@ def init(
     length = fitting_length(empty, sequence_length, DEFAULT_LENGTH)
     source = Calibration(text, samples, length, seed, calibration_dtype, bos)
     check_layers(plan.layers, method, source, save_base)
+    find_modules(empty, modules_to_save, plan.layers)
     needed = estimate(
         model, empty, plan.layers, method, source, inputs_of=inputs, available=memory_available(memory_limit)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any, Literal, final
 import yaml
 
 from .adapters.card import BESIDE, model_card
-from .adapters.lora import LoraScaling, expert_stacks, write_lora
+from .adapters.lora import expert_stacks, write_lora
+from .adapters.modules import find_modules, tensors_to_save
 from .adapters.provenance import Origin, read_provenance
 from .adapters.written import check_files
 from .calibration import Calibration
@@ -27,7 +28,6 @@ from .report.phases import Phases
 from .report.record import build_report, versions
 from .report.settings import describe
 from .runs import Run
-from .solvers import LowRank
 
 _OF_ONE_RUN = {"out", "overwrite", "fresh", "dry_run", "push_to_hub"}  # not worth repeating
 BaseFormat = Literal["auto", "dequantized"]
@@ -77,8 +77,20 @@ class Results:
         with self.phases.measure("write"):
             base = {record.name: record.base for record in records if record.base is not None}
             origin = self._origin(base)
-            write_adapter(folder, self.loaded, self.layers, corrections, self.method.scaling, self.base, origin)
-            check_files(folder, self.empty, self.layers, corrections, self.method.scaling)
+            names: Sequence[str] = self.settings["modules_to_save"]
+            modules = tensors_to_save(find_modules(self.loaded.model, names, self.layers))
+            write_lora(
+                folder,
+                corrections,
+                self.method.scaling,
+                target_modules=explicit_targets(self.loaded.model, self.layers),
+                base_model=self.base or self.loaded.name,
+                experts=expert_stacks(self.layers),
+                origin=origin,
+                modules=modules,
+                modules_to_save=names,
+            )
+            check_files(folder, self.empty, self.layers, corrections, self.method.scaling, modules)
             if base_format is not None:
                 self._write_base(folder / "base", outcomes, base_format)
         report = build_report(self.settings, self.phases.entries, records, self.tokens, self.run.seconds)
@@ -144,24 +156,3 @@ class Results:
             "base": {name: asdict(one) for name, one in base.items()},
         }
         write_json(folder / "quailora.json", sidecar)
-
-
-def write_adapter(
-    folder: Path,
-    loaded: LoadedModel,
-    layers: Mapping[str, Layer],
-    corrections: Mapping[str, LowRank],
-    scaling: LoraScaling,
-    base: str | None = None,
-    origin: Origin | None = None,
-) -> None:
-    """Write the adapter's own two files, which are all that PEFT reads; they name the base, by default the model."""
-    write_lora(
-        folder,
-        corrections,
-        scaling,
-        target_modules=explicit_targets(loaded.model, layers),
-        base_model=base or loaded.name,
-        experts=expert_stacks(layers),
-        origin=origin,
-    )

@@ -67,7 +67,7 @@ def convert(
     check_started_from(trained, before)
     scaling = before.scaling
     doubled = double_rank(scaling)
-    tensors = {key: tensor for key, tensor in trained.tensors.items() if key not in before.tensors}
+    tensors = {key: tensor for key, tensor in trained.tensors.items() if not key.endswith((A, B))}  # whole modules
     for stem in before.stems:
         rank = scaling.rank_of(before.layer(stem))
         tensors[stem + A], tensors[stem + B] = change(trained.pair(stem), before.pair(stem), rank)

@@ -113,6 +113,8 @@ def write_lora(
     base_model: str,
     experts: Sequence[ExpertStack] = (),
     origin: Origin | None = None,
+    modules: Mapping[str, Tensor] | None = None,
+    modules_to_save: Sequence[str] = (),
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -128,6 +130,8 @@ def write_lora(
         base_model: hub name or folder of the base.
         experts: how corrections of experts belong together.
         origin: what the adapter is made from, to be noted in its configuration with the hash of the factors.
+        modules: tensors of the modules that are trained whole, by their names in the file.
+        modules_to_save: what the configuration calls these modules.
 
     Raises:
         ValueError: if a correction's rank is not the one that the scaling states.
@@ -142,12 +146,13 @@ def write_lora(
         factors = [scaled_factors(stack.parameter, corrections[name], scaling) for name in stack.members]
         tensors |= stack.tensors([lora_A for lora_A, _ in factors], [lora_B for _, lora_B in factors])
     config = lora_config(scaling, target_modules=target_modules, base_model=base_model, experts=experts)
+    config.modules_to_save = list(modules_to_save) or None
     # PEFT's own `save_pretrained` writes the same content, but its sets in an order that changes from run to run.
     content = config.to_dict() | {"target_modules": sorted(target_modules)}
     if origin is not None:
         content |= replace(origin, initial=digest_of(tensors)).as_config()
     write_json(folder / "adapter_config.json", content)
-    write_tensors(folder / "adapter_model.safetensors", tensors)
+    write_tensors(folder / "adapter_model.safetensors", tensors | dict(modules or {}))
 
 
 def lora_config(

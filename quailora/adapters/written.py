@@ -20,7 +20,12 @@ _ROUNDING = 1e-5  # of three products in float32, relative to the largest sums t
 
 
 def check_files(
-    folder: Path, model: Any, layers: Mapping[str, Layer], corrections: Mapping[str, LowRank], scaling: LoraScaling
+    folder: Path,
+    model: Any,
+    layers: Mapping[str, Layer],
+    corrections: Mapping[str, LowRank],
+    scaling: LoraScaling,
+    modules: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Compare an adapter on disk with what was to be written.
 
@@ -30,6 +35,7 @@ def check_files(
         layers: its layers that have a correction.
         corrections: what stock PEFT shall compute.
         scaling: ranks and alphas.
+        modules: tensors of the modules that are trained whole, by their names in the file.
 
     Raises:
         ModelError: if PEFT does not use one of its tensors, or looks for others.
@@ -41,11 +47,13 @@ def check_files(
     try:
         tensors = load_peft_weights(str(folder), device="cpu")
         adapted = adapted_copy(model, PeftConfig.from_pretrained(str(folder)))
-        loaded = loaded_by_peft(adapted, tensors)
+        loaded, whole = loaded_by_peft(adapted, tensors), whole_modules(adapted)
     except Exception as error:  # PEFT passes on many kinds
         raise ModelError(f"Stock PEFT cannot load the adapter that was made ({summary(error)}).") from error
     expected = {key: shape for key, (_, shape) in lora_shapes(layers, scaling).items()}
     lost = [key for key in expected if key not in tensors or not _is_same(loaded.get(parameter_of(key)), tensors[key])]
+    kept = {key: tensors.pop(key, None) for key in modules or {}}
+    lost += [key for key, tensor in kept.items() if tensor is None or key not in whole]
     wanted = adapter_parameters(adapted)
     if lost or wanted != loaded.keys() or expected != {key: tuple(tensor.shape) for key, tensor in tensors.items()}:
         other = next(iter((*lost, *(wanted ^ loaded.keys()), *(tensors.keys() - expected.keys()))), "of other shapes")
@@ -55,6 +63,12 @@ def check_files(
         )
     for name, (lora_A, lora_B) in factors_in(tensors, layers).items():
         check_function(name, lora_A, lora_B, scaling.scale_of(layers[name].group), corrections[name])
+
+
+def whole_modules(adapted: Any) -> set[str]:
+    """Return the names in an adapter file of the parameters that are trained whole."""
+    mark = ".modules_to_save.default"
+    return {name.replace(mark, "") for name, _ in adapted.named_parameters() if mark in name}
 
 
 def _is_same(found: Tensor | None, tensor: Tensor) -> bool:

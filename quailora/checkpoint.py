@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,16 +12,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from . import distributed
 from .errors import ResumeError
 from .models.activations import Activations
-from .objective import Deferred
-from .outputs import write_json, write_tensors
+from .outputs import storing, write_json, write_tensors
 from .report.record import LayerRecord
-from .solvers import LowRank
+from .sealed import is_intact, read_sealed, sealed
+from .solvers import Correction
+
+logger = logging.getLogger("quailora")
 
 _PACKED = "packed."
 
@@ -32,13 +35,13 @@ class Outcome:
 
     Attributes:
         record: its errors; None if the layer is only quantized.
-        low_rank: its correction, likewise.
+        correction: likewise.
         dequantized: `Q`, where it is needed later.
         packed: `QuantizedWeight.packed`, likewise.
     """
 
     record: LayerRecord | None = None
-    low_rank: LowRank | None = None
+    correction: Correction | None = None
     dequantized: Tensor | None = None
     packed: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -48,7 +51,8 @@ class Outcome:
 class Checkpoint:
     """A folder with everything that a killed run leaves behind.
 
-    Files are complete or absent, so whatever is there can be used. They lie in a folder named by the fingerprint:
+    Files are complete or absent, and carry a hash of their content, so whatever is there and has kept its hash can be
+    used. They lie in a folder named by the fingerprint:
     a host of a distributed run that keeps its own may hold some of an older run.
 
     Attributes:
@@ -79,12 +83,13 @@ class Checkpoint:
     @property
     def blocks_done(self) -> int:
         """Blocks whose layers and outputs are all here."""
-        return int(self.manifest().get("blocks_done", 0))
+        return int((self.manifest() or {}).get("blocks_done", 0))
 
     def set_blocks_done(self, blocks: int) -> None:
         """Write down how many blocks are done."""
         if distributed.rank() == 0:
-            write_json(self.folder / "manifest.json", {"fingerprint": dict(self.fingerprint), "blocks_done": blocks})
+            content = {"fingerprint": dict(self.fingerprint), "blocks_done": blocks}
+            write_json(self.folder / "manifest.json", {**content, "digest": digest_of_json(content)})
 
     def has(self, layer: str) -> bool:
         """Return whether a layer is finished."""
@@ -93,16 +98,16 @@ class Checkpoint:
     def save(self, layer: str, outcome: Outcome) -> None:
         """Keep a finished layer."""
         tensors: dict[str, Tensor] = {}
-        if outcome.low_rank is not None:
-            low_rank = outcome.low_rank
-            tensors = {"lora_A": low_rank.lora_A, "lora_B": low_rank.lora_B, "energies": low_rank.energies}
+        if outcome.correction is not None:
+            kept = outcome.correction
+            tensors = {"lora_A": kept.lora_A, "lora_B": kept.lora_B, "energies": kept.energies}
         if outcome.dequantized is not None:
             tensors["dequantized"] = outcome.dequantized
         tensors |= {f"{_PACKED}{name}": tensor for name, tensor in outcome.packed.items()}
         record = json.dumps(asdict(outcome.record) if outcome.record else None)
         self._path(layer).parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_tensors(self._path(layer), tensors, {"record": record})
+        write_tensors(self._path(layer), tensors, sealed(tensors, {"record": record}))
 
     def load(self, layer: str) -> Outcome:
         """Return a finished layer; its tensors are memory-mapped.
@@ -112,19 +117,16 @@ class Checkpoint:
         """
         path = self._path(layer)
         try:
-            with safe_open(path, "pt") as file:
-                content = json.loads(file.metadata()["record"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # no mapping
+            tensors, metadata = read_sealed(path)
+            content = json.loads(metadata["record"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ResumeError(f"The state in {path} is damaged: {error}. Start again with --fresh.") from error
+            raise ResumeError(f"The state in {path} is damaged: {error}. Run the same command again.") from error
         packed = {name.removeprefix(_PACKED): tensor for name, tensor in tensors.items() if name.startswith(_PACKED)}
         if content is None:
             return Outcome(dequantized=tensors["dequantized"], packed=packed)
         record = LayerRecord.read(content)
-        total = Deferred.known(record.error_none)
-        gain = record.error_none - record.error
-        low_rank = LowRank(tensors["lora_A"], tensors["lora_B"], gain, tensors["energies"], total)
-        return Outcome(record, low_rank, tensors.get("dequantized"), packed)
+        correction = Correction(tensors["lora_A"], tensors["lora_B"], tensors["energies"])
+        return Outcome(record, correction, tensors.get("dequantized"), packed)
 
     def remove(self) -> None:
         """Remove the folder; the run is complete."""
@@ -133,18 +135,38 @@ class Checkpoint:
     def _path(self, layer: str) -> Path:
         return self.state / "layers" / f"{layer}.safetensors"
 
-    def manifest(self) -> dict[str, Any]:
-        """Return what is written down of the run that the folder belongs to.
-
-        Raises:
-            ResumeError: if the file is damaged.
-        """
+    def manifest(self) -> dict[str, Any] | None:
+        """Return what is written down of the run that the folder belongs to; None if that is damaged."""
         path = self.folder / "manifest.json"
+        if not path.is_file():
+            return {}
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise ResumeError(f"The manifest {path} is damaged: {error}. Start again with --fresh.") from error
-        return content
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            kept = content.pop("digest")
+            return content if kept == digest_of_json(content) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def remove_damaged(self) -> bool:
+        """Remove the files that have changed since they were written; return whether the walk has to start again.
+
+        Layers that are gone are made again; hidden states that are gone come from the first block on.
+        """
+        damaged = [
+            path for path in sorted(self.state.rglob("*.safetensors")) if self._is_kept(path) and not is_intact(path)
+        ]
+        for path in damaged:
+            logger.warning("%s has changed since it was written. It is made again.", path)
+            path.unlink(missing_ok=True)
+        return any("activations" in path.relative_to(self.state).parts for path in damaged)
+
+    def _is_kept(self, path: Path) -> bool:
+        return path.relative_to(self.state).parts[0] in {"layers", "activations"}
+
+
+def digest_of_json(content: Any) -> str:
+    """Return a short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -156,7 +178,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
@@ -185,18 +208,38 @@ def open_checkpoint(folder: Path, fingerprint: Mapping[str, str], fresh: bool) -
     """
     checkpoint = Checkpoint(folder, fingerprint)
     if distributed.rank() == 0:
-        before = {} if fresh else checkpoint.manifest().get("fingerprint", {})
-        changed = [name for name in {**before, **fingerprint} if before and before.get(name) != fingerprint.get(name)]
-        if changed:
-            told = "; ".join(f"{name}: {before.get(name)} then, {fingerprint.get(name)} now" for name in changed)
-            raise ResumeError(
-                f"{folder} holds the state of a run with other settings ({told}). Repeat that run's command to finish "
-                "it, choose another output folder, or start again with --fresh."
-            )
-        if not before:
-            for state in folder.glob("run-*"):
-                shutil.rmtree(state)
-            checkpoint.set_blocks_done(0)
+        claim(checkpoint, fresh)
     distributed.barrier()
     (checkpoint.state / "layers").mkdir(exist_ok=True, parents=True)
+    if any(distributed.gather(checkpoint.remove_damaged())):
+        checkpoint.set_blocks_done(0)
+    distributed.barrier()
     return checkpoint
+
+
+def claim(checkpoint: Checkpoint, fresh: bool) -> None:
+    """Make sure that a folder holds the state of this very run, or of none; see `open_checkpoint`."""
+    folder, fingerprint = checkpoint.folder, checkpoint.fingerprint
+    manifest = {} if fresh else checkpoint.manifest()
+    others = [state for state in folder.glob("run-*") if fresh or state != checkpoint.state]
+    if manifest is None:
+        if others:
+            raise ResumeError(
+                f"The manifest {folder / 'manifest.json'} is damaged, and {folder} holds the state of a run with other "
+                "settings. Choose another output folder, or start again with --fresh."
+            )
+        logger.warning("The manifest in %s is damaged. The layers of this run that are intact are kept.", folder)
+        checkpoint.set_blocks_done(0)
+        return
+    before = manifest.get("fingerprint", {})
+    changed = [name for name in {**before, **fingerprint} if before and before.get(name) != fingerprint.get(name)]
+    if changed:
+        told = "; ".join(f"{name}: {before.get(name)} then, {fingerprint.get(name)} now" for name in changed)
+        raise ResumeError(
+            f"{folder} holds the state of a run with other settings ({told}). Repeat that run's command to finish "
+            "it, choose another output folder, or start again with --fresh."
+        )
+    if not before:
+        for state in others:
+            shutil.rmtree(state)
+        checkpoint.set_blocks_done(0)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import FrameType
 from typing import Any, NoReturn, final
 
 import yaml
@@ -129,6 +133,29 @@ def plain(message: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, as schedulers of clusters do it."""
+
+
+@contextmanager
+def heeding_termination() -> Iterator[None]:
+    """Raise `Terminated` when SIGTERM comes, inside a `with` statement of the main thread."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        del number, frame
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@heeding_termination()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     logging.basicConfig(
@@ -157,9 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QuailoraError as error:
         console.print("[bold red]error:[/]", Text(str(error)), soft_wrap=True)
         return 1
-    except KeyboardInterrupt:
-        console.print("interrupted; an unfinished init is kept, and goes on when the same command is run again")
-        return 130
+    except KeyboardInterrupt as interrupt:
+        ended = isinstance(interrupt, Terminated)
+        console.print(
+            f"{'terminated' if ended else 'interrupted'}; an unfinished init is kept, and goes on when the same "
+            "command is run again"
+        )
+        return 128 + (signal.SIGTERM if ended else signal.SIGINT)
     finally:
         set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
     return 0

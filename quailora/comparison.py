@@ -28,7 +28,9 @@ from .fingerprint import digest, fingerprint
 from .models.layers import linear_layers
 from .models.limits import check_token_ids, fitting_length
 from .models.load import DeviceName, DtypeName, LoadedModel, load_model
+from .outputs import check_writable, folder_of
 from .plan import check_scaling, check_tokens
+from .preflight import check_request
 from .quantizers import NF4, Int8, Quantizer, Uniform
 from .recipes import RECIPES, find_recipe
 from .report.comparison import Comparison, Row
@@ -132,6 +134,10 @@ def compare(
     evaluate_on = evaluation_sources(text, text_fields)
     for each in (calibrate_on, *evaluate_on.values()):
         each.check()
+    folder = folder_of(out)
+    check_writable(folder)
+    for contender in contenders:
+        check_request(seed, device, contender.method, contender.inputs)
 
     loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     length = fitting_length(loaded.model, sequence_length, DEFAULT_LENGTH)
@@ -145,7 +151,6 @@ def compare(
     settings = {"quantizer": describe(quantizer), "seed": seed, "calibration dtype": calibration_dtype}
     settings |= {"tasks": list(tasks), "limit of tasks": task_limit} if tasks else {}
     settings |= {f"text {name}": digest(ids) for name, ids in texts.items()}
-    folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "work"):
         board = Scoreboard(folder / "rows", fingerprint(settings, loaded, seen), fresh)

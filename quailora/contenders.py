@@ -100,7 +100,7 @@ class Entry:
     @property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """`(lora_A, lora_B)` of each layer; none for a base alone."""
-        found = {name: one.low_rank for name, one in self.outcomes.items() if one.low_rank is not None}
+        found = {name: one.correction for name, one in self.outcomes.items() if one.correction is not None}
         return {name: (low.lora_A, low.lora_B) for name, low in found.items()} if self.contender.recipe else {}
 
     @property
@@ -117,9 +117,9 @@ class Entry:
         if self.contender.method.initializer.metric != "gram" or not self.contender.recipe:
             return ()
         shares = [
-            one.low_rank.energies.cumsum(0) / one.record.error_none
+            one.correction.energies.cumsum(0) / one.record.error_none
             for one in self.outcomes.values()
-            if one.low_rank and one.record and one.record.error_none > 0
+            if one.correction and one.record and one.record.error_none > 0
         ]
         return tuple(torch.stack(shares).mean(0).tolist()) if shares else ()
 

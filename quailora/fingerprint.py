@@ -36,9 +36,17 @@ def fingerprint(
         "version of quailora": version("quailora"),
         "computing device": execution_device(loaded.model).type,
         "weights": weights_of(loaded.name),
+        "configuration of the model": configuration_of(loaded),
         "calibration tokens": digest(windows),
         **({"weights of the base": weights_of(resolve(base))} if base is not None else {}),
     }
+
+
+def configuration_of(loaded: LoadedModel) -> str:
+    """Return a short hash of a model's configuration, wherever the model lies."""
+    content = loaded.model.config.to_dict()
+    kept = {key: value for key, value in content.items() if key not in {"_name_or_path", "transformers_version"}}
+    return digest([json.dumps(kept, sort_keys=True, default=str)])
 
 
 def weights_of(name: str) -> str:

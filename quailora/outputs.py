@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import OutputExistsError, StorageError
+from .errors import ConfigurationError, OutputExistsError, StorageError
 
 StrPath = str | Path
 """A path, or the name of something on the hub, as callers give it."""
@@ -29,10 +28,40 @@ RESULTS = (
 )
 """Everything that `init` writes."""
 
+_UNFINISHED = ".quailora-unfinished"  # in a folder that is being filled
+
 
 def as_str(path: StrPath | None) -> str | None:
     """Return a path as a string, where there is one."""
     return None if path is None else str(path)
+
+
+def folder_of(out: StrPath) -> Path:
+    """Return the folder that a path means, however it is spelled.
+
+    Raises:
+        ConfigurationError: if the path is empty, or that of the root.
+    """
+    if not str(out).strip():
+        raise ConfigurationError("Expected a folder for --out, got an empty path. Name one, such as --out adapter.")
+    try:
+        folder = Path(out).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links, a user that is not there
+        raise ConfigurationError(f"Expected a folder for --out, got {str(out)!r}: {error}.") from error
+    if folder.parent == folder:
+        raise ConfigurationError(f"Expected a folder for --out, got {folder}. Name a folder inside, such as adapter.")
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a `StorageError` unless a folder can be made and written to, by this user, in this place."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise StorageError(f"Expected a folder to write to, but {there} is a file. Choose another folder.")
+    # What is written stands beside the folder until it is complete.
+    for place in {there, there.parent} if there == folder else {there}:
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise StorageError(f"Expected a place to write to, but {place} is read-only. Choose another folder.")
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -45,7 +74,7 @@ def check_output(out: Path, overwrite: bool) -> None:
             "another folder."
         )
     there = [name for name in RESULTS if (out / name).exists()]
-    if there and not overwrite:
+    if there and not overwrite and not (out / _UNFINISHED).exists():
         raise OutputExistsError(
             f"{out} already holds a result ({', '.join(there)}). Choose another folder or pass --overwrite."
         )
@@ -63,7 +92,11 @@ def holds_model(folder: Path) -> bool:
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary folder beside `out` whose content becomes that of `out` when the body ends without error.
 
-    Files of `out` that are no results stay. If the body fails, `out` is as it was and the temporary folder is gone.
+    The new folder takes the place of the old one as a whole, so at any moment one of them is complete. If the body
+    fails, `out` is as it was and the temporary folder is gone; what a killed process left is removed at the next call.
+
+    A folder that cannot be renamed, or that holds more than results, is filled instead, and all else in it stays. Its
+    `adapter_config.json` goes first and comes last, so that nothing loads a mixture.
 
     Args:
         out: the folder to make or fill.
@@ -71,24 +104,96 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         OutputExistsError: if `out` holds a result and `overwrite` is False.
+        StorageError: if it cannot be written.
     """
+    sweep(out)
     check_output(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    partial = _beside(out, "new")
     try:
+        with storing(out):
+            partial.mkdir(parents=True)
         yield partial
         check_output(out, overwrite)
-        out.mkdir(exist_ok=True)
-        for name in RESULTS:
-            restore_permissions(partial / name)
-            if (out / name).is_dir():
-                shutil.rmtree(out / name)
-            if (partial / name).exists():
-                (partial / name).replace(out / name)
+        with storing(out):
+            for file in partial.rglob("*"):
+                restore_permissions(file)
+                flush(file)
+            if not out.exists() or is_replaceable(out):
+                exchange(partial, out)
             else:
-                (out / name).unlink(missing_ok=True)
+                fill(out, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def sweep(out: Path) -> None:
+    """Remove what a killed process left beside a folder, and bring the folder back if it was just being replaced."""
+    old, new = _beside(out, "old"), _beside(out, "new")
+    with storing(out):
+        if old.is_dir() and not out.exists():
+            old.rename(out)
+        for left in (old, new):
+            if left.is_dir():
+                shutil.rmtree(left)
+
+
+def is_replaceable(out: Path) -> bool:
+    """Return whether a folder may be replaced as a whole: it holds only results, and is neither mounted nor in use."""
+    here = Path.cwd()
+    return (
+        not out.is_mount() and out not in (here, *here.parents) and all(each.name in RESULTS for each in out.iterdir())
+    )
+
+
+def exchange(new: Path, out: Path) -> None:
+    """Let a folder take the place of another one, which is complete until then and is removed after."""
+    old = _beside(out, "old")
+    if out.exists():
+        shutil.copymode(out, new)
+        out.rename(old)
+    new.rename(out)
+    flush(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fill(out: Path, new: Path) -> None:
+    """Move results into a folder that stays."""
+    (out / _UNFINISHED).touch()
+    for name in RESULTS:  # the first one is what makes the others an adapter
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    for name in reversed(RESULTS):
+        if (new / name).exists():
+            shutil.move(new / name, out / name)
+    flush(out)
+    (out / _UNFINISHED).unlink()
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f".{out.name}.{what}")
+
+
+def flush(path: Path) -> None:
+    """Have the operating system write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system inside a `with` statement into a `StorageError` that names a path."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write {path}: {error}. Make room or choose another place, then run the same command again; what "
+            "is finished is kept."
+        ) from error
 
 
 def restore_permissions(path: Path) -> None:
@@ -111,7 +216,9 @@ def complete_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
+        flush(partial)
         partial.replace(path)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise StorageError(

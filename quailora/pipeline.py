@@ -38,8 +38,9 @@ from .models.load import (
     resolve_device,
 )
 from .models.stream import InputsOf, Walk
-from .outputs import StrPath, as_str, check_output, new_folder
+from .outputs import StrPath, as_str, new_folder
 from .plan import base_given, check_layers, check_trainable, method_of, quantized_layers
+from .preflight import check_place, check_request
 from .quantizers import NF4, Quantizer
 from .report.phases import Phases
 from .report.settings import describe
@@ -54,6 +55,9 @@ from .text import TextSource
 logger = logging.getLogger("quailora")
 
 _HARMLESS = {
+    "model",
+    "base",
+    "calibration",
     "out",
     "overwrite",
     "fresh",
@@ -66,7 +70,7 @@ _HARMLESS = {
     "device",
     "base_format",
 }
-"""Settings that change no layer."""
+"""Settings that change no layer, and names of what is compared by its content; see `fingerprint`."""
 
 
 @final
@@ -199,11 +203,12 @@ def init(
     settings: dict[str, Any] = describe(dict(locals()))
     model, base, calibration = str(model), as_str(base), as_str(calibration)
     scaling = LoraScaling(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
-    folder = Path(out).expanduser()
+    folder = check_place(out, overwrite=overwrite)
     text = TextSource(calibration, tuple(calibration_fields), calibration_split)
     text.check()
     initializer = Initializer(quantizer if base is None else base_given(base, quantizer), solver, rank, metric)
     method, inputs, own = method_of(recipe, initializer, scaling, inputs)
+    check_request(seed, device, method, inputs)
     save_base = save_base or own
     empty = empty_model(model, dtype, trust_remote_code=trust_remote_code)
     plan = plan_adapter(empty, targets, scaling, stock_base=base is None and not save_base)
@@ -217,7 +222,7 @@ def init(
     )
     if dry_run:
         return needed
-    check_destinations(folder, overwrite, push_to_hub)
+    check_upload(push_to_hub)
     if calibration is None:
         logger.warning("Calibrating on the text that ships with quailora; pass --calibration for text like your task.")
 
@@ -316,13 +321,6 @@ def finished_run(
     run.finish()
     run.polish("", method.polish, source, loaded.tokenizer)
     return run
-
-
-def check_destinations(folder: Path, overwrite: bool, push_to_hub: str | None) -> None:
-    """Raise an error unless the result can go where it is asked to: to a folder, and maybe to the hub."""
-    check_output(folder, overwrite)
-    if push_to_hub is not None:
-        check_upload(push_to_hub)
 
 
 def sensitivities_for(

@@ -73,7 +73,7 @@ class Results:
         """
         outcomes = self.run.outcomes("", self.method.polish)
         records = [outcome.record for outcome in outcomes.values() if outcome.record is not None]
-        corrections = {name: outcome.low_rank for name, outcome in outcomes.items() if outcome.low_rank is not None}
+        corrections = {name: outcome.correction for name, outcome in outcomes.items() if outcome.correction is not None}
         with self.phases.measure("write"):
             base = {record.name: record.base for record in records if record.base is not None}
             origin = self._origin(base)

@@ -23,10 +23,11 @@ from .models.limits import check_token_ids
 from .models.stream import Block, Walk
 from .models.weights import resident
 from .polish import Polish
-from .progress import console, counting
+from .progress import Counter, console, counting
 from .quantizers import QuantizedWeight
 from .report.record import LayerRecord
 from .sensitivity import Sensitivity
+from .solvers import Correction
 
 logger = logging.getLogger("quailora")
 
@@ -69,34 +70,43 @@ class Run:
         return {**self.walk.layers, **self.silent}
 
     def finish(self) -> None:
-        """Finish every layer that is not finished yet."""
+        """Finish every layer that is not finished yet.
+
+        Where layers are missing that an earlier walk has been through, since their files were damaged, a walk from the
+        start follows, and makes these again.
+        """
         if self.walk.inputs != "full" and len(self.methods) != 1:
             raise ConfigurationError(f"Expected one method on {self.walk.inputs} inputs, got {len(self.methods)}.")
         before = sum(not self._missing_here(layer) for layer in self.walk.layers)
         if before:
             logger.info("Going on: %d of %d layers are finished.", before, len(self.walk.layers))
         with counting("Initializing", len(self.walk.layers), before) as counter:
-            walk = replace(self.walk, on_batch=counter.describe)
-            start = time.perf_counter()
-            for block in walk:
-                counter.describe(f"Block {block.index}: layers")
-                names = self._missing(block)
-                mine = distributed.packed({name: cost(block.layers[name]) for name in names})
-                for _, layer in layers_of([block]):
-                    if layer.name in mine:
-                        for method, outcome in self._outcomes(block, layer):
-                            self.checkpoint.save(key(method, layer.name), outcome)
-                    if layer.name in names:
-                        counter.advance()
-                self._share(block)
-                if self.walk.inputs != "full":
-                    (method,) = self.methods
-                    block.replacements.update({name: self.compensated(method, name) for name in block.layers})
-                spent, start = time.perf_counter() - start, time.perf_counter()
-                self.seconds[block.index] = round(self.seconds.get(block.index, 0.0) + spent, 3)
-                if not console.is_terminal:  # where nobody sees a progress bar
-                    logger.info("Block %d, %d layers: %.1f s.", block.index, len(block.layers), spent)
+            self._go_through(replace(self.walk, on_batch=counter.describe), counter)
+            if any(distributed.gather(any(map(self._missing_here, self.walk.layers)))):
+                self._go_through(replace(self.walk, start=0, on_batch=counter.describe), counter)
         self._quantize_silent()
+
+    def _go_through(self, walk: Walk, counter: Counter) -> None:
+        """Go through the model once, and make the layers that are missing."""
+        start = time.perf_counter()
+        for block in walk:
+            counter.describe(f"Block {block.index}: layers")
+            names = self._missing(block)
+            mine = distributed.packed({name: cost(block.layers[name]) for name in names})
+            for _, layer in layers_of([block]):
+                if layer.name in mine:
+                    for method, outcome in self._outcomes(block, layer):
+                        self.checkpoint.save(key(method, layer.name), outcome)
+                if layer.name in names:
+                    counter.advance()
+            self._share(block)
+            if self.walk.inputs != "full":
+                (method,) = self.methods
+                block.replacements.update({name: self.compensated(method, name) for name in block.layers})
+            spent, start = time.perf_counter() - start, time.perf_counter()
+            self.seconds[block.index] = round(self.seconds.get(block.index, 0.0) + spent, 3)
+            if not console.is_terminal:  # where nobody sees a progress bar
+                logger.info("Block %d, %d layers: %.1f s.", block.index, len(block.layers), spent)
 
     def _quantize_silent(self) -> None:
         """Quantize the layers that no text reaches; with a quantizer that needs inputs they stay as they are.
@@ -142,18 +152,18 @@ class Run:
         if settings is not None and distributed.rank() == 0 and not all(map(self.checkpoint.has, keys.values())):
             before = self.outcomes(method)
             weights = {name: one.dequantized for name, one in before.items() if one.dequantized is not None}
-            found = {name: one.low_rank for name, one in before.items() if one.low_rank is not None}
+            found = {name: one.correction for name, one in before.items() if one.correction is not None}
             trained = settings.train(
                 self.walk.model,
                 self.layers,
                 weights,
-                {name: (low_rank.lora_A, low_rank.lora_B) for name, low_rank in found.items()},
+                {name: (correction.lora_A, correction.lora_B) for name, correction in found.items()},
                 check_token_ids(self.walk.model, settings.windows(source, tokenizer)),
                 source.dtype,
             )
             for name, (lora_A, lora_B) in trained.items():
-                low_rank = replace(found[name], lora_A=lora_A, lora_B=lora_B)
-                self.checkpoint.save(keys[name], replace(before[name], low_rank=low_rank))
+                correction = replace(found[name], lora_A=lora_A, lora_B=lora_B)
+                self.checkpoint.save(keys[name], replace(before[name], correction=correction))
         distributed.barrier()
 
     def compensated(self, method: str, layer: str) -> Tensor:
@@ -161,9 +171,9 @@ class Run:
         outcome = self.checkpoint.load(key(method, layer))
         if outcome.dequantized is None:
             raise RuntimeError(f"no weight of {layer} was kept")
-        if outcome.low_rank is None:
+        if outcome.correction is None:
             return outcome.dequantized
-        return outcome.dequantized + outcome.low_rank.dense().to(outcome.dequantized.dtype)
+        return outcome.dequantized + outcome.correction.dense().to(outcome.dequantized.dtype)
 
     def _missing_here(self, layer: str) -> list[str]:
         return [method for method in self.methods if not self.checkpoint.has(key(method, layer))]
@@ -207,7 +217,7 @@ class Run:
             spent, start = time.perf_counter() - start, time.perf_counter()
             record = LayerRecord.of(layer.name, result, layer.weight, block.tokens[layer.name], spent, asymmetry)
             keep = name in self.keep_weights or self.walk.inputs != "full"
-            yield name, Outcome(record, result.low_rank, *(self._kept(result.quantized) if keep else ()))
+            yield name, Outcome(record, Correction.of(result.low_rank), *(self._kept(result.quantized) if keep else ()))
 
     def _kept(self, stored: QuantizedWeight) -> tuple[Tensor, Mapping[str, Tensor]]:
         return stored.dequantize(), stored.packed() if self.keep_packed else {}

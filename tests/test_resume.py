@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quailora import GPTQ, NF4, AlternatingLeastSquares
+from quailora.calibration import shipped_text
 from quailora.checkpoint import Checkpoint
 from quailora.errors import NumericalError, OutputExistsError, ResumeError, StorageError
 from quailora.outputs import write_tensors
@@ -122,18 +127,87 @@ def test_a_finished_result_is_kept_and_an_unfinished_one_is_no_result(tiny_llama
     assert content(out) == before
 
 
-def test_damaged_state_says_so(tiny_llama, tmp_path, monkeypatch):
+def test_damaged_state_is_made_again(tiny_llama, tmp_path, monkeypatch):
+    """A flipped bit anywhere costs the file that it is in, and no more."""
+    inputs, writes = "asymmetric", 24
+    run(tiny_llama, tmp_path / "alone", inputs=inputs)
+    with killed_after(writes, monkeypatch):
+        run(tiny_llama, tmp_path / "killed", inputs=inputs)
+    kept = shutil.copytree(state(tmp_path / "killed"), tmp_path / "kept")
+    files = sorted(path.relative_to(kept) for path in kept.rglob("*") if path.suffix in {".json", ".safetensors"})
+    draw = random.Random(0)
+    for index, file in enumerate(draw.sample(files, 3) + [file for file in files if file.suffix == ".json"]):
+        out = tmp_path / f"damaged-{index}"
+        shutil.copytree(kept, state(out))
+        flip(state(out) / file, draw)
+        run(tiny_llama, out, inputs=inputs)
+        assert content(out) == content(tmp_path / "alone"), file
+
+
+def flip(file, draw):
+    """Flip a bit of the content; the first eight bytes of a file of tensors are the length of its header."""
+    data = bytearray(file.read_bytes())
+    data[draw.randrange(8, len(data))] ^= 1 << draw.randrange(8)
+    file.write_bytes(data)
+
+
+def test_only_the_damaged_layer_is_made_again(tiny_llama, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(tiny_llama, tmp_path / "alone")
+    with killed_after(14, monkeypatch):
+        run(tiny_llama, out)
+    damaged, shortened, *others = sorted(state(out).rglob("layers/*.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in others}
+    tensors = load_file(damaged)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, damaged, metadata_of(damaged))
+    shortened.write_bytes(shortened.read_bytes()[:40])
+    saved = []
+
+    def noted(checkpoint, layer, outcome, save=Checkpoint.save):
+        saved.append(layer)
+        save(checkpoint, layer, outcome)
+        assert {path: path.stat().st_mtime_ns for path in others} == before
+
+    monkeypatch.setattr(Checkpoint, "save", noted)
+    run(tiny_llama, out)
+    assert {damaged.stem, shortened.stem} <= set(saved)
+    assert not {path.stem for path in others} & set(saved)
+    assert content(out) == content(tmp_path / "alone")
+
+
+def metadata_of(file):
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def test_a_damaged_manifest_of_another_run_is_left_alone(tiny_llama, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with killed_after(12, monkeypatch):
         run(tiny_llama, out)
-    layer = next(state(out).rglob("layers/*.safetensors"))
-    layer.write_bytes(layer.read_bytes()[:40])
-    with pytest.raises(ResumeError, match=r"The state in .* is damaged.*--fresh"):
-        run(tiny_llama, out)
-    (state(out) / "manifest.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ResumeError, match=r"manifest .* is damaged.*--fresh"):
-        run(tiny_llama, out)
-    run(tiny_llama, out, fresh=True)
+    (state(out) / "manifest.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(
+        ResumeError, match=r"manifest .* is damaged, and .* holds the state of a run with other settings"
+    ):
+        run(tiny_llama, out, rank=2)
+    assert len(list(state(out).rglob("layers/*.safetensors"))) > 0
+    run(tiny_llama, out, rank=2, fresh=True)
+
+
+def test_other_spellings_of_a_path_are_the_same_run(tiny_llama, tmp_path, monkeypatch):
+    """Of the model, of the text, and of the output folder."""
+    text = tmp_path / "text.txt"
+    text.write_text(shipped_text("calibrate"), encoding="utf-8")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    with killed_after(12, monkeypatch):
+        run("model", Path("out"), calibration="text.txt")
+    done = list(state(tmp_path / "out").rglob("layers/*.safetensors"))
+    saved = []
+    monkeypatch.setattr(Checkpoint, "save", lambda *arguments, save=Checkpoint.save: saved.append(save(*arguments)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    init(tmp_path / "link", out="~/model/../out/", calibration=text, **SETTINGS)
+    assert len(saved) == 14 - len(done) < 14
 
 
 def test_two_runs_into_one_folder(tiny_llama, tmp_path):
@@ -174,22 +248,23 @@ def test_the_damaged_weight_is_named_and_earlier_layers_are_kept(tiny_llama, tmp
 
 
 def test_signals(tiny_llama, tmp_path):
-    """SIGINT says how to go on; after it and SIGKILL the next run does, to the same result."""
+    """SIGINT and SIGTERM say how to go on; after them and SIGKILL the next run does, to the same result."""
     command = [sys.executable, "-m", "quailora", "init", str(tiny_llama), "--out", str(tmp_path / "killed")]
     command += [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command += ["--solver", "quailora", "--solver.iterations", "400"]  # long enough to be met at work
     slow = AlternatingLeastSquares(iterations=400)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for sent in (signal.SIGINT, signal.SIGKILL):
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits "ignore"
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
         signal.signal(signal.SIGINT, before)
-        while process.poll() is None and not any(state(tmp_path / "killed").rglob("layers/*.safetensors")):
-            pass
+        there = set(state(tmp_path / "killed").rglob("layers/*.safetensors"))
+        while process.poll() is None and set(state(tmp_path / "killed").rglob("layers/*.safetensors")) == there:
+            time.sleep(0.01)
         process.send_signal(sent)
         _, told = process.communicate()
-        assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
-        if sent == signal.SIGINT:
+        assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[sent]
+        if sent != signal.SIGKILL:
             assert "goes on when the same command is run again" in " ".join(told.decode().split())
     run(tiny_llama, tmp_path / "killed", solver=slow)
     run(tiny_llama, tmp_path / "alone", solver=slow)

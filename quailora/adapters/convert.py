@@ -10,7 +10,7 @@ from typing import final
 import torch
 
 from ..errors import ConfigurationError
-from ..outputs import StrPath, as_str, new_folder, write_json, write_tensors
+from ..outputs import StrPath, as_str, check_writable, folder_of, new_folder, write_json, write_tensors
 from ..report.tables import print_table
 from .hub import adapter_folder
 from .lora import LoraScaling
@@ -77,10 +77,12 @@ def convert(
         "init_lora_weights": True,
         "auto_mapping": None,  # where the origin stood: this adapter has another base
     }
-    with new_folder(Path(out).expanduser(), overwrite) as folder:
+    place = folder_of(out)
+    check_writable(place)
+    with new_folder(place, overwrite) as folder:
         write_json(folder / "adapter_config.json", config)
         write_tensors(folder / "adapter_model.safetensors", tensors)
-    return Conversion(Path(out), doubled.rank, len(before.stems))
+    return Conversion(place, doubled.rank, len(before.stems))
 
 
 def check_pair(trained: SavedAdapter, before: SavedAdapter) -> None:

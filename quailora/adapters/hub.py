@@ -35,12 +35,14 @@ def adapter_folder(adapter: StrPath) -> Path:
         ) from error
 
 
-def check_upload(name: str) -> None:
-    """Raise an error unless the hub knows who is uploading; called before anything is computed.
+def check_upload(name: str | None) -> None:
+    """Raise an error unless the hub knows who is uploading, if anything is; called before anything is computed.
 
     Raises:
         StorageError: if the name is no hub name, there is no login, or the hub cannot be reached.
     """
+    if name is None:
+        return
     from huggingface_hub import HfApi
 
     if not _HUB_NAME.fullmatch(name):

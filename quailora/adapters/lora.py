@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ConfigurationError
 from ..models.layers import Layer
 from ..outputs import write_json, write_tensors
-from ..solvers import LowRank
+from ..solvers import Correction, LowRank
 from .provenance import Origin, digest_of
 
 PREFIX = "base_model.model."
@@ -106,7 +106,7 @@ def pattern_key(pattern: Mapping[str, object], name: str) -> str:
 
 def write_lora(
     folder: Path,
-    corrections: Mapping[str, LowRank],
+    corrections: Mapping[str, LowRank | Correction],
     scaling: LoraScaling,
     *,
     target_modules: Sequence[str],
@@ -191,7 +191,7 @@ def lora_shapes(layers: Mapping[str, Layer], scaling: LoraScaling) -> dict[str, 
     return found
 
 
-def scaled_factors(name: str, correction: LowRank, scaling: LoraScaling) -> tuple[Tensor, Tensor]:
+def scaled_factors(name: str, correction: LowRank | Correction, scaling: LoraScaling) -> tuple[Tensor, Tensor]:
     """Return `lora_A` and `lora_B` as PEFT stores them, each divided by the root of PEFT's scaling.
 
     Raises:

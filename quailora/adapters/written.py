@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ModelError, NumericalError, summary
 from ..models.layers import Layer
-from ..solvers import LowRank
+from ..solvers import Correction, LowRank
 from .lora import PREFIX, LoraScaling, expert_stacks, lora_shapes
 from .peft_check import adapted_copy, adapter_parameters, loaded_by_peft, parameter_of
 
@@ -23,7 +23,7 @@ def check_files(
     folder: Path,
     model: Any,
     layers: Mapping[str, Layer],
-    corrections: Mapping[str, LowRank],
+    corrections: Mapping[str, LowRank | Correction],
     scaling: LoraScaling,
     modules: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -87,7 +87,7 @@ def factors_in(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> di
     return found
 
 
-def check_function(name: str, lora_A: Tensor, lora_B: Tensor, scale: float, correction: LowRank) -> None:
+def check_function(name: str, lora_A: Tensor, lora_B: Tensor, scale: float, correction: LowRank | Correction) -> None:
     """Raise a `NumericalError` if `scale * lora_B @ lora_A`, computed as PEFT does, is not the correction.
 
     Args:

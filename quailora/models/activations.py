@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..outputs import write_tensors
+from ..sealed import sealed
 
 
 @final
@@ -33,7 +34,8 @@ class Activations:
         if self._folder is None:
             self._memory[boundary, network, batch] = hidden
         else:
-            write_tensors(self._path(self._folder, boundary, network, batch), {"hidden": hidden.cpu().contiguous()})
+            kept = {"hidden": hidden.cpu().contiguous()}
+            write_tensors(self._path(self._folder, boundary, network, batch), kept, sealed(kept))
 
     def load(self, boundary: int, network: str, batch: int, device: torch.device) -> Tensor:
         """Return hidden states on a device.

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from ..layer import QuantizedLayer
 from ..objective import Objective
+from ..quantizers import Quantizer
 from ..solvers import LowRank
 
 Solve = Callable[[Objective], LowRank]
@@ -35,6 +36,10 @@ class Schedule(ABC):
     def solutions(self) -> int:
         """How often a layer is quantized and solved for, at most; for estimates of time."""
         return 1
+
+    def check(self, quantizer: Quantizer) -> None:
+        """Raise a `ConfigurationError` if the schedule cannot work with a quantizer; any will do by default."""
+        del quantizer
 
     @abstractmethod
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:

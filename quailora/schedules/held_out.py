@@ -40,6 +40,14 @@ class HeldOut(Schedule):
     def solutions(self) -> int:  # noqa: D102
         return 2 + len(self.dampings) + self.schedule.solutions
 
+    def check(self, quantizer: Quantizer) -> None:  # noqa: D102
+        self._ways(quantizer)
+        self.schedule.check(quantizer)
+
+    def _ways(self, quantizer: Quantizer) -> tuple[Quantizer, ...]:
+        nearest = with_least_error(quantizer)
+        return (quantizer, nearest, *(with_feedback(nearest, damping) for damping in self.dampings))
+
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
         trial = layer.trial
         if trial is None:
@@ -52,6 +60,5 @@ class HeldOut(Schedule):
             fitted = rounded(trial.layer, way)
             return trial.judge(fitted.quantized.dequantize() + solve(fitted.objective).dense())
 
-        nearest = with_least_error(layer.quantizer)
-        ways = (layer.quantizer, nearest, *(with_feedback(nearest, damping) for damping in self.dampings))
-        return self.schedule.choose(rounded(layer, min(ways, key=on_held_out)), solve, rank)
+        way = min(self._ways(layer.quantizer), key=on_held_out)
+        return self.schedule.choose(rounded(layer, way), solve, rank)

@@ -1,0 +1,49 @@
+"""Files of tensors that tell whether they are as they were written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_DIGEST = "digest"
+
+
+def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the metadata of a file with a hash of all that is in it."""
+    return {**(metadata or {}), _DIGEST: _digest(tensors, metadata or {})}
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors, memory-mapped, and metadata.
+
+    Raises:
+        OSError, SafetensorError: if the file cannot be read. What is in it is not compared with its hash.
+    """
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 # no mapping
+
+
+def is_intact(path: Path) -> bool:
+    """Return whether a file can be read and holds what was written, down to the last bit."""
+    try:
+        tensors, metadata = read_sealed(path)
+        return metadata.get(_DIGEST) == _digest(tensors, metadata)
+    except (OSError, SafetensorError, ValueError, RuntimeError):
+        return False
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(metadata.items()):
+        if name not in {_DIGEST, "format"}:
+            found.update(f"{name}={value}\n".encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

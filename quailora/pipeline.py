@@ -94,7 +94,10 @@ class InitResult:
         rows = [
             ["quantized, no correction", "100.00 %"],
             ["uncalibrated SVD", f"{share['error_uncalibrated']:.2%}"],
-            ["this adapter", f"{share['error']:.2%}"],
+            [
+                "this adapter before its training" if self.report["training"] else "this adapter",
+                f"{share['error']:.2%}",
+            ],
             ["optimum of this rank", f"{share['error_optimal']:.2%}"],
         ]
         title = f"{self.out}: {len(self.report['layers'])} layers, {self.report['bits_per_weight']:.2f} bits per weight"

@@ -94,6 +94,7 @@ class Results:
             if base_format is not None:
                 self._write_base(folder / "base", outcomes, base_format)
         report = build_report(self.settings, self.phases.entries, records, self.tokens, self.run.seconds)
+        report["training"] = describe(self.method.polish)
         self._write_provenance(folder, report, base)
         card = model_card(
             self.method.initializer,
@@ -103,6 +104,8 @@ class Results:
             calibration_tokens=self.tokens,
             inputs=self.run.walk.inputs,
             quantized_base=f"{BESIDE}/base" if base_format else self.base,
+            recipe=self.settings["recipe"],
+            polish=self.method.polish,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         return report
@@ -148,6 +151,9 @@ class Results:
             "metric": self.method.initializer.metric,
             "schedule": describe(self.method.initializer.schedule),
             "inputs": self.run.walk.inputs,
+            "recipe": self.settings["recipe"],
+            "trust": self.method.trust if self.run.walk.inputs == "asymmetric" else None,
+            "training": describe(self.method.polish),  # the errors of layers are those before it
             "calibration": asdict(self.source),
             "calibration_tokens": report["calibration_tokens"],
             "mean_error_share": report["mean_error_share"],

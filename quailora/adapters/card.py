@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
+import yaml
+
 from ..initializer import Initializer
+from ..polish import Polish
 from ..report.record import LayerRecord, by_ending, error_reduction
 from ..report.tables import markdown_table
 
 _CARD = """\
 ---
-base_model: {base_model}
-library_name: peft
-tags: [lora, quailora]
----
+{front_matter}---
 
 # LoRA initialization for {model}, quantized by {quantizer_name}
 
 **This adapter belongs on the quantized base and on no other.** It makes up for the error of
 `{quantizer}`.
 On the full-precision model, or on a base that was quantized in another way, it *adds* that error. Do not merge it into
-full-precision weights: after training, only the change that training made can go there.
+full-precision weights: after training, only the change that training made can go there, and `quailora convert` writes
+it as an adapter of its own. Do not merge it into its quantized base either: the sum is rounded again, which loses the
+correction.
 
 It is a starting point for training, made by quailora with `{solver}`
 in the {metric} metric, by the schedule `{schedule}`,
-from {tokens} calibration tokens, fitted to the inputs of {network}. It has not been
-trained.
+from {tokens} calibration tokens, fitted to the inputs of {network}. {training}
 
 ## Load
 
@@ -36,7 +38,7 @@ trained.
 ## Layer errors
 
 Mean over the {count} layers, as a share of the output error of the quantized weight alone
-(`tr((W - Q - C) H (W - Q - C)^T)`, `H` the second moment of the layer's calibration inputs):
+(`tr((W - Q - C) H (W - Q - C)^T)`, `H` the second moment of the layer's calibration inputs){before}:
 
 {summary}
 
@@ -76,6 +78,8 @@ def model_card(
     calibration_tokens: int,
     inputs: str = "full",
     quantized_base: str | None = None,
+    recipe: str | None = None,
+    polish: Polish | None = None,
 ) -> str:
     """Return the text of an adapter's `README.md`.
 
@@ -87,12 +91,15 @@ def model_card(
         calibration_tokens: tokens that it was calibrated on.
         inputs: whose inputs layers are fitted to; see `Walk`.
         quantized_base: where the base is loaded from, if it is not quantized while it loads.
+        recipe: name of the recipe, if there was one.
+        polish: training that followed, if there was one.
     """
+    front_matter = {"base_model": base_model, "library_name": "peft", "tags": ["lora", "quailora"]}
     share = error_reduction(layers)
     summary = [
         ["no correction", "100.0%"],
         ["uncalibrated SVD", f"{share['error_uncalibrated']:.1%}"],
-        ["**this adapter**", f"**{share['error']:.1%}**"],
+        ["**this adapter**" if polish is None else "**this adapter before its training**", f"**{share['error']:.1%}**"],
         ["optimum of this rank", f"{share['error_optimal']:.1%}"],
     ]
     kinds = [
@@ -100,15 +107,17 @@ def model_card(
         for ending, members in by_ending(layers).items()
     ]
     return _CARD.format(
-        base_model=base_model,
-        model=model,
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True, width=10**6),
+        model=" ".join(model.split()),
         quantizer_name=type(initializer.quantizer).__name__,
         quantizer=initializer.quantizer,
         solver=initializer.solver,
         metric=initializer.metric,
         schedule=initializer.schedule,
         tokens=calibration_tokens,
-        network=_NETWORKS[inputs],
+        network=_NETWORKS[inputs] + (f", by the recipe `{recipe}`" if recipe else ""),
+        training=trained_how(polish),
+        before="" if polish is None else ", before the training",
         count=len(layers),
         snippet=loading_snippet(initializer, base_model, quantized_base),
         summary=markdown_table(("correction", "output error"), summary),
@@ -116,13 +125,32 @@ def model_card(
     )
 
 
+def trained_how(polish: Polish | None) -> str:
+    """Return a sentence on the training that an adapter has had."""
+    if polish is None:
+        return "It has not been\ntrained."
+    aim = "to predict what full precision does" if polish.target == "full precision" else "on the text itself"
+    kind = "distilled" if polish.target == "full precision" else "fine-tuned"
+    return (
+        f"Then it has\nbeen {kind} {aim}: {polish.steps} steps of {polish.batch} x {polish.sequence_length} tokens of "
+        f"the calibration text,\nlearning rate {polish.learning_rate:g}. It has not been trained on a task."
+    )
+
+
+def quoted(text: str) -> str:
+    """Return a string as Python code, in double quotes, whatever is in it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def loading_snippet(initializer: Initializer, base_model: str, quantized_base: str | None) -> str:
     """Return Python code that loads the base and the adapter with stock packages."""
     config = initializer.quantizer.stock_config()
     if quantized_base is not None or config is None:
-        place = f'"{quantized_base or f"{BESIDE}/base"}", dtype=torch.bfloat16,'
+        place = f"{quoted(quantized_base or f'{BESIDE}/base')}, dtype=torch.bfloat16,"
         remark = "" if quantized_base is not None else "  # written by --save-base"
         return _SNIPPET.format(config_import="", arguments=place + remark)
     inner = ", ".join(f"{key}={value!r}" for key, value in config.items())
-    arguments = f'"{base_model}",\n    quantization_config=BitsAndBytesConfig({inner}),\n    dtype=torch.bfloat16,'
+    arguments = (
+        f"{quoted(base_model)},\n    quantization_config=BitsAndBytesConfig({inner}),\n    dtype=torch.bfloat16,"
+    )
     return _SNIPPET.format(config_import=", BitsAndBytesConfig", arguments=arguments)

@@ -53,17 +53,31 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2, "pad_token_id": 0, "lru_width": 64, "intermediate_size_mlp": 96, "attn_layer_indices": [1],
     "first_k_dense_replace": 1, "vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 16,
     "index_n_heads": 2, "index_head_dim": 16, "index_topk": 16, "embedding_size": 64, "image_size": 28,
-    "patch_size": 14, "max_seq_len": 256, "n_heads": 4, "n_layers": 2,
+    "patch_size": 14, "max_seq_len": 256, "n_heads": 4, "n_layers": 2, "rotary_dim": 8, "mamba_d_ssm": 128,
+    "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+    "num_experts_per_token": 2, "unpadded_vocab_size": 300, "emb_dim": 64, "n_words": 300, "ffn_hidden_size": 96,
+    "expert_ffn_hidden_size": 32, "moe_topk": 2, "block_types": ["recurrent", "attention"],
 }  # fmt: skip
 """What makes a configuration small, for each field that it has; sub-configurations likewise."""
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "bert": {"is_decoder": True}, "roberta": {"is_decoder": True}, "camembert": {"is_decoder": True},
     "electra": {"is_decoder": True}, "megatron-bert": {"is_decoder": True}, "xlm-roberta": {"is_decoder": True},
-    "xlm-roberta-xl": {"is_decoder": True}, "roberta-prelayernorm": {"is_decoder": True}, "xmod": {"is_decoder": True},
+    "xlm-roberta-xl": {"is_decoder": True}, "roberta-prelayernorm": {"is_decoder": True},
     "data2vec-text": {"is_decoder": True}, "ernie": {"is_decoder": True}, "rembert": {"is_decoder": True},
     "roformer": {"is_decoder": True}, "roc_bert": {"is_decoder": True}, "big_bird": {"is_decoder": True},
-    "mamba2": {"num_heads": 8}, "reformer": {"is_decoder": True, "axial_pos_embds": False, "hidden_size": 64, "attention_head_size": 16},
+    "mamba2": {"num_heads": 8}, "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "num_hidden_layers": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]}, "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "xlstm": {"qk_dim_factor": 1.0}, "zaya": {"num_experts_per_tok": 1}, "bailing_hybrid": {"n_group": 1},
+    "xmod": {"is_decoder": True, "languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 128, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"attention_hidden_size": 128, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "hidden_size": 64, "attention_head_size": 16},
 }  # fmt: skip
 """What has to be said beside sizes."""
 
@@ -91,6 +105,9 @@ def shrunk(config: Any) -> dict[str, Any]:
         kinds = config.to_dict().get(name)
         if isinstance(kinds, (list, tuple)) and kinds:
             values[name] = ([*dict.fromkeys(kinds)] * 2)[:2]
+    if "kv_lora_rank" in values:  # latent attention has as many keys as queries
+        values |= {"head_dim": values["qk_rope_head_dim"], "num_key_value_heads": values["num_attention_heads"]}
+        values = {name: value for name, value in values.items() if hasattr(config, name)}
     return values
 
 

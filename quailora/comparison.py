@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -25,9 +26,9 @@ from .contest import FULL_PRECISION, Contest
 from .errors import ConfigurationError
 from .evaluate import EVALUATION_LENGTH
 from .fingerprint import digest, fingerprint
-from .models.layers import linear_layers
+from .models.layers import ALL_LINEAR, Layer, linear_layers
 from .models.limits import check_token_ids, fitting_length
-from .models.load import DeviceName, DtypeName, LoadedModel, load_model
+from .models.load import DeviceName, DtypeName, LoadedModel, empty_model, load_model
 from .outputs import check_writable, folder_of
 from .plan import check_scaling, check_tokens
 from .preflight import check_request
@@ -37,6 +38,7 @@ from .report.comparison import Comparison, Row
 from .report.record import versions_in_words
 from .report.settings import as_command, describe
 from .scoreboard import Scoreboard, write_comparison
+from .targets import in_short, plan_adapter
 from .tasks import Tasks
 from .text import TextSource
 
@@ -143,9 +145,8 @@ def compare(
     length = fitting_length(loaded.model, sequence_length, DEFAULT_LENGTH)
     source = Calibration(calibrate_on, samples, length, seed, calibration_dtype, bos)
     window_length = fitting_length(loaded.model, window_length, EVALUATION_LENGTH)
-    check_tokens(linear_layers(loaded.model), source)
-    for rank in ranks:
-        check_scaling(linear_layers(loaded.model), LoraScaling(rank))
+    layers, targets = compared_layers(loaded.model, model, ranks, trust_remote_code=trust_remote_code)
+    check_tokens(layers, source)
     seen = check_token_ids(loaded.model, source.windows(loaded.tokenizer))
     texts = dict(evaluation_texts(loaded, evaluate_on, windows, window_length, bos))
     settings = {"quantizer": describe(quantizer), "seed": seed, "calibration dtype": calibration_dtype}
@@ -155,8 +156,9 @@ def compare(
     with locked(folder / "work"):
         board = Scoreboard(folder / "rows", fingerprint(settings, loaded, seen), fresh)
         board.open()
-        layers = linear_layers(loaded.model)
-        Contest(loaded, layers, source, seen, texts, scored_on, folder / "work", board, seed).measure(contenders)
+        Contest(loaded, layers, targets, source, seen, texts, scored_on, folder / "work", board, seed).measure(
+            contenders
+        )
     comparison = Comparison(
         title=f"{model}, {quantizer!r}",
         reference=against,
@@ -167,6 +169,25 @@ def compare(
     )
     write_comparison(comparison, folder)
     return comparison
+
+
+def compared_layers(
+    loaded: Any, model: str, ranks: Sequence[int], *, trust_remote_code: bool
+) -> tuple[dict[str, Layer], dict[str, Layer]]:
+    """Return the layers that are quantized, and those of them that get corrections of every rank.
+
+    Raises:
+        TargetError: if no layer can get one.
+    """
+    plan = plan_adapter(empty_model(model, trust_remote_code=trust_remote_code), [ALL_LINEAR], LoraScaling(1))
+    layers = plan.reach.watched(linear_layers(loaded))
+    targets = {name: layer for name, layer in plan.of(layers).items() if min(layer.shape) >= max(ranks)}
+    if not targets:
+        check_scaling(plan.of(layers), LoraScaling(max(ranks)))
+    small = [name for name in plan.of(layers) if name not in targets]
+    if small:
+        logger.warning("No corrections for layers smaller than rank %d: %s.", max(ranks), in_short(small))
+    return layers, targets
 
 
 def standing(kept: Mapping[str, Row], quantizer: Quantizer) -> Iterator[Row]:

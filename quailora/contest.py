@@ -41,7 +41,8 @@ class Contest:
 
     Attributes:
         loaded: the model, in memory.
-        layers: its linear layers.
+        layers: its layers that are quantized.
+        targets: those of them that are corrected.
         source: what is calibrated on.
         seen: its windows.
         texts: windows to evaluate on, by name of the text.
@@ -53,6 +54,7 @@ class Contest:
 
     loaded: LoadedModel
     layers: Mapping[str, Layer]
+    targets: Mapping[str, Layer]
     source: Calibration
     seen: Int[Tensor, "samples sequence_length"]
     texts: Mapping[str, Int[Tensor, "windows window_length"]]
@@ -144,7 +146,7 @@ class Contest:
         weighted = any(each.method.initializer.metric == "fisher" for each in group)
         sensitivities = self.sensitivities[0] if weighted else {}
         run = Run(
-            walk, self.layers, methods, checkpoint, {*kept, *trained}, seed=self.seed, sensitivities=sensitivities
+            walk, self.targets, methods, checkpoint, {*kept, *trained}, seed=self.seed, sensitivities=sensitivities
         )
         run.finish()
         return run

@@ -23,9 +23,10 @@ from .chosen_base import check_measured_on, choose_base, loaded_partly
 from .errors import ModelError, named
 from .layerwise import layers_of
 from .measure import perplexity_of
-from .models.layers import all_layers, linear_layers
+from .models.empty_pass import find_reach
+from .models.layers import all_layers, linear_layers, stock_quantizes
 from .models.limits import check_token_ids, fitting_length
-from .models.load import DeviceName, DtypeName, load_model
+from .models.load import DeviceName, DtypeName, empty_model, load_model
 from .models.stream import Walk
 from .outputs import StrPath, as_str, write_json
 from .plan import quantized_layers
@@ -94,6 +95,8 @@ def quantize_in_place(model: Any, quantizer: Quantizer, walk: Walk | None = None
 def each_quantized(model: Any, quantizer: Quantizer, walk: Walk | None = None) -> Iterator[tuple[str, QuantizedWeight]]:
     """Do the same layer by layer, and yield the name and the quantized weight of each."""
     layers = quantized_layers(model, {}, quantizer)
+    if quantizer.stock_config() is not None:
+        layers = {name: layer for name, layer in layers.items() if stock_quantizes(layer)}
     blocks = ((None, layer) for layer in layers.values()) if walk is None else layers_of(walk)
     for block, layer in track(blocks, "Quantizing", total=len(layers)):
         seen = None if block is None else block.statistics[layer.name]
@@ -219,7 +222,9 @@ def evaluate(
     walk = None
     if chosen.calibration is not None:
         seen = check_token_ids(loaded.model, chosen.calibration.windows(loaded.tokenizer))
-        walk = Walk(loaded.model, linear_layers(loaded.model), seen, dtype=chosen.calibration.dtype)
+        reach = find_reach(empty_model(model, dtype, trust_remote_code=trust_remote_code))
+        layers = reach.watched(linear_layers(loaded.model))
+        walk = Walk(loaded.model, layers, seen, dtype=chosen.calibration.dtype)
     results = {"full precision": perplexity(loaded.model, ids, "Full precision", given)}
     identities = {}
     if chosen.quantizer is not None:

@@ -214,7 +214,7 @@ def init(
     check_request(seed, device, method, inputs)
     save_base = save_base or own
     empty = empty_model(model, dtype, trust_remote_code=trust_remote_code)
-    plan = plan_adapter(empty, targets, scaling, stock_base=base is None and not save_base)
+    plan = plan_adapter(empty, targets, scaling, None if save_base else initializer.quantizer)
     method = replace(method, scaling=plan.scaling)
     length = fitting_length(empty, sequence_length, DEFAULT_LENGTH)
     source = Calibration(text, samples, length, seed, calibration_dtype, bos)

@@ -10,10 +10,12 @@ from typing import Any, final
 
 from .adapters.lora import LoraScaling, pattern_key
 from .adapters.peft_check import unusable_layers
+from .bases import Prequantized
 from .errors import TargetError
 from .models.empty_pass import Reach, find_reach
 from .models.layers import Layer, all_layers, ending, kind, named_layers, select_layers, stock_quantizes
 from .plan import check_scaling
+from .quantizers import Quantizer
 
 logger = logging.getLogger("quailora")
 
@@ -40,7 +42,9 @@ class AdapterPlan:
         return {name: layer for name, layer in layers.items() if name in self.layers}
 
 
-def plan_adapter(model: Any, targets: Sequence[str], scaling: LoraScaling, *, stock_base: bool = False) -> AdapterPlan:
+def plan_adapter(
+    model: Any, targets: Sequence[str], scaling: LoraScaling, quantizer: Quantizer | None = None
+) -> AdapterPlan:
     """Return what an adapter for these targets consists of, found on a model without weights.
 
     Layers that cannot be used are left out with a warning where `all-linear` or `experts` meant them.
@@ -49,7 +53,8 @@ def plan_adapter(model: Any, targets: Sequence[str], scaling: LoraScaling, *, st
         model: the model without weights; it is left as it was.
         targets: see `select_layers`.
         scaling: ranks and alphas that were asked for.
-        stock_base: whether stock transformers quantizes the base while it loads it, and decides which layers.
+        quantizer: of a base that this run does not write, so that others decide which layers it quantizes: stock
+            transformers while it loads the model, or who made the base that is there already.
 
     Raises:
         TargetError: if a target matches nothing, names a layer that cannot be used, or one too small for its rank.
@@ -60,10 +65,8 @@ def plan_adapter(model: Any, targets: Sequence[str], scaling: LoraScaling, *, st
     reach = find_reach(model)
     reasons = dict.fromkeys(chosen.keys() & reach.silent, "text never reaches them")
     reasons |= dict.fromkeys(chosen.keys() & reach.odd, "they return more than one tensor")
-    if stock_base:
-        linear = {name: layer for name, layer in chosen.items() if layer.expert is None and name not in reasons}
-        kept = [name for name, layer in linear.items() if not stock_quantizes(layer)]
-        reasons |= dict.fromkeys(kept, "stock transformers leaves them in full precision, see --save-base")
+    linear = {name: layer for name, layer in chosen.items() if layer.expert is None and name not in reasons}
+    reasons |= unquantized(linear, quantizer)
     left = {name: layer for name, layer in chosen.items() if name not in reasons}
     fitted = fit_ranks(left, named, scaling)
     reasons |= unusable_layers(model, left, fitted, run=reach.known)
@@ -76,6 +79,21 @@ def plan_adapter(model: Any, targets: Sequence[str], scaling: LoraScaling, *, st
     check_scaling(left, fitted)
     tell_ranks(left, scaling, fitted)
     return AdapterPlan(left, fitted, reach)
+
+
+def unquantized(layers: Mapping[str, Layer], quantizer: Quantizer | None) -> dict[str, str]:
+    """Return the linear layers that a base which this run does not write has in full precision, with the reason.
+
+    A base that is there already has to have a kind of layers everywhere or nowhere; that is checked later.
+    """
+    if quantizer is None:
+        return {}
+    if isinstance(quantizer, Prequantized):
+        kinds = {kind(name) for name in quantizer.among(layers)}
+        kept = [name for name in layers if kinds and kind(name) not in kinds]
+        return dict.fromkeys(kept, f"they are not quantized in {quantizer.base!r}")
+    kept = [name for name, layer in layers.items() if not stock_quantizes(layer)]
+    return dict.fromkeys(kept, "stock transformers leaves them in full precision, see --save-base")
 
 
 def refuse(model: Any, named: set[str], reasons: Mapping[str, str], left: Mapping[str, Layer]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, final
 
 from .adapters.lora import LoraScaling, pattern_key
@@ -63,8 +62,8 @@ def plan_adapter(
     chosen = select_layers(model, targets)
     named = named_layers(chosen, targets)
     reach = find_reach(model)
-    reasons = dict.fromkeys(chosen.keys() & reach.silent, "text never reaches them")
-    reasons |= dict.fromkeys(chosen.keys() & reach.odd, "they return more than one tensor")
+    reasons = {name: "text never reaches them" for name in chosen if name in reach.silent}
+    reasons |= {name: "they return more than one tensor" for name in chosen if name in reach.odd}
     linear = {name: layer for name, layer in chosen.items() if layer.expert is None and name not in reasons}
     reasons |= unquantized(linear, quantizer)
     left = {name: layer for name, layer in chosen.items() if name not in reasons}
@@ -123,8 +122,10 @@ def typed_targets(model: Any, layers: Mapping[str, Layer]) -> list[str]:
 
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """Return the layers with each reason."""
-    ordered = sorted(reasons.items(), key=lambda item: item[1])
-    return {reason: [name for name, _ in items] for reason, items in groupby(ordered, key=lambda item: item[1])}
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def in_short(names: Sequence[str]) -> str:

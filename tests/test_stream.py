@@ -8,10 +8,10 @@ from families import FAMILIES, make_model
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from quailora import InputStatistics
-from quailora.errors import CalibrationError, ModelError
+from quailora import NF4, AlternatingLeastSquares, Initializer, InputStatistics
+from quailora.errors import CalibrationError, ModelError, NumericalError, named
 from quailora.models.blocks import find_chain
-from quailora.models.layers import all_layers, linear_layers, select_layers
+from quailora.models.layers import Layer, all_layers, linear_layers, select_layers
 from quailora.models.load import load_model
 from quailora.models.stream import Walk, collect_statistics
 from quailora.models.weights import is_offloaded, replaced, resident
@@ -174,3 +174,40 @@ def test_inputs_that_are_overwritten_are_refused(tiny_llama, ids, monkeypatch):
     monkeypatch.setattr(mlp, "forward", lambda self, hidden: plain(self, hidden) + hidden.mul_(0))
     with pytest.raises(ModelError, match=r"overwrites the input of model\.layers\.0\.mlp\.gate_proj after use"):
         collect_statistics(model, linear_layers(model), ids)
+
+
+def test_what_a_model_raises_is_one_line(tiny_llama, ids, monkeypatch):
+    """In a block that is run on calibration windows, and in the stubbed run that looks for blocks."""
+    model = load_model(str(tiny_llama)).model
+    mlp, plain = type(model.model.layers[0].mlp), type(model.model.layers[0].mlp).forward
+
+    def breaking(self, hidden):
+        if self is model.model.layers[1].mlp:
+            raise TypeError("no way")
+        return plain(self, hidden)
+
+    monkeypatch.setattr(mlp, "forward", breaking)
+    with pytest.raises(ModelError, match=r"cannot be run on calibration windows: its code ends in TypeError: no way"):
+        collect_statistics(model, linear_layers(model), ids)
+    norm = type(model.model.norm)
+    monkeypatch.setattr(norm, "forward", lambda *_: {}["nothing"])
+    with pytest.raises(ModelError, match=r"cannot be run block by block: it ends in KeyError: 'nothing'"):
+        find_chain(model, ids[:1, :4])
+
+
+def test_weights_beyond_float32_products_name_their_layer():
+    with torch.no_grad():
+        weight = torch.randn(16, 24) * 1e37
+    with (
+        pytest.raises(NumericalError, match=r"Layer here: a factorisation failed"),
+        named("here"),
+    ):
+        Initializer(NF4(), AlternatingLeastSquares(), 4)(weight, InputStatistics.from_inputs(torch.randn(64, 24)))
+
+
+def test_a_layer_without_tokens_is_named_for_quantized_inputs(tiny_llama, ids):
+    """The order of layers of a block in which none was run was a StopIteration."""
+    model = load_model(str(tiny_llama)).model
+    silent = {"model.layers.0.unused": Layer("model.layers.0.unused", nn.Linear(64, 64))}
+    with pytest.raises(CalibrationError, match=r"1 layers received no calibration token, model\.layers\.0\.unused"):
+        list(Walk(model, silent, ids, "quantized"))

@@ -18,9 +18,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ..errors import ModelError, summary
+from ..errors import ModelError, QuailoraError, summary
 from .layers import output_head
 from .weights import execution_device, resident
+
+FROM_MODELS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError)
+"""What the code of a model can raise that is run in a way or on data that it was not made for."""
 
 Slot = int | str
 """Where hidden states stand among the arguments: a position or a keyword."""
@@ -166,16 +169,13 @@ def find_chain(model: Any, probe: Int[Tensor, "1 tokens"]) -> Chain:
         repeated = chain.stubbed_run(probe, torch.zeros_like)
     except (ModelError, torch.OutOfMemoryError):
         raise
-    except _FROM_STUBS as error:
+    except FROM_MODELS as error:
         raise _no_chain(model, f"it ends in {summary(error)} when they are left out") from error
     for call, again in zip(calls, repeated, strict=True):
         before, after = (tensors_in(made.with_hidden(slot, None)) for made in (call, again))
         if len(before) != len(after) or not all(map(torch.equal, before, after)):
             raise _no_chain(model, f"blocks in {name} receive more than hidden states from earlier blocks")
     return chain
-
-
-_FROM_STUBS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError)
 
 
 def _longest_list(model: Any) -> tuple[str, tuple[nn.Module, ...]]:
@@ -246,6 +246,20 @@ def run_body(model: Any, ids: Int[Tensor, "samples length"]) -> None:
 
 def _one_logit(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden[..., :1]
+
+
+@contextmanager
+def explained(model: Any) -> Iterator[None]:
+    """Turn what the code of a model raises on calibration windows into a `ModelError`."""
+    try:
+        yield
+    except (QuailoraError, torch.OutOfMemoryError):
+        raise
+    except FROM_MODELS as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be run on calibration windows: its code ends in {summary(error)}. If that "
+            "is about dtypes, try --calibration-dtype model; if about lengths, another --sequence-length."
+        ) from error
 
 
 @contextmanager

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .blocks import run_body
+from .blocks import FROM_MODELS, run_body
 from .capture import Inputs, captured
 from .layers import Layer, linear_layers
 
 _TOKENS = 4
-CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
-"""What comes out of a model whose code does not run without weights."""
 
 
 @final
@@ -66,7 +64,7 @@ def run_empty(model: Any) -> None:
     """Run an empty model on a few tokens.
 
     Raises:
-        Exception: one of `CANNOT_RUN`, if the model's code does not run without weights.
+        Exception: one of `FROM_MODELS`, if the model's code does not run without weights.
     """
     with suppress(ValueError, AttributeError):  # where a model has no choice of implementations
         model.set_experts_implementation("eager")
@@ -80,7 +78,7 @@ def empty_inputs(model: Any, layers: Mapping[str, Layer]) -> Inputs | None:
     try:
         with captured(linear) as inputs:
             run_empty(model)
-    except CANNOT_RUN:
+    except FROM_MODELS:
         return None
     return inputs
 
@@ -121,7 +119,7 @@ def find_reach(model: Any) -> Reach:
             hooks.enter_context(layer.module.register_forward_hook(_noting(plain, name)))
         try:
             run_empty(model)
-        except CANNOT_RUN:
+        except FROM_MODELS:
             return Reach(known=False)
     reached = {_any_sibling(name) for name in plain}
     return Reach(

@@ -19,7 +19,7 @@ from ..errors import CalibrationError, ModelError, NumericalError
 from ..paired import PairedStatistics
 from ..statistics import InputStatistics
 from .activations import Activations
-from .blocks import Call, Chain, WholeModel, find_chain
+from .blocks import Call, Chain, WholeModel, explained, find_chain
 from .capture import Inputs, arithmetic, captured, shared_inputs
 from .layers import Layer
 from .tally import BlockTally
@@ -113,7 +113,7 @@ class Walk:
         batches, held_out = self._batches()
         calls = {}
         for index, ids in batches.items():
-            with arithmetic(self.model, self.dtype):
+            with arithmetic(self.model, self.dtype), explained(self.model):
                 hidden, calls[index] = chain.record(ids)
             for network in self._networks if self.start == 0 else ():
                 self.activations.save(0, network, index, hidden)
@@ -181,7 +181,11 @@ class Walk:
         def run(batch: int, network: str, watched: Mapping[str, Layer], *, keep: bool, cut: bool = False) -> Inputs:
             self.on_batch(f"Block {index}: batch {batch + 1}")
             hidden = self.activations.load(index, network, batch, device)
-            with captured(watched, cut=cut and not keep) as inputs, arithmetic(self.model, self.dtype):
+            with (
+                explained(self.model),
+                captured(watched, cut=cut and not keep) as inputs,
+                arithmetic(self.model, self.dtype),
+            ):
                 hidden = forward(batch, hidden)
             if keep:
                 self.activations.save(index + 1, network, batch, hidden)

@@ -4,7 +4,7 @@ Every exception here is also a builtin (`ValueError`, `OSError`, ...), so code t
 still catch it, and all of them are `QuailoraError`, which is what the command line turns into a one-line message.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch.linalg import LinAlgError  # type: ignore[attr-defined] # torch's annotations lack it
@@ -18,6 +18,18 @@ class QuailoraError(Exception):
 
 class ConfigurationError(QuailoraError, ValueError):
     """A hyper-parameter is out of its range."""
+
+
+def check_choice(what: str, value: object, choices: Iterable[object]) -> None:
+    """Raise a `ConfigurationError` unless a hyper-parameter is one of the values that there are for it.
+
+    Args:
+        what: the hyper-parameter, such as "a block size".
+        value: what came.
+        choices: what may come.
+    """
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        raise ConfigurationError(f"Expected {what} of {', '.join(map(str, choices))}, got {value!r}.")
 
 
 class CalibrationError(QuailoraError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -248,9 +249,9 @@ def symmetric_form(matrix: Float[Tensor, "rows columns"], symmetric: Float[Tenso
 
 
 def check_damping(damping: float) -> None:
-    """Raise a `ConfigurationError` for a negative damping; called when a solver or quantizer is made."""
-    if damping < 0:
-        raise ConfigurationError(f"Expected a damping of at least 0, got {damping}.")
+    """Raise a `ConfigurationError` unless a damping is at least 0; called when a solver or quantizer is made."""
+    if not 0 <= damping < math.inf:
+        raise ConfigurationError(f"Expected a finite damping of at least 0, got {damping}.")
 
 
 def check_shrinkage(shrinkage: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -171,5 +172,5 @@ class Objective:
 
 def check_tolerance(tolerance: float) -> None:
     """Raise a `ConfigurationError` unless a tolerance is positive; called when a solver is made."""
-    if tolerance <= 0:
+    if not 0 < tolerance < math.inf:
         raise ConfigurationError(f"Expected a tolerance above 0, got {tolerance}.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .calibration import Calibration, CalibrationDtype
-from .errors import ConfigurationError, NumericalError
+from .errors import ConfigurationError, NumericalError, check_choice
 from .models.capture import arithmetic
 from .models.gradients import frozen
 from .models.layers import Layer
@@ -56,6 +56,9 @@ class Polish:
                 f"Expected at least one step of one window of two tokens, got {self.steps} steps of {self.batch} x "
                 f"{self.sequence_length}."
             )
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigurationError(f"Expected a learning rate above 0, got {self.learning_rate}.")
+        check_choice("a target", self.target, ("full precision", "text"))
 
     def windows(self, calibration: Calibration, tokenizer: Any) -> Int[Tensor, "samples sequence_length"]:
         """Return the windows to train on, `batch` for each step.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Literal, final, get_args
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from ..errors import check_choice
 from .base import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ SHARES = (1.06, 1.03, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73)
 """Of a block's largest magnitude, to choose its scale from where the squared error decides."""
 
 _STOCK_BLOCK_SIZE = 64  # the only one that transformers can ask it for
+
+
+def check_block_size(block_size: object) -> None:
+    """Raise a `ConfigurationError` unless bitsandbytes' kernels know a block size; called when a quantizer is made."""
+    check_choice("a block size", block_size, get_args(BlockSize))
 
 
 @final

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..errors import check_choice
 from ..linalg import safe_cholesky, triangular_inverse
 from ..metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
 from ..statistics import InputStatistics
@@ -63,6 +64,7 @@ class GPTQ(Quantizer):
 
     def __post_init__(self) -> None:
         check_bits_and_group(self.bits, self.group_size)
+        check_choice("a damping_scale", self.damping_scale, ("mean", "median"))
         check_damping(self.damping)
         check_shrinkage(self.shrinkage)
 

@@ -241,9 +241,15 @@ def join_groups(
     return weight.flatten(1)[:, :columns]
 
 
-def check_bits_and_group(bits: int, group_size: int | None) -> None:
+def check_bits_and_group(bits: object, group_size: object) -> None:
     """Raise a `ConfigurationError` for settings outside the grid's range; called when a quantizer is made."""
-    if not 2 <= bits <= 8:
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ConfigurationError(f"Expected 2 to 8 bits, got {bits}.")
-    if group_size is not None and group_size < 1:
+    if group_size is not None:
+        check_group_size(group_size)
+
+
+def check_group_size(group_size: object) -> None:
+    """Raise a `ConfigurationError` unless a group has at least one column; called likewise."""
+    if not isinstance(group_size, int) or group_size < 1:
         raise ConfigurationError(f"Expected a group size of at least 1, or none for one group a row, got {group_size}.")

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..errors import NumericalError
+from ..errors import NumericalError, check_choice
 from ..statistics import InputStatistics
 from .base import QuantizedWeight, Quantizer
-from .grid import split_groups
+from .grid import check_group_size, split_groups
 from .packing import pack, unpack
 
 _NARROW = 1e-4  # a group of a smaller range keeps its weights as they are, one step to one
@@ -75,6 +75,10 @@ class HQQ(Quantizer):
 
     bits: Literal[1, 2, 3, 4, 5, 6, 8] = 4
     group_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_choice("a number of bits", self.bits, (1, 2, 3, 4, 5, 6, 8))
+        check_group_size(self.group_size)
 
     def encode(  # noqa: D102
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import check_choice
 from ..metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
 from ..statistics import InputStatistics
 from .base import Quantizer
@@ -16,6 +17,7 @@ from .fourbit import (
     BlockSize,
     FourBitWeight,
     ScaledTable,
+    check_block_size,
     encode_four_bit,
     scales_of,
     with_codes,
@@ -54,6 +56,8 @@ class NF4GPTQ(Quantizer):
     calibrated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_block_size(self.block_size)
+        check_choice("a damping_scale", self.damping_scale, ("mean", "median"))
         check_damping(self.damping)
         check_shrinkage(self.shrinkage)
 

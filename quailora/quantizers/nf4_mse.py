@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..statistics import InputStatistics
 from .base import Quantizer
-from .fourbit import BlockSize, FourBitWeight, encode_four_bit, with_least_error
+from .fourbit import BlockSize, FourBitWeight, check_block_size, encode_four_bit, with_least_error
 
 
 @final
@@ -28,6 +28,9 @@ class NF4MSE(Quantizer):
 
     block_size: BlockSize = 64
     double_quantization: bool = True
+
+    def __post_init__(self) -> None:
+        check_block_size(self.block_size)
 
     def encode(  # noqa: D102
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None

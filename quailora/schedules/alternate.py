@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, check_choice
 from ..layer import QuantizedLayer
 from ..solvers import LowRank
-from .base import Schedule, Solve, best_iterate, better
+from .base import Schedule, Solve, best_iterate, better, check_rounds
 
 
 @final
@@ -31,8 +31,8 @@ class Alternate(Schedule):
     start: Literal["quantize", "low-rank", "outliers"] = "quantize"
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ConfigurationError(f"Expected at least 1 round, got {self.rounds}.")
+        check_rounds(self.rounds)
+        check_choice("a start", self.start, ("quantize", "low-rank", "outliers"))
 
     @property
     def solutions(self) -> int:  # noqa: D102

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
+from ..errors import ConfigurationError
 from ..layer import QuantizedLayer
 from ..objective import Objective
 from ..quantizers import Quantizer
@@ -50,6 +51,12 @@ class Schedule(ABC):
             solve: finds corrections, see `Solve`.
             rank: rank of the correction.
         """
+
+
+def check_rounds(rounds: int) -> None:
+    """Raise a `ConfigurationError` unless there is at least one round; called when a schedule is made."""
+    if rounds < 1:
+        raise ConfigurationError(f"Expected at least 1 round, got {rounds}.")
 
 
 def best_iterate(

@@ -7,6 +7,7 @@ from typing import ClassVar, final
 
 from ..errors import ConfigurationError
 from ..layer import QuantizedLayer
+from ..metrics import check_damping
 from ..quantizers import Quantizer
 from ..quantizers.variants import with_feedback, with_least_error
 from .base import Schedule, Solve
@@ -33,6 +34,10 @@ class HeldOut(Schedule):
 
     schedule: Schedule
     dampings: tuple[float, ...] = DAMPINGS
+
+    def __post_init__(self) -> None:
+        for damping in self.dampings:
+            check_damping(damping)
 
     judged: ClassVar[bool] = True
 

@@ -12,7 +12,7 @@ from ..layer import QuantizedLayer
 from ..objective import Objective
 from ..solvers import LowRank
 from ..statistics import InputStatistics
-from .base import Schedule, Solve, best_iterate
+from .base import Schedule, Solve, best_iterate, check_rounds
 
 
 @final
@@ -28,6 +28,9 @@ class Project(Schedule):
     """
 
     rounds: int = 5
+
+    def __post_init__(self) -> None:
+        check_rounds(self.rounds)
 
     @property
     def solutions(self) -> int:  # noqa: D102

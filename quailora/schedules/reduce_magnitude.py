@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -29,6 +30,12 @@ class ReduceMagnitude(Schedule):
 
     alpha: float = 1e-3
     iterations: int = 30
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < math.inf or self.iterations < 1:
+            raise ConfigurationError(
+                f"Expected an alpha of at least 0 and at least 1 iteration, got {self.alpha} and {self.iterations}."
+            )
 
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
         del solve, rank

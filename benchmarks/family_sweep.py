@@ -29,13 +29,13 @@ from typing import Any
 import torch
 
 from quailora import QuailoraError
-from quailora.calibration import shipped_text
 from quailora.models.blocks import WholeModel
 from quailora.models.empty_pass import find_reach
 from quailora.models.layers import linear_layers
 from quailora.models.load import empty_model, load_model
 from quailora.models.stream import Walk, collect_statistics
 from quailora.pipeline import init
+from quailora.text import shipped_text
 
 SECONDS = 240
 SIZES: dict[str, Any] = {

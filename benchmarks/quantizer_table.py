@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 
 from quailora import FP4, GPTQ, HQQ, NF4, NF4GPTQ, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
 from quailora.adapters.lora import LoraScaling
-from quailora.calibration import Calibration, TextSource
+from quailora.calibration import Calibration
 from quailora.comparison import evaluation_sources, evaluation_texts
 from quailora.contenders import Contender
 from quailora.contest import FULL_PRECISION, Contest
@@ -30,6 +30,7 @@ from quailora.recipes import RECIPES
 from quailora.report.tables import markdown_table
 from quailora.scoreboard import Scoreboard
 from quailora.tasks import Tasks
+from quailora.text import TextSource
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from oracles import load_auto_gptq

@@ -17,12 +17,13 @@ from jsonargparse import auto_cli
 
 from quailora import NF4, Initializer, Optimal
 from quailora.adapters.lora import LoraScaling
-from quailora.calibration import Calibration, TextSource
+from quailora.calibration import Calibration
 from quailora.layerwise import Method, run_methods
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
 from quailora.models.stream import Block, collect_statistics
 from quailora.report.tables import markdown_table
+from quailora.text import TextSource
 
 
 def timed(action: Callable):

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quailora import SVD, Uniform
-from quailora.calibration import evaluation_windows, shipped_text
+from quailora.calibration import evaluation_windows
 from quailora.comparison import compare
 from quailora.errors import ConfigurationError, ModelError, ResumeError
 from quailora.evaluate import evaluate
@@ -30,6 +30,7 @@ from quailora.pipeline import init
 from quailora.recipes import RECIPES
 from quailora.report.html import html_table, report
 from quailora.scoreboard import Scoreboard
+from quailora.text import shipped_text
 
 SMALL = {"samples": 8, "sequence_length": 64, "windows": 3, "window_length": 128}
 

@@ -240,7 +240,8 @@ def run_body(model: Any, ids: Int[Tensor, "samples length"]) -> None:
     ids = ids if device.type == "meta" else ids.to(device)  # an empty model is run by `empty_pass`
     parameters = inspect.signature(model.forward).parameters.values()
     takes_cache = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters)
-    with forward_replaced([head] if head else [], [_one_logit]):
+    heads = [head] if head is not None else []
+    with forward_replaced(heads, [_one_logit] * len(heads)):
         model(input_ids=ids, **({"use_cache": False} if takes_cache else {}))
 
 

@@ -9,7 +9,8 @@ One row a family is appended to the file, and a family that has one is not run a
 - refused: the run ended in one line;
 - not built: the configuration cannot be made small in the general way, which says nothing about quailora;
 - TRACEBACK, PARTIAL, WRONG: faults. The run ended in another exception; PEFT dropped tensors, or the model with the
-  adapter does not run; or statistics block by block are not those of the whole model.
+  adapter does not run; or statistics block by block are not those of the whole model, or a layer is called that was
+  left out because text never reaches it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 
 from quailora import QuailoraError
 from quailora.models.blocks import WholeModel
+from quailora.models.capture import captured
 from quailora.models.empty_pass import find_reach
 from quailora.models.layers import linear_layers
 from quailora.models.load import empty_model, load_model
@@ -207,8 +209,12 @@ def check_in_peft(folder: Path) -> str:
 def check_statistics(folder: Path) -> str:
     """Compare statistics block by block with those of the whole model; return what is wrong, or nothing."""
     model = load_model(str(folder / "model")).model
-    layers = find_reach(empty_model(str(folder / "model"))).watched(linear_layers(model))
-    ids = torch.randint(3, 300, (2, 24))
+    reach, ids = find_reach(empty_model(str(folder / "model"))), torch.randint(3, 300, (2, 32))
+    layers, idle = reach.watched(linear_layers(model)), reach.idle(linear_layers(model))
+    with torch.no_grad(), captured(idle) as called:
+        model(input_ids=ids)
+    if called or not reach.known:
+        return f"{len(called)} of {len(idle)} layers are called that count as silent: {list(called)[:3]}, {reach.known=}"
     blockwise = collect_statistics(model, layers, ids, "model")
     chain = Walk._chain  # noqa: SLF001
     Walk._chain = lambda self: WholeModel(self.model)  # type: ignore[method-assign] # noqa: SLF001

@@ -167,7 +167,8 @@ def init(
         rslora: the adapter is used with use_rslora.
         rank_pattern: rank of the layers that a name, ending or regular expression matches, as in PEFT.
         alpha_pattern: lora_alpha of the layers that a name, ending or regular expression matches, as in PEFT.
-        targets: "all-linear" for every linear layer but the output head, or names, endings and regular expressions.
+        targets: "all-linear" for every linear layer but the output head that text reaches and stock PEFT can load, or
+            names, endings and regular expressions.
         modules_to_save: modules that training shall change as a whole beside the adapter, as in PEFT, such as
             embed_tokens and lm_head.
         calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the

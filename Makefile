@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow stock check bench docs clean
+.PHONY: demo test test-slow stock check bench bench-calls docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/quailora demo --out demo
@@ -26,6 +26,12 @@ check: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json benchmarks/results.json
 	$(BIN)/python benchmarks/report.py benchmarks/results.json docs/performance.md docs/growth.svg
+
+# The first table alone: whole calls at 2048 and 4096 against one full SVD.
+bench-calls: $(VENV)/ready
+	$(BIN)/pytest benchmarks/test_solvers.py --benchmark-only -k "(2048x2048 or 4096x4096) and (call or full_svd or matmul)" \
+		--benchmark-json benchmarks/results-calls.json
+	$(BIN)/python benchmarks/report.py benchmarks/results-calls.json docs/performance.md --only "[calls-machine, calls]"
 
 docs: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -15,6 +15,7 @@ def pytest_configure():
 
 def pytest_benchmark_update_machine_info(machine_info):
     machine_info["threads"] = torch.get_num_threads()
+    machine_info["vectors"] = torch.backends.cpu.get_cpu_capability()
     machine_info["torch"] = torch.__version__
     machine_info["platform"] = platform.platform()
 

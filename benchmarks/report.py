@@ -3,6 +3,7 @@
     python benchmarks/report.py benchmarks/results.json docs/performance.md docs/growth.svg
 
 Replaces what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. Times are the fastest of their rounds.
+`make bench-calls` fills in the table of whole calls alone.
 """
 
 from __future__ import annotations
@@ -66,9 +67,23 @@ def machine(results: Results) -> str:
     rates = {row["shape"][0]: row["work"] / row["seconds"] / 1e9 for row in results.all("test_matmul")}
     products = ", ".join(f"{rate:.0f} at {side}" for side, rate in rates.items())
     return (
-        f"{cpu}, {results.machine['threads']} threads, torch {results.machine['torch']}. Square float32 products, "
-        f"GFLOP/s: {products}."
+        f"{cpu}, {results.machine['threads']} threads, {results.machine['vectors']}, torch {results.machine['torch']}. "
+        f"Square float32 products, GFLOP/s: {products}."
     )
+
+
+def calls(results: Results) -> str:
+    header = ("layer", "full SVD of E, s", "`Optimal().solve`, s", "of full SVD", "and its `error` read, s",
+              "of full SVD")  # fmt: skip
+    rows = []
+    for alone in results.all("test_whole_call"):
+        if alone["reading"]:
+            continue
+        svd = results.one("test_full_svd", shape=alone["shape"])
+        read = results.one("test_whole_call", shape=alone["shape"], reading=True)
+        rows.append([size(alone["shape"]), seconds(svd), seconds(alone), ratio(svd, alone), seconds(read),
+                     ratio(svd, read)])  # fmt: skip
+    return markdown_table(header, rows)
 
 
 def calibrated(results: Results) -> str:
@@ -162,26 +177,28 @@ def plot(results: Results, path: str) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def main(results: str, page: str, figure: str) -> None:
+def main(results: str, page: str, figure: str | None = None, only: list[str] | None = None) -> None:
     """Fill in the tables of a page.
 
     Args:
         results: JSON of pytest-benchmark.
         page: Markdown page with markers.
-        figure: where the plot goes.
+        figure: where the plot goes; none is drawn if it is missing.
+        only: names of the tables to fill in; all of them if it is missing.
     """
     measured = Results(results)
-    tables = {"machine": machine, "calibrated": calibrated, "uncalibrated": uncalibrated,
-              "quantizers": quantizers, "statistics": statistics}  # fmt: skip
+    tables = {"machine": machine, "calls-machine": machine, "calls": calls, "calibrated": calibrated,
+              "uncalibrated": uncalibrated, "quantizers": quantizers, "statistics": statistics}  # fmt: skip
     text = Path(page).read_text(encoding="utf-8")
-    for name, table in tables.items():
+    for name in only or tables:
         between = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not between.search(text):
             raise SystemExit(f"Expected the markers of {name!r} in {page}.")
-        content = table(measured)
+        content = tables[name](measured)
         text = between.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
     Path(page).write_text(text, encoding="utf-8")
-    plot(measured, figure)
+    if figure is not None:
+        plot(measured, figure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Seconds of each solver at the sizes of real layers, beside those of other routes, and the error reached.
 
-Each problem is prepared first: the quantization error, its Gram, and the error without correction, which is measured
-whether one solves or not. What is timed is the way from there to factors with their error and its bound.
+`test_whole_call` times what a user calls, `Optimal().solve(error, metric, rank)`, on a metric that is not used yet,
+without and with reading the error. In the others each problem is prepared first: the quantization error, its Gram with
+its copy in float32, and the error without correction. What is timed is the way from there to factors with their gain.
 """
 
 from __future__ import annotations
@@ -82,6 +83,20 @@ def test_exact_route(benchmark, record, problem):
     problem.spectra["gram"] = singular
     error = problem.fresh("gram").value(lora_B, lora_A)
     record(shape=problem.shape, captured=problem.captured("gram", 64, error))
+
+
+@pytest.mark.parametrize("reading", [False, True], ids=["solve", "solve-and-read-the-error"])
+def test_whole_call(benchmark, record, problem, reading):
+    """The whole call at rank 64, from the error and its Gram in float64 to factors, or to factors and their error."""
+
+    def call(metric):
+        solution = Optimal().solve(problem.error, metric, 64)
+        return solution.error if reading else solution
+
+    benchmark.pedantic(
+        call, setup=lambda: ((Gram(problem.metrics["gram"].second_moment),), {}), rounds=3, warmup_rounds=1
+    )
+    record(shape=problem.shape, reading=reading)
 
 
 @pytest.mark.parametrize("rank", RANKS)

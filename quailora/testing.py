@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .metrics import Gram
+from .metrics import METRICS, MetricName
 from .objective import Objective
 from .quantizers import Quantizer
 from .solvers import SVD, LowRank, Solver
@@ -161,29 +161,36 @@ def check_quantizer(quantizer: Quantizer, problem: Problem | None = None, *, ide
             torch.testing.assert_close(again, restored, msg=f"not idempotent: {where}")
 
 
-def check_solver(solver: Solver, problem: Problem | None = None, quantizer: Quantizer | None = None) -> None:
-    """Check the laws of a solver, in the Gram metric, at ranks from 1 to full.
+def check_solver(
+    solver: Solver,
+    problem: Problem | None = None,
+    quantizer: Quantizer | None = None,
+    metric: MetricName = "gram",
+) -> None:
+    """Check the laws of a solver at ranks from 1 to full.
 
     Args:
         solver: the solver.
         problem: one case; the standard cases if it is missing.
         quantizer: makes the error; the weight itself is taken for the error if it is missing.
+        metric: that the solver works in; any but "fisher", which no solver sees.
 
     Raises:
         AssertionError: naming the law and the case.
     """
     for case in [problem] if problem else standard_problems():
         error, statistics = case.weight, case.statistics
-        moment = statistics.second_moment
+        weighing = METRICS[metric](statistics)
+        moment = weighing.product(torch.eye(error.shape[1], dtype=torch.float64))
         if quantizer is not None:
             error = case.weight - quantizer.quantize(case.weight, statistics).dequantize()
         error = error.to(torch.promote_types(error.dtype, torch.float32))
-        objective = Objective(error, Gram(moment))
+        objective = Objective(error, weighing)
         floor = 1e-9 * objective.value_at_zero + indefiniteness(error, moment)
         full = min(error.shape)
         previous = objective.value_at_zero
         for rank in sorted({1, 2, max(1, full // 2), full} & set(range(1, full + 1))):
-            where = f"{solver!r}, rank {rank}, {case.label}"
+            where = f"{solver!r}, rank {rank}, metric {metric}, {case.label}"
             solution = solver.solve(error, objective.metric, rank)
             assert solution.rank == rank, f"returns rank {solution.rank}: {where}"
             _check_solution(solver, solution, objective, optimal_error(error, moment, rank), floor, where)

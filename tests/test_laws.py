@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import problems
 
 from quailora import SVD, Gram, Initializer, InputStatistics, Optimal, Zero
+from quailora.metrics import METRICS
 from quailora.testing import check_quantizer, check_solver, indefiniteness, make_problem, optimal_error, rounding
 
 
@@ -27,6 +28,14 @@ def test_quantizer_laws(quantizer, idempotent, problem):
 def test_solver_laws(solver, problem):
     """Laws 2 and 3 on an arbitrary error matrix."""
     check_solver(solver, problem)
+
+
+@each_solver
+@settings(max_examples=20)
+@given(problem=problems(), metric=st.sampled_from([name for name in METRICS if name != "gram"]))
+def test_solver_laws_in_other_metrics(solver, problem, metric):
+    """Laws 2 and 3 in every metric that solvers see."""
+    check_solver(solver, problem, metric=metric)
 
 
 @each_solver

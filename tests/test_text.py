@@ -201,6 +201,13 @@ def test_missing_files_are_not_looked_for_on_the_hub(name):
     assert f"{name!r} does not exist" in refused(name)
 
 
+@pytest.mark.parametrize(
+    ("source", "message"), [("word " * 999, "name too long"), ("~nobody-here/a.txt", "home directory")]
+)
+def test_impossible_paths(source, message):
+    assert message in refused(source)
+
+
 def test_hub_names(monkeypatch):
     """A stand-in for the hub, since tests have no network."""
     datasets = pytest.importorskip("datasets")

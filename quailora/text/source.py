@@ -11,7 +11,7 @@ from typing import Any, final
 from ..errors import CalibrationError
 from .conversation import render, turns_of
 from .data_sets import from_folder, from_hub
-from .files import ShippedText, shipped_text
+from .files import ShippedText, reading, shipped_text
 from .formats import COMPRESSED, FORMATS, PLAIN, format_of, records_of
 from .records import Record
 
@@ -73,17 +73,19 @@ class TextSource:
     def _records(self) -> Iterator[Record]:
         if self.source is None:
             return iter([Record(shipped_text(self.shipped), "the shipped text")])
-        path = Path(self.source).expanduser()
-        if not self.source.strip() or not (path.exists() or may_be_on_hub(self.source)):
+        with reading(Path(self.source)):  # a path can be too long, of an unknown user, or not allowed
+            path = Path(self.source).expanduser()
+            exists, is_folder, is_file = path.exists(), path.is_dir(), path.is_file()
+        if not self.source.strip() or not (exists or may_be_on_hub(self.source)):
             raise CalibrationError(
                 f"Expected a file, a folder or the hub name of a data set, but {self.source!r} does not exist. "
                 "Check the path."
             )
-        if path.is_dir():
+        if is_folder:
             return from_folder(path, self.split)
-        if not path.exists():
+        if not exists:
             return from_hub(self.source, self.split)
-        if not path.is_file():
+        if not is_file:
             raise CalibrationError(
                 f"Expected a regular file, but {path} is something else, such as a pipe or a device."
             )

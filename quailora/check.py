@@ -14,6 +14,7 @@ from .adapters.saved import SavedAdapter
 from .bases import StoredBase
 from .chosen_base import described
 from .errors import ModelError, named
+from .machine import within_memory
 from .models.layers import all_layers
 from .models.load import DeviceName, DtypeName, load_model
 from .outputs import StrPath
@@ -42,6 +43,7 @@ class BaseCheck:
         print_table(f"{self.adapter} belongs on {self.base}", ("layers", "differ"), [[str(self.layers), "0"]])
 
 
+@within_memory("--device cpu")
 def check(
     adapter: StrPath,
     *,

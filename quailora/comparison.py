@@ -26,6 +26,7 @@ from .contest import FULL_PRECISION, Contest
 from .errors import ConfigurationError
 from .evaluate import EVALUATION_LENGTH
 from .fingerprint import digest, fingerprint
+from .machine import within_memory
 from .models.layers import ALL_LINEAR, Layer, linear_layers
 from .models.limits import check_token_ids, fitting_length
 from .models.load import DeviceName, DtypeName, LoadedModel, empty_model, load_model
@@ -54,6 +55,7 @@ BASELINES: dict[str, Quantizer] = {
 """Bases alone, with more bits and fewer, since an adapter has to beat spending its bytes on them."""
 
 
+@within_memory("shorter windows (--window-length, --sequence-length), or --device cpu")
 def compare(
     model: str,
     *,

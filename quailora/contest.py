@@ -104,7 +104,8 @@ class Contest:
     def _variants(self, entries: Sequence[Entry]) -> dict[str, Mapping[str, Tensor]]:
         """Return what the layers of each entry compute with."""
         bases = {entry.contender.base: entry.quantized for entry in entries if entry.quantized}
-        return {entry.contender.name: Corrected(bases[entry.contender.base], entry.factors) for entry in entries}
+        device = self.loaded.model.device
+        return {each.contender.name: Corrected(bases[each.contender.base], each.factors, device) for each in entries}
 
     def _accuracies(self, variants: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
         """Return the score of each variant on each task."""

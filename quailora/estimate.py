@@ -25,7 +25,8 @@ from .statistics import InputStatistics
 
 Offload = Literal["auto", "always", "never"]
 
-_PROCESS = 450 * 2**20  # Python with torch and transformers, before any model
+_FIXED = {"cpu": 450 * 2**20, "cuda": 256 * 2**20}  # Python with torch and transformers; libraries of a GPU
+_MEMORY = {"cpu": "memory", "cuda": "GPU memory"}
 _SAMPLE = 64, 1024  # of a weight, to count the bits of a quantizer
 
 
@@ -40,11 +41,12 @@ class Estimate:
         adapter_bytes: size of the adapter's file.
         bits_per_weight: stored bits of the quantized layers.
         model_bytes: all weights in their dtype.
-        in_memory: peak bytes of memory with the model in it.
-        streamed: peak bytes of memory with the model left on disk.
-        available: bytes of memory that may be used.
+        device: kind of device that computes; the three numbers that follow are of its memory.
+        in_memory: peak bytes with the model in memory.
+        streamed: peak bytes with the model left on disk.
+        available: bytes that may be used.
         disk: bytes that the state of the unfinished run takes beside the output.
-        seconds: of calibration and initialization on this machine.
+        seconds: of calibration and initialization on this device.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Estimate:
     adapter_bytes: int
     bits_per_weight: float
     model_bytes: int
+    device: str
     in_memory: int
     streamed: int
     available: int
@@ -62,10 +65,15 @@ class Estimate:
     def verdict(self) -> str:
         """Where the model would go, in words."""
         if self.in_memory <= self.available:
-            return "fits in memory"
+            return f"fits in {self.memory}"
         if self.streamed <= self.available:
             return "fits block by block, with the weights left on disk"
-        return "does not fit: use fewer or shorter samples, fewer targets, or a machine with more memory"
+        return f"does not fit: use fewer or shorter samples, fewer targets, or a machine with more {self.memory}"
+
+    @property
+    def memory(self) -> str:
+        """The memory of the device, in words."""
+        return _MEMORY[self.device]
 
     def show(self) -> None:
         """Print two tables."""
@@ -78,9 +86,9 @@ class Estimate:
             ["adapter", size(self.adapter_bytes)],
             ["model as it is", size(self.model_bytes)],
             ["quantized layers", f"{self.bits_per_weight:.2f} bits per weight"],
-            ["peak memory, model in memory", f"about {size(self.in_memory)}"],
-            ["peak memory, model on disk", f"about {size(self.streamed)}"],
-            ["memory that may be used", size(self.available)],
+            [f"peak {self.memory}, model in memory", f"about {size(self.in_memory)}"],
+            [f"peak {self.memory}, model on disk", f"about {size(self.streamed)}"],
+            [f"{self.memory} that may be used", size(self.available)],
             ["state of the run on disk", size(self.disk)],
             ["time on this machine", f"about {duration(self.seconds)}"],
             ["verdict", self.verdict],
@@ -96,6 +104,7 @@ def estimate(
     source: Calibration,
     *,
     inputs_of: InputsOf,
+    device: str,
     available: int,
 ) -> Estimate:
     """Return what initializing these layers takes.
@@ -107,7 +116,8 @@ def estimate(
         method: quantizer and ranks.
         source: how much there is to calibrate on.
         inputs_of: see `Walk`.
-        available: bytes of memory that may be used.
+        device: kind of device that computes.
+        available: bytes of its memory that may be used.
     """
     scaling = method.scaling
     groups: dict[tuple[str, tuple[int, int], int], list[Layer]] = {}
@@ -136,7 +146,7 @@ def estimate(
     largest = max(layers.values(), key=lambda layer: layer.shape[0] * layer.shape[1])
     widest = max(layer.shape[1] for layer in layers.values())
     working = (16 if paired else 4) * widest**2 + 24 * largest.shape[0] * largest.shape[1]
-    shared = _PROCESS + grams + captured_bytes + working
+    shared = _FIXED[device] + grams + captured_bytes + working
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     hidden = tokens * largest_hidden(model) * element * width
     return Estimate(
@@ -145,6 +155,7 @@ def estimate(
         adapter_bytes=4 * parameters,
         bits_per_weight=stored / weights,
         model_bytes=total,
+        device=device,
         in_memory=shared + total,
         streamed=shared + largest_block(model),
         available=available,
@@ -157,7 +168,8 @@ def estimate(
             shares={name: share_of_tokens(model, layer) for name, layer in layers.items()},
             width=width,
             runs=1 if inputs_of == "full" else width * max(map(len, by_block.values())) + 1,
-            low=element == 2 or has_bfloat16(),
+            device=device,
+            low=element == 2 or (device == "cpu" and has_bfloat16()),
         ),
     )
 
@@ -243,14 +255,15 @@ def seconds_for(
     shares: Mapping[str, float],
     width: int,
     runs: int,
+    device: str,
     low: bool,
 ) -> float:
-    """Return roughly how long calibration and initialization take here, from a short test of this machine.
+    """Return roughly how long calibration and initialization take here, from a short test of the device.
 
     Counted are the model's own products, backward passes among them, those of the statistics, and a solution's: two
     dense products for errors and some twenty thin ones for each rank.
     """
-    single, fast = flops(torch.float32), flops(torch.bfloat16 if low else torch.float32)
+    single, fast = flops(torch.float32, device), flops(torch.bfloat16 if low else torch.float32, device)
     seen = {name: tokens * share for name, share in shares.items()}
     forward = sum(2 * seen[name] * layer.shape[0] * layer.shape[1] for name, layer in layers.items()) * runs
     passes = 3.0 * tokens if method.initializer.metric == "fisher" else 0.0
@@ -277,7 +290,7 @@ def choose_offload(asked: Offload, limit: str | None, needed: Estimate) -> bool:
     peak = needed.streamed if on_disk else needed.in_memory
     if limit is not None and peak > needed.available:
         raise DoesNotFitError(
-            f"Expected to stay below {size(needed.available)}, but the run needs about {size(peak)} of memory"
+            f"Expected to stay below {size(needed.available)}, but the run needs about {size(peak)} of {needed.memory}"
             f"{' with the weights left on disk' if on_disk else ''}. Raise the limit, or use fewer targets "
             f"or shorter samples{'' if on_disk else ', or leave the weights on disk with --offload auto'}."
         )

@@ -22,6 +22,7 @@ from .calibration import BosPlacement, evaluation_source, evaluation_windows, gi
 from .chosen_base import check_measured_on, choose_base, loaded_partly
 from .errors import ModelError, named
 from .layerwise import layers_of
+from .machine import within_memory
 from .measure import perplexity_of
 from .models.empty_pass import find_reach
 from .models.layers import all_layers, linear_layers, stock_quantizes
@@ -156,6 +157,7 @@ class Evaluation:
         print_table(f"{self.model}, {self.quantizer}, {tokens} tokens", ("weights", "perplexity"), rows)
 
 
+@within_memory("shorter windows (--sequence-length), or --device cpu")
 def evaluate(
     model: StrPath,
     *,

@@ -6,39 +6,71 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, DoesNotFitError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SMALLEST, _LARGEST = 768, 6144  # sides of the products that are timed
+_MEASURABLE = 1e-3  # seconds
+_FULL = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")  # of PyTorch and CUDA's libraries
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def flops(dtype: torch.dtype) -> float:
-    """Return how many operations a second a square product of this machine does."""
-    matrix = torch.randn(768, 768).to(dtype)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        matrix @ matrix
-        best = min(best, time.perf_counter() - start)
-    return 2 * 768.0**3 / best
+def flops(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Return how many operations a second square products of a device do, once they are large enough to fill it."""
+    best, side = 0.0, _SMALLEST // 2
+    while best < _MEASURABLE and side < _LARGEST:
+        side *= 2
+        matrix, best = torch.ones(side, side, dtype=dtype, device=device), float("inf")
+        for _ in range(4):
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # which waits for a GPU
+            best = min(best, time.perf_counter() - start)
+    return 2 * float(side) ** 3 / best
 
 
-def memory_available(limit: str | None) -> int:
-    """Return how many bytes of memory a run may use: the limit, or four fifths of what is free now.
+def memory_available(limit: str | None, device: str = "cpu") -> int:
+    """Return how many bytes of a device's memory a run may use: the limit, or four fifths of what is free now.
 
     Raises:
         ConfigurationError: if the limit cannot be read.
     """
-    if limit is not None:
-        return parse_size(limit)
+    return parse_size(limit) if limit is not None else free_memory(device) * 4 // 5
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Return how many bytes of a device's own memory are free; for the CPU, those of the machine."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        return torch.cuda.mem_get_info(device)[0] + kept
     import psutil
 
-    return int(psutil.virtual_memory().available * 4 // 5)
+    return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def within_memory(advice: str) -> Iterator[None]:
+    """Turn the end of a device's memory inside a `with` statement into an error of one line.
+
+    Args:
+        advice: what may need less memory, to follow "Try".
+
+    Raises:
+        DoesNotFitError: if PyTorch finds no memory for a tensor.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(mark in str(error) for mark in _FULL):
+            raise
+        said = str(error).partition("DefaultCPUAllocator: ")
+        first = (said[2] or said[0]).partition(". GPU ")[0].splitlines()[0].rstrip(".")
+        raise DoesNotFitError(f"The memory is full ({first}). Try {advice}.") from error
 
 
 def cores() -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from .machine import free_memory
 from .models.layers import Layer
 from .models.weights import replaced
 from .progress import console, counting
@@ -82,17 +83,24 @@ class Corrected(Mapping[str, Tensor]):
     Args:
         quantized: `Q` of each layer, maybe memory-mapped.
         corrections: `(lora_A, lora_B)` of the layers that have one.
+        device: where to compute.
     """
 
-    def __init__(self, quantized: Mapping[str, Tensor], corrections: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        quantized: Mapping[str, Tensor],
+        corrections: Mapping[str, tuple[Tensor, Tensor]],
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._quantized = quantized
         self._corrections = corrections
+        self._device = device
 
     def __getitem__(self, layer: str) -> Tensor:
-        weight = self._quantized[layer]
+        weight = self._quantized[layer].to(self._device)
         if layer not in self._corrections:
             return weight
-        lora_A, lora_B = self._corrections[layer]
+        lora_A, lora_B = (factor.to(self._device) for factor in self._corrections[layer])
         return torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A).to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:
@@ -113,7 +121,8 @@ def measure(
 ) -> dict[str, Scores]:
     """Measure variants of a model that differ in the weights of its linear layers.
 
-    Window by window, the model is run in full precision, then as each variant, so that no distributions are kept.
+    The model is run in full precision on as many windows as there is memory for what it predicts, then each variant is
+    put in place and run on all of them. So the weights of a variant are made and copied rarely.
 
     Args:
         model: a transformers causal language model in full precision, in memory.
@@ -126,17 +135,28 @@ def measure(
     device = next(model.parameters()).device
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     with counting(description, len(windows) * len(variants)) as counter:
-        for number, window in enumerate(windows, 1):
-            ids = window.to(device)
-            reference = log_probabilities(model(input_ids=ids[None], use_cache=False).logits[0, given - 1 : -1])
+        for part in torch.split(windows.to(device), windows_at_once(model, windows.shape[1])):
+            references = [log_probabilities(predict(model, ids, given)) for ids in part]
             for name, weights in variants.items():
                 with replaced(layers, weights):
-                    logits = model(input_ids=ids[None], use_cache=False).logits[0, given - 1 : -1]
-                scores[name].append(score(reference, logits, ids[given:]))
-                counter.advance()
-            if not console.is_terminal:  # where nobody sees a progress bar
-                logger.info("%s: window %d of %d.", description, number, len(windows))
+                    for ids, reference in zip(part, references, strict=True):
+                        scores[name].append(score(reference, predict(model, ids, given), ids[given:]))
+                        counter.advance()
+                if not console.is_terminal:  # where nobody sees a progress bar
+                    logger.info("%s: %s, %d of %d windows.", description, name, len(scores[name]), len(windows))
     return {name: Scores(*map(tuple, zip(*pairs, strict=True))) for name, pairs in scores.items()}
+
+
+def predict(model: Any, ids: Int[Tensor, " tokens"], given: int) -> Float[Tensor, "predicted vocabulary"]:
+    """Return the logits of every token of a window but the first, which are given."""
+    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, given - 1 : -1]
+    return logits
+
+
+def windows_at_once(model: Any, length: int) -> int:
+    """Return of how many windows the distributions of all tokens fit into an eighth of the memory that is free."""
+    vocabulary = len(model.get_output_embeddings().weight)
+    return max(1, free_memory(next(model.parameters()).device) // 8 // (4 * length * vocabulary))
 
 
 def log_probabilities(logits: Float[Tensor, "tokens vocabulary"]) -> Float[Tensor, "tokens vocabulary"]:

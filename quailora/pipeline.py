@@ -23,7 +23,7 @@ from .estimate import Estimate, Offload, choose_offload, estimate
 from .fingerprint import fingerprint
 from .initializer import Initializer
 from .layerwise import Method
-from .machine import memory_available
+from .machine import memory_available, within_memory
 from .metrics import MetricName
 from .models.empty_pass import Reach
 from .models.gradients import find_sensitivities
@@ -109,6 +109,7 @@ class InitResult:
         )
 
 
+@within_memory("--offload always, fewer or shorter samples, fewer targets, or --device cpu")
 def init(
     model: StrPath,
     *,
@@ -190,7 +191,8 @@ def init(
             the output on the latter close to the full-precision output on the former.
         offload: "always" leaves the weights on disk and holds one block in memory at a time, "never" holds the whole
             model; "auto" does so where it fits.
-        memory_limit: how much memory to use, such as 8GiB; four fifths of what is free by default.
+        memory_limit: how much memory of the device that computes to use, such as 8GiB; four fifths of what is free by
+            default. On a GPU that is the GPU's own memory.
         allow_pickle: accept a checkpoint in PyTorch's pickle format, which can run any code while it is read.
         trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
         save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
@@ -208,6 +210,7 @@ def init(
     model, base, calibration = str(model), as_str(base), as_str(calibration)
     scaling = LoraScaling(rank, alpha, rslora, rank_pattern or {}, alpha_pattern or {})
     folder = check_place(out, overwrite=overwrite)
+    where = resolve_device(device)
     text = TextSource(calibration, tuple(calibration_fields), calibration_split)
     text.check()
     initializer = Initializer(quantizer if base is None else base_given(base, quantizer), solver, rank, metric)
@@ -222,7 +225,14 @@ def init(
     check_layers(plan.layers, method, source, save_base)
     find_modules(empty, modules_to_save, plan.layers)
     needed = estimate(
-        model, empty, plan.layers, method, source, inputs_of=inputs, available=memory_available(memory_limit)
+        model,
+        empty,
+        plan.layers,
+        method,
+        source,
+        inputs_of=inputs,
+        device=where,
+        available=memory_available(memory_limit, where),
     )
     if dry_run:
         return needed
@@ -232,7 +242,7 @@ def init(
 
     phases = Phases()
     with ExitStack() as held:
-        held.enter_context(distributed.process_group(resolve_device(device)))
+        held.enter_context(distributed.process_group(where))
         work = folder.with_name(f"{folder.name}.partial")
         if distributed.rank() == 0:
             held.enter_context(locked(work))

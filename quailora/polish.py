@@ -19,7 +19,7 @@ from .errors import ConfigurationError, NumericalError, check_choice
 from .models.capture import arithmetic
 from .models.gradients import frozen
 from .models.layers import Layer
-from .models.weights import replaced
+from .models.weights import beside, replaced
 from .progress import track
 
 logger = logging.getLogger("quailora")
@@ -97,6 +97,7 @@ class Polish:
         optimizer = torch.optim.AdamW([factor for pair in trained.values() for factor in pair], self.learning_rate)
         rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
         losses = []
+        quantized = beside(layers, quantized)
         for ids in track(torch.split(windows.to(device), self.batch), "Distilling"):
             expected = self._expected(model, ids, dtype)
             with frozen(model), torch.enable_grad(), replaced(layers, quantized), corrected(layers, trained):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -53,6 +54,12 @@ def accelerator(request) -> str:
     if request.param == "pretended":
         request.getfixturevalue("gpu")
     return "cuda"
+
+
+@pytest.fixture(params=ACCELERATORS)
+def on_gpu(request) -> Callable[[], AbstractContextManager[object]]:
+    """What brings each device that is no CPU here for the body of a `with` statement; its name is "cuda"."""
+    return PretendedDevice if request.param == "pretended" else nullcontext
 
 
 @pytest.fixture(params=["cpu", *ACCELERATORS])

@@ -16,6 +16,7 @@ subclasses without a storage of their own count as being on the CPU.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -29,13 +30,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-ACROSS = {"copy_", "__get__", "__set__", "__delete__", "__deepcopy__", "_has_compatible_shallow_copy_type"}
+ANYWHERE = {"__delete__", "__len__", "__set__", "_has_compatible_shallow_copy_type", "data_ptr", "dim", "element_size"}
+ANYWHERE |= {"is_contiguous", "is_floating_point", "item", "numel", "size", "stride", "tolist", "untyped_storage"}
+ACROSS = {"copy_", "__deepcopy__"}
 NO_SCALARS = {"cat", "stack", "equal", "mm", "matmul", "linear", "addmm", "addmm_"}  # others take scalars of the CPU
 INDEXING = {"__getitem__", "__setitem__", "index", "index_put", "index_put_"}  # by tensors of the CPU, too
 RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_"} | {
     "uniform_", "bernoulli", "bernoulli_", "multinomial", "exponential_", "random_", "dropout"
 }  # fmt: skip
 _PACKAGES = {"torch", "transformers", "bitsandbytes", "accelerate", "peft", "torchao", "hqq"}
+TOTAL = 2**40
 OTHER_SEED = 0x5DEECE66D  # the same seed gives other numbers than on the CPU
 
 
@@ -57,7 +61,7 @@ class PretendedDevice(TorchFunctionMode):
     """See the module.
 
     Args:
-        capacity: bytes of its memory; whoever wants more gets `torch.OutOfMemoryError`. Without end if None.
+        capacity: bytes of its memory that others leave; whoever wants more gets `torch.OutOfMemoryError`. All if None.
 
     Attributes:
         uploaded: bytes that were copied from the CPU so far.
@@ -72,6 +76,8 @@ class PretendedDevice(TorchFunctionMode):
     def __enter__(self) -> Self:
         importlib.import_module("torch._dynamo")  # it looks at what is patched here when optimizers load it
         self._patches = ExitStack()
+        # Its threads would not know of this device.
+        self._patches.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
         self._patches.enter_context(mock.patch.multiple(torch.cuda, **self._answers()))
         self._patches.enter_context(mock.patch.object(torch, "Generator", _Generator))
         self._patches.enter_context(mock.patch.object(torch, "autocast", _autocast))
@@ -86,7 +92,7 @@ class PretendedDevice(TorchFunctionMode):
         """Return what `torch.cuda` says."""
         answers: dict[str, Any] = dict.fromkeys(("set_device", "synchronize", "empty_cache"), lambda *_: None)
         answers |= {"is_available": _told, "is_initialized": _told, "device_count": _told, "current_device": lambda: 0}
-        answers |= {"mem_get_info": lambda *_: (self._total - self.used, self._total)}
+        answers |= {"mem_get_info": lambda *_: (self.free, TOTAL)}
         answers |= {"max_memory_allocated": lambda *_: self.used, "reset_peak_memory_stats": lambda *_: None}
         answers |= {"get_rng_state": lambda *_: self._random.get_state(), "manual_seed_all": self._seed}
         return answers
@@ -98,8 +104,9 @@ class PretendedDevice(TorchFunctionMode):
         return sum(size for _, size in self._memory.values())
 
     @property
-    def _total(self) -> int:
-        return self.capacity or 2**40
+    def free(self) -> int:
+        """Bytes of its memory that are free."""
+        return (TOTAL if self.capacity is None else self.capacity) - self.used
 
     def _seed(self, seed: int) -> None:
         self._random.manual_seed(seed ^ OTHER_SEED)
@@ -112,12 +119,14 @@ class PretendedDevice(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         schema = getattr(func, "_schema", None)  # of operators that packages add
         name = schema.name.rpartition("::")[2] if schema else getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._attribute(func, args[0])
+        if name in ANYWHERE:
+            return func(*args, **kwargs)
         if name in {"to", "cpu", "cuda"}:
             return self._moved(name, *args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         here = any(self.place(tensor) == GPU for tensor in given)
-        if here and name == "__get__":
-            return self._attribute(func, args[0])
         if here and name in {"numpy", "__array__"}:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if here and name == "get_device":
@@ -151,7 +160,9 @@ class PretendedDevice(TorchFunctionMode):
             torch.set_rng_state(before)
 
     def _attribute(self, func: Any, tensor: Tensor) -> Any:
-        attribute, found = func.__self__.__name__, func(tensor)
+        attribute, found = getattr(func.__self__, "__name__", ""), func(tensor)
+        if attribute not in {"device", "is_cuda", "is_cpu", "grad"} or self.place(tensor) != GPU:
+            return found  # what it returns lies in the tensor's own memory
         if attribute == "grad" and found is not None:  # the engine in C++ made it
             self._keep([found])
         return {"device": GPU, "is_cuda": True, "is_cpu": False}.get(attribute, found)

@@ -75,7 +75,9 @@ def load_model(
     if dtype == "auto" and where == "cpu" and config.dtype == torch.float16:
         logger.info("Computing in float32: float16 is many times slower on a CPU.")
         wanted = torch.float32
-    place = {"device_map": {"": "disk"}, "offload_folder": str(offload)} if offload else {}
+    place: dict[str, Any] = {"device_map": {"": where}} if where != "cpu" else {}  # past the machine's own memory
+    if offload:
+        place = {"device_map": {"": "disk"}, "offload_folder": str(offload)}
     try:
         with quiet_transformers():
             loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -87,6 +89,8 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 **place,
             )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # transformers raises many kinds, down to those of its file formats
         raise unreadable(model, error) from error
     check_loaded(model, loaded, report)
@@ -96,8 +100,6 @@ def load_model(
         raise unreadable(model, error, "tokenizer") from error
     if offload:
         compute_on(loaded, where)
-    else:
-        loaded = loaded.to(where)
     return LoadedModel(loaded.eval(), tokenizer, name)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..machine import free_memory
 from ..outputs import write_tensors
 from .layers import Layer
 
@@ -65,6 +66,22 @@ def replaced(layers: Mapping[str, Layer], weights: Mapping[str, Tensor]) -> Iter
     finally:
         for (module, attribute), data in originals.items():
             getattr(module, attribute).data = data
+
+
+def beside(layers: Mapping[str, Layer], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return weights in the memory where their layers are, so that they need not be copied each time they are used.
+
+    They stay where they are if they would take more than half of what is free there.
+
+    Args:
+        layers: resident layers by name.
+        weights: (out_features, in_features) for some or all of them.
+    """
+    size = sum(layers[name].weight.nbytes for name in weights)
+    devices = {layers[name].weight.device for name in weights}
+    if devices == {torch.device("cpu")} or any(2 * size > free_memory(device) for device in devices):
+        return weights
+    return {name: weight.to(layers[name].weight) for name, weight in weights.items()}
 
 
 def replace_for_good(layers: Mapping[str, Layer], weights: Mapping[str, Tensor], spill: Path) -> None:

@@ -171,10 +171,10 @@ def test_damaged_configurations_are_refused(folder):
     refused(folder, r"Cannot load the model of .*no-such-kind")
     (folder / "config.json").write_text("[1, 2]", encoding="utf-8")
     refused(folder, r"Expected a JSON object in .*config.json, got list")
+    refused("no such folder", "got 'no such folder': there is no such folder, and the hub has no .*Repo id must")
     refused(
-        "no such folder", "Cannot find config.json of 'no such folder', which is no folder, on the hub: Repo id must"
+        "no-such/model", "there is no such folder, and the hub has no model of this name, or it cannot be reached.$"
     )
-    refused("no-such/model", "there is no such folder, and the hub has no config.json under this name")
 
 
 def test_a_model_without_its_tokenizer_is_refused(tmp_path, tokenizer):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import ModelError, NumericalError
 from ..models.accept import is_known, read_config, skeleton
-from ..models.checkpoint import StoredTensor, config_of, opened, stored_tensors
+from ..models.checkpoint import StoredTensor, opened, stored_tensors
+from ..models.files import config_of
 from ..models.locate import resolve
 from ..models.names import names_in
 from ..models.quantized import FLOATS, quantization_of

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, first_line
-from .checkpoint import SAFE, checkpoint_files, config_of, stored_tensors
+from .checkpoint import SAFE, checkpoint_files, stored_tensors
+from .files import config_of
 from .names import names_in
 from .quantized import check_full_precision, check_full_precision_weights
 

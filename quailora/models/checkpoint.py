@@ -7,7 +7,6 @@ folder are ignored.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, final
 import torch
 
 from ..errors import ModelError, first_line
+from .files import config_of, find_file, read_json
 
 SAFE = ".safetensors"
 _INDEX = ".index.json"
@@ -42,67 +42,6 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
-
-
-def find_file(name: str, file: str) -> Path | None:
-    """Return a file of a folder or of a hub's model, which is fetched if need be; None if there is no such file.
-
-    Raises:
-        ModelError: if the hub refuses it.
-    """
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(
-            name,
-            file,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"Cannot find {file} of {name!r}, which is no folder, on the hub: {first_line(error)}"
-        ) from error
-    return None if found is None else Path(found)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the content of a JSON file.
-
-    Raises:
-        ModelError: if it cannot be read, or is no object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot read {file}: {first_line(error)}. Download or copy it again.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"Expected a JSON object in {file}, got {type(content).__name__}. Download or copy it again.")
-    return content
-
-
-def config_of(name: str) -> dict[str, Any]:
-    """Return the content of a model's `config.json`; runs no code of the model.
-
-    Args:
-        name: hub name or folder.
-
-    Raises:
-        ModelError: if there is none, or it is damaged.
-    """
-    file = find_file(name, "config.json")
-    if file is not None:
-        return read_json(file)
-    if find_file(name, "adapter_config.json") is not None:
-        raise ModelError(
-            f"Expected a model in {name!r}, but it holds an adapter alone. Pass the model it was made for."
-        )
-    if Path(name).is_dir():
-        raise ModelError(f"Expected a model in the folder {name!r}, but it has no config.json.")
-    raise ModelError(
-        f"Expected a hub name, a folder, a .gguf file or 'demo', got {name!r}: there is no such folder, and the hub "
-        "has no config.json under this name, or it cannot be reached."
-    )
 
 
 def checkpoint_files(name: str) -> list[Path]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ModelError
-from .checkpoint import StoredTensor, config_of, find_file, read_json
+from .checkpoint import StoredTensor
+from .files import config_of, find_file, read_json
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Dtypes of weights that are not quantized, as safetensors writes them."""

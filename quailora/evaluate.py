@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from .adapters.provenance import Provenance, read_provenance
 from .adapters.saved import SavedAdapter
 from .calibration import BosPlacement, evaluation_source, evaluation_windows, given_tokens
 from .chosen_base import check_measured_on, choose_base, loaded_partly
-from .errors import ModelError, named
+from .errors import ModelError, NumericalError, named
 from .layerwise import layers_of
 from .machine import within_memory
 from .measure import perplexity_of
@@ -33,6 +34,7 @@ from .outputs import StrPath, as_str, write_json
 from .plan import quantized_layers
 from .progress import track
 from .quantizers import QuantizedWeight, Quantizer
+from .quantizers.base import check_finite
 from .quantizers.identity import BaseIdentity
 from .report.tables import print_table
 
@@ -70,6 +72,9 @@ def perplexity(
         windows: token ids.
         description: label of the progress bar.
         given: tokens at the start of each window that are not predicted.
+
+    Raises:
+        NumericalError: if a loss is NaN.
     """
     device = next(model.parameters()).device
     losses = []
@@ -77,6 +82,11 @@ def perplexity(
         ids = window.to(device)
         logits = model(input_ids=ids[None], use_cache=False).logits[0, given - 1 : -1]
         losses.append(functional.cross_entropy(logits.float(), ids[given:]).item())
+    if any(map(math.isnan, losses)):
+        raise NumericalError(
+            f"{description}: expected a loss on every window, got NaN. Weights or activations are too large for the "
+            "model's dtype: try --dtype float32, or another checkpoint."
+        )
     return Perplexity(perplexity_of(losses), len(windows) * (windows.shape[1] - given), tuple(losses))
 
 
@@ -103,7 +113,9 @@ def each_quantized(model: Any, quantizer: Quantizer, walk: Walk | None = None) -
         seen = None if block is None else block.statistics[layer.name]
         with torch.no_grad(), named(layer.name):
             stored = quantizer.for_layer(layer.name).quantize(layer.weight, seen)
-            layer.weight.copy_(stored.dequantize())
+            weight = stored.dequantize()
+            check_finite(weight)
+            layer.weight.copy_(weight)
         yield layer.name, stored
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quailora.errors import ModelError
+from quailora.errors import ModelError, NumericalError
+from quailora.evaluate import evaluate
 from quailora.models.load import load_model
 from quailora.pipeline import init
 
@@ -78,3 +79,34 @@ def test_pickles_are_refused_unless_allowed(tiny_llama, tmp_path, offload):
     run(folder, tmp_path, offload=offload, allow_pickle=True)
     loaded, expected = load_model(str(folder), allow_pickle=True).model, load_model(str(tiny_llama)).model
     torch.testing.assert_close(loaded.state_dict(), expected.state_dict())
+
+
+def enlarged(tiny_llama, tmp_path, factor, *names):
+    """A copy of the model, some of whose layers are multiplied."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    larger = {key: factor * tensor if key.endswith(names) else tensor for key, tensor in tensors.items()}
+    save_file(larger, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("inputs", ["full", "asymmetric"])
+def test_weights_that_are_too_large_are_refused_by_layer(tiny_llama, tmp_path, inputs):
+    model = enlarged(tiny_llama, tmp_path, 1e38, "layers.1.mlp.up_proj.weight")
+    options = {"rank": 4, "samples": 4, "sequence_length": 32, "inputs": inputs}
+    with pytest.raises(NumericalError, match=r"Layer model.layers.1.mlp.(up|down)_proj: Expected"):
+        init(str(model), out=str(tmp_path / "out"), **options)
+
+
+@pytest.mark.parametrize(
+    ("factor", "names", "told"),
+    [
+        (1e38, ("layers.1.mlp.up_proj.weight",), "Layer model.layers.1.mlp.up_proj: Expected finite weights"),
+        (1e38, ("proj.weight",), "Full precision: expected a loss on every window, got NaN"),
+        (float("nan"), ("layers.0.mlp.up_proj.weight",), "NaN"),
+    ],
+)
+def test_perplexities_that_are_no_numbers_are_refused(tiny_llama, tmp_path, factor, names, told):
+    model = enlarged(tiny_llama, tmp_path, factor, *names)
+    with pytest.raises(NumericalError, match=told):
+        evaluate(str(model), windows=1, sequence_length=32)

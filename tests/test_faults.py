@@ -94,7 +94,7 @@ def enlarged(tiny_llama, tmp_path, factor, *names):
 def test_weights_that_are_too_large_are_refused_by_layer(tiny_llama, tmp_path, inputs):
     model = enlarged(tiny_llama, tmp_path, 1e38, "layers.1.mlp.up_proj.weight")
     options = {"rank": 4, "samples": 4, "sequence_length": 32, "inputs": inputs}
-    with pytest.raises(NumericalError, match=r"Layer model.layers.1.mlp.(up|down)_proj: Expected"):
+    with pytest.raises(NumericalError, match=r"Layer model.layers.1.mlp.(up|down)_proj: "):
         init(str(model), out=str(tmp_path / "out"), **options)
 
 

@@ -214,7 +214,9 @@ def check_statistics(folder: Path) -> str:
     with torch.no_grad(), captured(idle) as called:
         model(input_ids=ids)
     if called or not reach.known:
-        return f"{len(called)} of {len(idle)} layers are called that count as silent: {list(called)[:3]}, {reach.known=}"
+        return (
+            f"{len(called)} of {len(idle)} layers are called that count as silent: {list(called)[:3]}, {reach.known=}"
+        )
     blockwise = collect_statistics(model, layers, ids, "model")
     chain = Walk._chain  # noqa: SLF001
     Walk._chain = lambda self: WholeModel(self.model)  # type: ignore[method-assign] # noqa: SLF001

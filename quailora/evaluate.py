@@ -246,6 +246,7 @@ def evaluate(
             if saved is not None and saved.corrects(name):
                 identities[name] = BaseIdentity.of(stored)
     else:
+        del loaded, walk  # two models may not fit
         loaded = load_model(str(chosen.folder), dtype, device, trust_remote_code=trust_remote_code)
         if saved is not None:
             layers = all_layers(loaded.model)

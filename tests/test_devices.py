@@ -8,10 +8,13 @@ from helpers import each_quantizer, each_recipe, each_solver
 
 from quailora import NF4, AlternatingLeastSquares, Initializer, InputStatistics, Optimal, Uniform
 from quailora.adapters.lora import LoraScaling
+from quailora.asymmetric import initialize_asymmetric
 from quailora.layerwise import seeded
 from quailora.metrics import METRICS
+from quailora.paired import PairedStatistics
 from quailora.quantizers import HQQ
 from quailora.recipes import RECIPES
+from quailora.schedules import HeldOut, Once, Preserve
 from quailora.sensitivity import Sensitivity
 from quailora.testing import make_problem
 
@@ -62,6 +65,21 @@ def test_every_recipe(accelerator, name):
     row = RECIPES[name]
     if row.inputs != "asymmetric":  # has two kinds of inputs: tested on whole models
         assert_same_on(accelerator, row.method(NF4(), LoraScaling(4)).initializer, sensitivity=SENSITIVITY)
+
+
+@pytest.mark.parametrize("schedule", [Once(), HeldOut(Preserve())], ids=repr)
+def test_asymmetric_inputs(accelerator, schedule):
+    """With statistics that are still on the CPU, and with statistics that have been moved."""
+    noisy = PROBLEM.inputs + 0.1 * PROBLEM.inputs.roll(1, 0)
+    every, held_out = (PairedStatistics.from_inputs(PROBLEM.inputs[:n], noisy[:n]) for n in (136, 34))
+    initializer = Initializer(Uniform(bits=3), Optimal(), 4, schedule=schedule)
+    expected, share = initialize_asymmetric(initializer, PROBLEM.weight, every, held_out)
+    weight = PROBLEM.weight.to(accelerator)
+    for given in ((every, held_out), (every.to(accelerator), held_out.to(accelerator))):
+        found, there = initialize_asymmetric(initializer, weight, *given)
+        assert found.low_rank.lora_A.device.type == accelerator
+        assert there == pytest.approx(share, rel=1e-3)
+        torch.testing.assert_close(found.low_rank.dense().cpu(), expected.low_rank.dense(), rtol=1e-3, atol=1e-6)
 
 
 def test_spent_directions_are_drawn_alike(accelerator):

@@ -63,7 +63,7 @@ def plan_adapter(
     named = named_layers(chosen, targets)
     reach = find_reach(model)
     reasons = {name: "text never reaches them" for name in chosen if name in reach.silent}
-    reasons |= {name: "they return more than one tensor" for name in chosen if name in reach.odd}
+    reasons |= {name: "they do not turn one input into one output" for name in chosen if name in reach.odd}
     linear = {name: layer for name, layer in chosen.items() if layer.expert is None and name not in reasons}
     reasons |= unquantized(linear, quantizer)
     left = {name: layer for name, layer in chosen.items() if name not in reasons}

@@ -91,7 +91,8 @@ class Reach:
     Attributes:
         known: whether the model runs without weights; if not, every layer counts as reached.
         silent: layers that no text reaches.
-        odd: layers that return something else than one tensor, such as some routers.
+        odd: layers of derived classes that do not turn one input into one output: some routers return more than one
+            tensor, some layers work on groups.
     """
 
     known: bool
@@ -115,8 +116,9 @@ def find_reach(model: Any) -> Reach:
     """
     layers, plain = linear_layers(model), dict[str, bool]()
     with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.module.register_forward_hook(_noting(plain, name)))
+        for layer in layers.values():
+            hook = _noting(plain, layer)
+            hooks.enter_context(layer.module.register_forward_hook(hook, with_kwargs=True))
         try:
             run_empty(model)
         except FROM_MODELS:
@@ -129,10 +131,10 @@ def find_reach(model: Any) -> Reach:
     )
 
 
-def _noting(plain: dict[str, bool], name: str) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-        del inputs
-        plain[name] = isinstance(output, Tensor)
+def _noting(plain: dict[str, bool], layer: Layer) -> Callable[[nn.Module, Any, dict[str, Any], Any], None]:
+    def hook(_: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
+        first = next(iter((*arguments, *named.values())))
+        plain[layer.name] = isinstance(output, Tensor) and output.shape == (*first.shape[:-1], layer.shape[0])
 
     return hook
 

@@ -65,11 +65,16 @@ class Tally(Generic[Kind]):
                 parts[name].append(statistics)
         silent = [name for name, layer in layers.items() if name not in parts and layer.expert is None]
         groups = {layer.group for name, layer in layers.items() if name in parts}
-        silent += [layer.group for layer in layers.values() if layer.group not in groups and layer.expert is not None]
         if silent:
             raise CalibrationError(
                 f"{len(silent)} layers received no calibration token, {silent[0]} among them. "
                 "Leave them out of the targets, or calibrate on more text."
+            )
+        unseen = dict.fromkeys(layer.group for layer in layers.values() if layer.group not in groups)
+        if unseen:
+            raise CalibrationError(
+                f"No token was seen on its way into {next(iter(unseen))}, nor into {len(unseen) - 1} others like it: "
+                "these are no experts that are multiplied one by one. Leave them out of the targets, with all-linear."
             )
         found = {name: reduce(self._kind.merge, parts[name]) for name in layers if name in parts}
         tokens = {name: found[name].tokens if name in found else 0 for name in layers}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
 
 from .errors import ConfigurationError
 from .quantizers import QUANTIZERS, Quantizer
@@ -47,7 +50,7 @@ def full_name(option: str, value: str) -> str:
 
 
 def expand_in_file(content: Any) -> Any:
-    """Replace the names of quantizers and solvers in the content of a YAML file by class paths.
+    """Replace the names of quantizers and solvers in a YAML file by class paths, and leave out empty options.
 
     A file can come from anybody, and importing a module runs its code. So a file may name only classes that are
     imported already: those of quailora, and those of a plugin that was asked for on the command line.
@@ -61,15 +64,33 @@ def expand_in_file(content: Any) -> Any:
         return content
     expanded: dict[Any, Any] = {}
     for key, value in content.items():
+        if value is None:
+            continue  # jsonargparse would pass it on for options of any type
         if key in SHORT_NAMES and isinstance(value, str):
             expanded[key] = known_path(key, value)
         elif key in SHORT_NAMES and isinstance(value, dict) and "class_path" in value:
-            expanded[key] = expand_in_file({**value, "class_path": known_path(key, value["class_path"])})
+            expanded[key] = expand_component(key, value)
         elif key == "class_path" and value not in _imported_paths():
             raise ConfigurationError(_refusal("a quantizer or a solver", value))
         else:
             expanded[key] = expand_in_file(value)
     return expanded
+
+
+def expand_component(option: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description of a quantizer or a solver in a YAML file with its class path, for jsonargparse.
+
+    Raises:
+        ConfigurationError: if the class is not imported, or a field is empty that has to have a value.
+    """
+    path, fields = known_path(option, content["class_path"]), content.get("init_args") or {}
+    if not isinstance(fields, dict):
+        raise ConfigurationError(f"Expected the fields of {path} as a mapping under init_args, got {fields!r}.")
+    hints = get_type_hints(next(cls for cls in _subclasses(_INTERFACES[option]) if class_path(cls) == path))
+    for name, value in fields.items():
+        if value is None and name in hints and type(None) not in get_args(hints[name]):
+            raise ConfigurationError(f"Expected a value for the field {name} of {path}, got nothing.")
+    return {**content, "class_path": path, "init_args": fields}
 
 
 def known_path(option: str, value: Any) -> str:
@@ -108,6 +129,20 @@ def load_plugins(arguments: Sequence[str]) -> list[str]:
                 f"Expected the name of a module that can be imported after --plugin, got {name!r} ({error})."
             ) from error
     return rest
+
+
+def check_files(arguments: Sequence[str]) -> None:
+    """Raise a `ConfigurationError` that names the configuration file which is no YAML, or no text at all."""
+    for index, word in enumerate(arguments):
+        option, equals, name = word.partition("=")
+        file = Path(name if equals else next(iter(arguments[index + 1 :]), ""))
+        if option != "--config" or not file.is_file():
+            continue
+        try:
+            yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            told = " ".join(str(error).split())
+            raise ConfigurationError(f"Expected YAML in UTF-8 in the configuration file {file}: {told}.") from error
 
 
 def class_path(cls: type) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import yaml
 from quailora import Quantizer, Uniform
 from quailora.errors import ConfigurationError
 from quailora.options import expand_short_names
-from quailora.report.settings import describe
+from quailora.report.settings import build, describe
 
 FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
 
@@ -66,6 +67,43 @@ def test_a_configuration_file_imports_nothing_by_itself(run, tiny_llama, tmp_pat
     status, _, error = run(*command, "--plugin=nowhere")
     assert status == 1
     assert "got 'nowhere'" in error
+
+
+@pytest.mark.parametrize(
+    "option", ["rank", "samples", "seed", "targets", "quantizer", "solver", "metric", "calibration_fields", "rslora"]
+)
+def test_empty_options_in_a_file_are_left_out(run, tiny_llama, tmp_path, option):
+    (tmp_path / "run.yaml").write_text(f"{option}: null\n", encoding="utf-8")
+    status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", "--dry-run", "--config", tmp_path / "run.yaml")
+    assert status == 0, error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"solver: {class_path: quailora, init_args: {damping: null}}", "Expected a value for the field damping"),
+        (b"quantizer: {class_path: gptq, init_args: [3]}", "as a mapping under init_args, got [3]"),
+        (b"rank: 4 # \xf2", "Expected YAML in UTF-8 in the configuration file"),
+        (b"rank: [", "run.yaml"),
+        (b"- rank", "See: quailora"),
+    ],
+    ids=str,
+)
+def test_a_file_that_cannot_be_meant_is_refused(run, tiny_llama, tmp_path, content, message):
+    (tmp_path / "run.yaml").write_bytes(content)
+    status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", "--config", tmp_path / "run.yaml")
+    assert status in {1, 2}
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_one_group_a_row_can_be_written_down(run, tiny_llama, tmp_path):
+    content = "quantizer: {class_path: uniform, init_args: {group_size: null}}"
+    (tmp_path / "run.yaml").write_text(content, encoding="utf-8")
+    status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", *FAST, "--config", tmp_path / "run.yaml")
+    assert status == 0, error
+    sidecar = json.loads((tmp_path / "a" / "quailora.json").read_text(encoding="utf-8"))
+    assert build(Quantizer, sidecar["quantizer"]) == Uniform(group_size=None)
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,11 @@ class Subspace:
 def worth_iterating(side: int, rank: int, *, decaying: bool) -> bool:
     """Return whether iteration should beat a dense eigenproblem of this size.
 
-    It can while it searches less than half of all directions. Measured on the errors of quantized models: about
-    `2 * rank + 128` directions are needed where the spectrum decays, `3 * rank + 192` where it is flat.
+    It can while it searches less than half of all directions. Measured at the smallest sides that this allows, on the
+    errors of quantized models: at most `2 * rank + 128` directions are needed where the spectrum decays, and a block
+    fewer than `3 * rank + 256` where it is flat.
     """
-    return side >= 2 * (2 * rank + 128 if decaying else 3 * rank + 192)
+    return side >= 2 * (2 * rank + 128 if decaying else 3 * rank + 256)
 
 
 def dense_subspace(moment: Float[Tensor, "rows rows"], rank: int) -> Subspace:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .errors import CalibrationError, ConfigurationError
-from .text import TextSource, shipped_text  # noqa: F401 # also found here
+from .text import TextSource
 from .text.tokens import added_tokens, tokenize
 
 CalibrationDtype = Literal["auto", "model", "bfloat16"]

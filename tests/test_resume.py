@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quailora import GPTQ, NF4, AlternatingLeastSquares
-from quailora.calibration import shipped_text
 from quailora.checkpoint import Checkpoint
 from quailora.errors import NumericalError, OutputExistsError, ResumeError, StorageError
 from quailora.outputs import write_tensors
 from quailora.pipeline import init
+from quailora.text import shipped_text
 
 SETTINGS = {"rank": 4, "samples": 8, "sequence_length": 32}
 

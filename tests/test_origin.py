@@ -223,12 +223,15 @@ def threads():
 
 
 def test_a_base_is_the_same_on_any_number_of_threads(threads, generator):
-    """The exact hash of a layer of this size is not: the mean of its scales is a sum in float32."""
+    """The exact hash of a layer of this size may not be: the mean of its scales is a sum in float32."""
     weight = torch.randn(3072, 1024, generator=generator) * torch.rand(3072, 1, generator=generator)
     found = []
     for count in (1, 2, 4):
         threads(count)
         found.append(BaseIdentity.of(NF4().quantize(weight), weight))
+    stored = NF4().quantize(weight)
+    stored.state.offset = stored.state.offset.nextafter(torch.tensor(1.0))  # what another order of the sum may give
+    found.append(BaseIdentity.of(stored, weight))
     assert len({one.exact for one in found}) > 1
     assert all(found[0].is_same(one) for one in found)
     assert not all(found[0].is_same(one, exactly=True) for one in found)

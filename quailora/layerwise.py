@@ -12,10 +12,10 @@ import torch
 
 from .adapters.lora import LoraScaling
 from .asymmetric import TRUST
-from .errors import named
+from .errors import ConfigurationError, named
 from .initializer import Initializer, LayerInitialization
 from .models.layers import Layer
-from .models.stream import Block
+from .models.stream import Block, Walk
 from .polish import Polish
 from .progress import track
 from .report.record import LayerRecord
@@ -59,7 +59,7 @@ class MethodResult:
 def run_methods(
     blocks: Iterable[Block], methods: Mapping[str, Method], total: int | None = None, seed: int = 0
 ) -> dict[str, MethodResult]:
-    """Initialize all layers by each method.
+    """Initialize all layers by each method, on the inputs of the full-precision model.
 
     A layer is quantized once for each quantizer; solvers and ranks share what they find, highest rank first. What
     depends on the inputs alone is kept while consecutive layers have the same inputs.
@@ -71,8 +71,17 @@ def run_methods(
         seed: seed of untrained directions; each layer and method draws from its own generator, whatever came before.
 
     Raises:
+        ConfigurationError: if the walk is on other inputs, or a method trains the whole model afterwards: `init` and
+            `compare` can do that.
         QuailoraError: as the initializer does, with the layer's name in front.
     """
+    trained = [name for name, method in methods.items() if method.polish is not None]
+    other = isinstance(blocks, Walk) and blocks.inputs != "full"
+    if trained or other:
+        raise ConfigurationError(
+            "Expected methods without training, on full-precision inputs, got "
+            f"{f'the training of {trained[0]!r}' if trained else 'a walk on other inputs'}. Use quailora.pipeline.init."
+        )
     results = {name: MethodResult() for name in methods}
     for block, layer in track(layers_of(blocks), "Initializing", total):
         inputs = block.statistics[layer.name]

@@ -8,10 +8,12 @@ from torch import nn
 
 from quailora import GPTQ, NF4, SVD, AlternatingLeastSquares, Initializer, InputStatistics, Optimal, Zero
 from quailora.adapters.lora import LoraScaling
-from quailora.errors import NumericalError
+from quailora.errors import ConfigurationError, NumericalError
 from quailora.layerwise import Method, run_methods
-from quailora.models.layers import Layer
-from quailora.models.stream import Block
+from quailora.models.layers import Layer, linear_layers
+from quailora.models.load import load_model
+from quailora.models.stream import Block, Walk
+from quailora.recipes import RECIPES
 
 METHODS = {
     "low": Method(Initializer(NF4(), Optimal()), LoraScaling(2)),
@@ -68,3 +70,16 @@ def test_the_layer_that_fails_is_named(layers, statistics):
         layers["b"].module.weight[0, 0] = torch.nan
     with pytest.raises(NumericalError, match="Layer b: Expected finite weights"):
         run_methods(block(layers, statistics), METHODS)
+
+
+def test_what_needs_the_whole_pipeline_is_refused(tiny_llama):
+    """Other inputs need replaced weights on the way, and a training needs the model afterwards."""
+    loaded = load_model(str(tiny_llama))
+    layers = linear_layers(loaded.model)
+    windows = torch.zeros(4, 8, dtype=torch.long)
+    for inputs in ("quantized", "asymmetric"):
+        with pytest.raises(ConfigurationError, match="got a walk on other inputs"):
+            run_methods(Walk(loaded.model, layers, windows, inputs=inputs), METHODS)
+    trained = {"rilq": RECIPES["rilq"].method(NF4(), LoraScaling(4))}
+    with pytest.raises(ConfigurationError, match="got the training of 'rilq'"):
+        run_methods(Walk(loaded.model, layers, windows), trained)

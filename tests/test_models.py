@@ -30,6 +30,7 @@ def test_default_targets_are_those_of_peft(llama):
 
     wrapped = get_peft_model(llama, LoraConfig(target_modules="all-linear"))
     peft_names = {n.removeprefix("base_model.model.").removesuffix(".lora_A") for n, _ in wrapped.named_modules()}
+    assert linear_layers(wrapped.base_model.model) == {}  # what PEFT has wrapped is no layer of the model
     assert set(linear_layers(wrapped.unload())) == {name for name in peft_names if name.endswith("proj")}
 
 

@@ -67,17 +67,21 @@ class Layer:
 def linear_layers(model: Any) -> dict[str, Layer]:
     """Return every linear layer of a model, by module name, in the order of the model.
 
-    These are `torch.nn.Linear` and GPT-2's `Conv1D`, but not the output head, nor what a model keeps in float32.
+    These are `torch.nn.Linear` and GPT-2's `Conv1D`, but not the output head, nor what a model keeps in float32,
+    nor what is inside a layer of PEFT.
     """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001
+    wrapped = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     return {
         name: Layer(name, module, transposed=isinstance(module, Conv1D))
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and should_convert_module(name, kept)
+        if isinstance(module, (nn.Linear, Conv1D))
+        and should_convert_module(name, kept)
+        and not name.startswith(wrapped)
     }
 
 

@@ -203,6 +203,17 @@ def test_damages_are_named(kind, damage, match, tmp_path, generator):
         read(folder)
 
 
+def test_the_order_of_columns_is_needed_where_there_is_one(tmp_path, generator):
+    folder = make_base("gptq", tmp_path, generator)
+    save_base(folder, without("g_idx")(tensors_of(folder)))
+    assert read(folder).shape == SHAPE
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"]["desc_act"] = True
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelError, match=f"Layer {LAYER} in .* and g_idx is missing"):
+        read(folder)
+
+
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_codes_are_bytes_in_whatever_dtype_they_are_stored(kind, storage, tmp_path, generator):

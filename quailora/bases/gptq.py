@@ -19,15 +19,16 @@ def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: t
     """Return the weight of a layer.
 
     Args:
-        tensors: `qweight`, `qzeros`, `scales` and maybe `g_idx`. In format "gptq" zero points are stored less one, in
-            "gptq_v2" as they are.
+        tensors: `qweight`, `qzeros`, `scales`, and `g_idx`, which only checkpoints without `desc_act` may lack. In
+            format "gptq" zero points are stored less one, in "gptq_v2" as they are.
         config: the checkpoint's `quantization_config`.
         dtype: that the layer computes in.
 
     Raises:
         ModelError: if a tensor is missing or damaged, or the shapes do not fit together.
     """
-    check_present(tensors, ("qweight", "qzeros", "scales"))
+    needed = ("qweight", "qzeros", "scales")
+    check_present(tensors, (*needed, "g_idx") if config.get("desc_act") else needed)
     check_words(tensors, ("qweight", "qzeros"), (torch.int32,))
     check_scales(tensors, ("scales",))
     groups, rows = tensors["scales"].shape if tensors["scales"].ndim == 2 else (0, 0)

@@ -10,44 +10,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from jaxtyping import Int
-from torch import Tensor
-
 from . import distributed
 from .adapters.hub import check_upload, upload
 from .adapters.lora import LoraScaling
 from .adapters.modules import find_modules
 from .calibration import DEFAULT_LENGTH, BosPlacement, Calibration, CalibrationDtype
-from .checkpoint import Checkpoint, locked, open_checkpoint
+from .checkpoint import locked, open_checkpoint
 from .estimate import Estimate, Offload, choose_offload, estimate
 from .fingerprint import fingerprint
 from .initializer import Initializer
-from .layerwise import Method
 from .machine import memory_available, within_memory
 from .metrics import MetricName
-from .models.empty_pass import Reach
-from .models.gradients import find_sensitivities
-from .models.layers import ALL_LINEAR, Layer, all_layers
+from .models.layers import ALL_LINEAR, all_layers
 from .models.limits import check_token_ids, fitting_length
 from .models.load import (
     DeviceName,
     DtypeName,
-    LoadedModel,
     empty_model,
     load_model,
     resolve_device,
 )
-from .models.stream import InputsOf, Walk
+from .models.stream import InputsOf
 from .outputs import StrPath, as_str, new_folder
-from .plan import base_given, check_layers, check_trainable, method_of, quantized_layers
+from .plan import base_given, check_layers, check_trainable, method_of
 from .preflight import check_place, check_request
 from .quantizers import NF4, Quantizer
 from .report.phases import Phases
 from .report.settings import describe
 from .report.tables import print_note, print_table
 from .results import BaseFormat, Results
-from .runs import Run
-from .sensitivity import Sensitivity
+from .single_run import finished_run
 from .solvers import AlternatingLeastSquares, Solver
 from .targets import plan_adapter
 from .text import TextSource
@@ -280,71 +272,3 @@ def init(
     if report is not None:
         upload(folder, push_to_hub)
     return InitResult(folder, report)
-
-
-def finished_run(
-    loaded: LoadedModel,
-    layers: Mapping[str, Layer],
-    windows: Int[Tensor, "samples sequence_length"],
-    method: Method,
-    source: Calibration,
-    checkpoint: Checkpoint,
-    *,
-    inputs: InputsOf,
-    save_base: bool,
-    seed: int,
-    reach: Reach,
-) -> Run:
-    """Initialize all layers by a method, from where the checkpoint stands, and train them if the method says so.
-
-    Args:
-        loaded: the model.
-        layers: the layers that get a correction.
-        windows: calibration tokens.
-        method: how.
-        source: where the tokens are from.
-        checkpoint: keeps what is finished.
-        inputs: see `Walk`.
-        save_base: whether the base will be written, so that all of it is quantized and kept.
-        seed: of untrained directions.
-        reach: what text does to the layers.
-    """
-    every = save_base or inputs != "full"
-    of_base = quantized_layers(loaded.model, layers, method.initializer.quantizer) if every else layers
-    walk = Walk(
-        loaded.model,
-        reach.watched(of_base),
-        windows,
-        inputs=inputs,
-        dtype=source.dtype,
-        activations=checkpoint.activations,
-        start=distributed.from_first(checkpoint.blocks_done),
-        on_done=checkpoint.set_blocks_done,
-    )
-    run = Run(
-        walk,
-        layers,
-        {"": method},
-        checkpoint,
-        keep_weights=[""] if save_base or method.polish else [],
-        keep_packed=save_base,
-        seed=seed,
-        sensitivities=sensitivities_for(method, loaded, layers, windows, source),
-        silent=reach.idle(of_base) if save_base else {},
-    )
-    run.finish()
-    run.polish("", method.polish, source, loaded.tokenizer)
-    return run
-
-
-def sensitivities_for(
-    method: Method,
-    loaded: LoadedModel,
-    layers: Mapping[str, Layer],
-    windows: Int[Tensor, "samples sequence_length"],
-    source: Calibration,
-) -> dict[str, Sensitivity]:
-    """Return the sensitivities of layers, if a method needs them."""
-    if method.initializer.metric != "fisher":
-        return {}
-    return find_sensitivities(loaded.model, layers, windows, source.dtype)

@@ -40,13 +40,14 @@ def folder_of(out: StrPath) -> Path:
     """Return the folder that a path means, however it is spelled.
 
     Raises:
-        ConfigurationError: if the path is empty, or that of the root.
+        ConfigurationError: if the path is empty, that of the root, or one that no folder can have.
     """
     if not str(out).strip():
         raise ConfigurationError("Expected a folder for --out, got an empty path. Name one, such as --out adapter.")
     try:
         folder = Path(out).expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links, a user that is not there
+        (folder.parent / f".{folder.name}.partial").exists()  # what is written beside the folder has a longer name
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a user that is not there, a name too long
         raise ConfigurationError(f"Expected a folder for --out, got {str(out)!r}: {error}.") from error
     if folder.parent == folder:
         raise ConfigurationError(f"Expected a folder for --out, got {folder}. Name a folder inside, such as adapter.")

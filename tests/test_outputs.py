@@ -101,6 +101,8 @@ def test_the_current_folder_is_filled(tiny_llama, tmp_path, monkeypatch):
     [
         ("", "got an empty path"),
         ("/", "Name a folder inside"),
+        ("x" * 250, "File name too long"),
+        ("a\0b", "got 'a"),
         ("file/adapter", r"file is a file\. Choose"),
         ("file", "file is a file"),
         ("/proc/adapter", "Cannot write /proc/adapter|read-only"),

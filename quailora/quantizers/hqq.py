@@ -1,4 +1,4 @@
-"""Half-quadratic quantization (Badri and Shaji, 2023, https://mobiusml.github.io/hqq_blog)."""
+"""Half-quadratic quantization through the hqq package (Badri and Shaji, 2023, https://mobiusml.github.io/hqq_blog)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..errors import NumericalError, check_choice
+from ..errors import ConfigurationError, NumericalError, check_choice
 from ..statistics import InputStatistics
 from .base import QuantizedWeight, Quantizer
 from .grid import check_group_size, split_groups
 from .packing import pack, unpack
-
-_NARROW = 1e-4  # a group of a smaller range keeps its weights as they are, one step to one
-_STEEP = 2e4  # largest number of steps to one
-_ROUNDS, _NORM, _WEIGHT = 20, 0.7, 10.0  # rounds at most, power of the norm, weight of the quadratic term
 
 
 @final
@@ -64,8 +60,7 @@ class HQQWeight(QuantizedWeight):
 class HQQ(Quantizer):
     """1 to 8 bits: scales and zero points that a robust norm of the weight's error asks for, without calibration.
 
-    The same codes, scales and zero points as the package hqq finds on a CPU, where it works in float32. On a GPU that
-    package works in float16 and finds others, so the method is written out here, and every device gives the same.
+    Needs the package hqq. It searches on the CPU, in float32: on a GPU it would search in float16 and find others.
     Groups along the inputs (`axis=1`), as its layers and PEFT use them. Not idempotent.
 
     Attributes:
@@ -84,9 +79,22 @@ class HQQ(Quantizer):
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
     ) -> HQQWeight:
         del statistics
+        try:
+            from hqq.core.quantize import Quantizer as Backend
+        except ImportError as error:
+            raise ConfigurationError(f"HQQ needs the package hqq ({error}): pip install 'quailora[hqq]'.") from error
         groups = split_groups(weight.float(), self.group_size).flatten(0, 1)
-        codes, scale, zero_point = half_quadratic(groups, self.bits)
-        scale, zero_point = scale.half(), zero_point.half()
+        codes, found = Backend.quantize(
+            groups.cpu(),
+            nbits=self.bits,
+            group_size=self.group_size,
+            axis=1,
+            round_zero=self.bits == 4,  # as its own configuration has it
+            bitpack=False,
+            device="cpu",
+        )
+        codes = codes.to(weight.device)
+        scale, zero_point = (found[name].half().view(-1, 1).to(weight.device) for name in ("scale", "zero"))
         if not bool(scale.isfinite().all() and zero_point.isfinite().all()):
             raise NumericalError(
                 "Expected scales and zero points that fit float16; a group of weights is far from zero."
@@ -97,36 +105,3 @@ class HQQ(Quantizer):
 
     def stock_config(self) -> dict[str, object] | None:  # noqa: D102
         return None
-
-
-def half_quadratic(
-    groups: Float[Tensor, "groups group"], bits: int
-) -> tuple[Float[Tensor, "groups group"], Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
-    """Return codes, scales and zero points of groups of weights.
-
-    The scale spans the range of a group. The zero point `z` alternates with an error `e` that is shrunk as the `p`-norm
-    of the error asks for, each the minimiser with the other fixed, until the mean error rises:
-
-        codes = round(w / s + z),   e = shrink(w - s (codes - z)),   z = mean(codes - (w - e) / s)
-
-    Args:
-        groups: float32.
-        bits: width of a code.
-    """
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    top = 2**bits - 1
-    inverse = torch.where(high - low <= _NARROW, 1.0, top / (high - low)).clamp(max=_STEEP)
-    zero = -low * inverse
-    if bits == 4:  # as the package's own configuration has it
-        zero = zero.round()
-    least = torch.inf
-    for _ in range(_ROUNDS):
-        codes = (groups * inverse + zero).round_().clamp_(0, top)
-        error = groups - (codes - zero) / inverse
-        shrunk = error.abs().sub_(error.abs().pow_(_NORM - 1).mul_(1 / _WEIGHT)).relu_().mul_(error.sign())
-        zero = (codes - (groups - shrunk) * inverse).mean(1, keepdim=True)
-        mean = error.abs().mean().item()
-        if mean >= least:
-            break
-        least = mean
-    return (groups * inverse + zero).round_().clamp_(0, top), 1 / inverse, zero

@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/quailora demo --out demo
 
+# Files of tests go to one process for each core, up to four.
 test: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/ready
 	$(BIN)/pytest -m slow

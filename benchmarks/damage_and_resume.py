@@ -6,8 +6,9 @@
 
 Prints how many adapters are identical bit by bit to that of a run left alone. Every run overwrites an older adapter,
 so that the last move, folder for folder, is among what is killed; `--moment end` kills around it only. `--damage_state`
-also flips a bit of a random file of the state before the run goes on. Runs are forks of one process that has imported
-everything, so that nearly all moments lie in the work itself; `kill_and_resume.py` kills commands. The model is random.
+also flips a bit of a random file of the state before the run goes on; a kill that leaves no state is tried again. Runs
+are forks of one process that has imported everything, so that nearly all moments lie in the work itself;
+`kill_and_resume.py` kills commands. The model is random.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def main(
         start(alone).join()
         seconds = time.perf_counter() - began
         expected = content(alone)
-        for _ in range(runs):
+        while count["runs"] < runs:
             shutil.copytree(older, out)
             process = start(out)
             wait(process, out, moment, draw.uniform(0.0, 1.0) * seconds)
@@ -119,14 +120,21 @@ def main(
             process.join()
             kept = out if out.exists() else out.with_name(f".{out.name}.old")
             count["whole"] += content(kept) in {expected, content(older)}
-            count["damaged"] += damage_state and damage(out.with_name(f"{out.name}.partial"), draw)
+            if damage_state and not damage(out.with_name(f"{out.name}.partial"), draw):
+                count["again"] += 1  # killed before there was any state, or after
+                start(out).join()
+                shutil.rmtree(out)
+                continue
+            count["runs"] += 1
             start(out).join()
             count["same"] += content(out) == expected
             count["left"] += len(list(Path(name).iterdir())) - 4
             shutil.rmtree(out)
     print(f"{inputs} inputs: {count['same']} of {runs} adapters identical to the uninterrupted one")
-    print(f"{count['killed']} runs of {seconds:.1f} s killed, {count['damaged']} states with a flipped bit")
-    print(f"{count['whole']} times the old or the new adapter was complete after the kill")
+    attempts = count["runs"] + count["again"]
+    damaged = count["runs"] if damage_state else 0
+    print(f"{count['killed']} of {attempts} runs of {seconds:.1f} s killed, {damaged} states with a flipped bit")
+    print(f"{count['whole']} of {attempts} times the old or the new adapter was complete after the kill")
     print(f"{count['left']} files left over at the end")
 
 

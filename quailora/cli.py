@@ -27,7 +27,7 @@ from .comparison import compare
 from .demo import demo
 from .errors import QuailoraError
 from .evaluate import evaluate
-from .options import check_files, expand_in_file, expand_short_names, load_plugins
+from .options import check_files, check_values, expand_in_file, expand_short_names, load_plugins
 from .pipeline import init
 from .progress import console
 from .quantizers import QUANTIZERS
@@ -172,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = load_plugins(sys.argv[1:] if arguments is None else arguments)
         check_files(given)
+        check_values(given)
         result = auto_cli(
             COMMANDS,
             args=expand_short_names(given),

@@ -16,6 +16,9 @@ from .solvers import SOLVERS, Solver
 SHORT_NAMES: Mapping[str, Mapping[str, type]] = {"quantizer": QUANTIZERS, "solver": SOLVERS}
 """By option, then by name."""
 
+_EMPTY = frozenset({"null", "Null", "NULL", "~", "None"})
+"""How nothing is spelled in YAML, and in Python."""
+
 _INTERFACES: Mapping[str, type] = {"quantizer": Quantizer, "solver": Solver}
 
 
@@ -75,6 +78,26 @@ def expand_in_file(content: Any) -> Any:
         else:
             expanded[key] = expand_in_file(value)
     return expanded
+
+
+def check_values(arguments: Sequence[str]) -> None:
+    """Raise a `ConfigurationError` for an option without a value, which jsonargparse would pass on for any type.
+
+    A field of a component may be empty where that means something, such as `--quantizer.group_size null`.
+    """
+    for index, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        value = value if equals else next(iter(arguments[index + 1 :]), "-")
+        interface, _, field = option.removeprefix("--").partition(".")
+        if not option.startswith("--") or value not in _EMPTY or (field and _may_be_empty(interface, field)):
+            continue
+        raise ConfigurationError(f"Expected a value for {option}, got {value!r}. Leave it out to have the default.")
+
+
+def _may_be_empty(option: str, field: str) -> bool:
+    """Return whether some quantizer, or some solver, has a field of this name that may be None."""
+    hints = [get_type_hints(cls).get(field) for cls in _subclasses(_INTERFACES.get(option, type))]
+    return any(type(None) in get_args(hint) for hint in hints)
 
 
 def expand_component(option: str, content: Mapping[str, Any]) -> dict[str, Any]:

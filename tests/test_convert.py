@@ -149,6 +149,16 @@ def test_a_diverged_training_is_refused(number, original, tmp_path):
         check(trained, base=str(original))
 
 
+def test_factors_that_are_no_numbers_are_refused(original, tmp_path):
+    """PEFT would take a file of truth values for ones and zeros."""
+    init(str(original), out=str(tmp_path / "a"), rank=4, **FAST)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    save_file(load_file(file) | {key: load_file(file)[key].bool()}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"Expected floating-point numbers in .*, got torch.bool in {key}"):
+        evaluate(str(original), adapter=tmp_path / "a")
+
+
 def test_other_kinds_of_adapters_are_refused_by_name(original, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(original)
     plain = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}

@@ -97,6 +97,23 @@ def test_a_file_that_cannot_be_meant_is_refused(run, tiny_llama, tmp_path, conte
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--rank", "null"], ["--samples=null"], ["--solver.iterations", "~"], ["--quantizer.double_quantization=null"]],
+    ids=" ".join,
+)
+def test_options_without_a_value_are_refused(run, tiny_llama, tmp_path, words):
+    status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", "--dry-run", *words)
+    assert status == 1
+    assert f"Expected a value for {words[0].partition('=')[0]}, got" in error
+
+
+def test_one_group_a_row_can_be_typed(run, tiny_llama, tmp_path):
+    words = ["--quantizer", "uniform", "--quantizer.group_size", "null", "--dry-run"]
+    status, _, error = run("init", tiny_llama, "--out", tmp_path / "a", *words)
+    assert status == 0, error
+
+
 def test_one_group_a_row_can_be_written_down(run, tiny_llama, tmp_path):
     content = "quantizer: {class_path: uniform, init_args: {group_size: null}}"
     (tmp_path / "run.yaml").write_text(content, encoding="utf-8")

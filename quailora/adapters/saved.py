@@ -59,6 +59,10 @@ class SavedAdapter:
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"Cannot read {file}: {error}. It is damaged; copy or save it again.") from error
         for name, tensor in tensors.items():
+            if "lora_" in name and not tensor.is_floating_point():
+                raise ModelError(
+                    f"Expected floating-point numbers in {file}, got {tensor.dtype} in {name}. It is damaged."
+                )
             bad = tensor.numel() - int(tensor.isfinite().sum()) if tensor.is_floating_point() else 0
             if bad:
                 raise ModelError(

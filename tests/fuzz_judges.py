@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,20 @@ def quantized_tensors(folder: Path) -> dict[str, Tensor]:
 def why_not_accepted(base: Path, original: Path) -> str:
     """Judge a base that was said to be the one of an adapter.
 
-    Tensors of no layer of the model count nothing, and indices of groups that are in order may be left out.
+    Tensors of no layer of the model count nothing, indices of groups that are in order may be left out, and numbers may
+    be stored in another floating-point type.
     """
-    found, expected = quantized_tensors(base), quantized_tensors(original)
+    found, expected = (
+        {name: as_number(tensor) for name, tensor in quantized_tensors(folder).items()} for folder in (base, original)
+    )
     implied = {name for name, tensor in expected.items() if name.endswith("g_idx") and bool((tensor.diff() >= 0).all())}
     expected = {name: tensor for name, tensor in expected.items() if name in found or name not in implied}
     return difference({name: tensor for name, tensor in found.items() if name.startswith("model.")}, expected)
+
+
+def as_number(tensor: Tensor) -> Tensor:
+    """Return floating-point numbers in float64, and everything else as it is."""
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def why_not_evaluated(result: Path, expected: Path | None = None) -> str:
@@ -160,12 +168,21 @@ def strict_documents(file: Path) -> Iterator[str]:
     """Yield the documents of a file; raise where it is not what its name says."""
     data = file.read_bytes()
     marked = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    if file.suffix == ".jsonl" and data[:2] not in marked:  # line by line: calibration stops reading when it has enough
+        lines = (line.decode() for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
+        yield from texts_of(json.loads(line) for line in lines if line.strip())
+        return
     content = data.decode(marked.get(data[:2], "utf-8-sig"))
     if file.suffix == ".txt":
         yield io.StringIO(content, newline=None).read()
         return
     lines = (line for line in content.split("\n") if line.strip())
-    for record in json.loads(content) if file.suffix == ".json" else map(json.loads, lines):
+    yield from texts_of(json.loads(content) if file.suffix == ".json" else map(json.loads, lines))
+
+
+def texts_of(records: Iterable[Any]) -> Iterator[str]:
+    """Yield the texts of records; raise where one has no text."""
+    for record in records:
         text = record["text"]
         if text is not None and not isinstance(text, str):
             raise TypeError("a field that is no text")

@@ -49,6 +49,8 @@ def test_targets_by_ending_name_and_expression(llama, targets, count):
 
 
 def test_targets_that_match_nothing_list_what_would(llama):
+    with pytest.raises(TargetError, match="Expected at least one target, got none"):
+        select_layers(llama, [])
     with pytest.raises(TargetError, match=r"'query' matches no linear layer.*: down_proj, gate_proj, k_proj"):
         select_layers(llama, ["q_proj", "query"])
     with pytest.raises(TargetError, match="neither a module name nor a regular expression"):

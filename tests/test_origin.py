@@ -155,8 +155,8 @@ def test_an_adapter_that_loads_in_part_is_refused(adapters, tiny_llama, tmp_path
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("[1, 2]", "Expected an object in .*quailora.json, got a list"),
-        ("{", "Cannot read .*quailora.json as JSON"),
+        ("[1, 2]", "Expected a JSON object in .*quailora.json, got list"),
+        ("{", "Cannot read .*quailora.json: .* copy it again"),
         ("{}", "quailora.json should say what the adapter was made from, but its entry 'version' is missing"),
     ],
 )

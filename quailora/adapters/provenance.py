@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..models.files import read_json
 from ..quantizers import Quantizer
 from ..quantizers.identity import BaseIdentity
 from ..report.settings import build
@@ -151,21 +151,6 @@ def read_provenance(adapter: Path) -> Provenance:
     if not isinstance(layers, dict) or not isinstance(calibration, dict):
         raise ModelError(f"{sidecar} should list the layers of the base and the calibration. It is damaged.")
     return Provenance(beside, {name: BaseIdentity.read(one) for name, one in layers.items()}, calibration)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON file that holds an object.
-
-    Raises:
-        ModelError: if it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot read {file} as JSON: {error}. It is damaged; write or copy it again.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"Expected an object in {file}, got a {type(content).__name__}. It is damaged.")
-    return content
 
 
 def unknown_base(adapter: Path | str) -> str:

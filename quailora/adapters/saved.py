@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import ModelError
+from ..models.files import read_json
 from .lora import INNER, PREFIX, LoraScaling
-from .provenance import digest_of, read_json
+from .provenance import digest_of
 
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 """What PEFT's configuration says of ranks and alphas."""

@@ -31,7 +31,7 @@ import torch
 from jsonargparse import auto_cli
 
 from quailora.models.locate import resolve
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 
 Moment = Literal["any", "end"]
 

@@ -30,14 +30,14 @@ from typing import Any
 import torch
 
 from quailora import QuailoraError
-from quailora.models.blocks import WholeModel
-from quailora.models.capture import captured
-from quailora.models.empty_pass import find_reach
+from quailora.calibration.blocks import WholeModel
+from quailora.calibration.capture import captured
+from quailora.calibration.empty_pass import find_reach
+from quailora.calibration.text import shipped_text
+from quailora.calibration.walk import Walk, collect_statistics
 from quailora.models.layers import linear_layers
 from quailora.models.load import empty_model, load_model
-from quailora.models.stream import Walk, collect_statistics
-from quailora.pipeline import init
-from quailora.text import shipped_text
+from quailora.pipeline.init import init
 
 SECONDS = 240
 SIZES: dict[str, Any] = {

@@ -11,8 +11,8 @@ import torch
 from jsonargparse import auto_cli
 
 from quailora import NF4, AlternatingLeastSquares, Gram, InputStatistics, Optimal
-from quailora.metrics import Metric
-from quailora.objective import Objective
+from quailora.core.metrics import Metric
+from quailora.core.objective import Objective
 
 
 def excess(solver, error: torch.Tensor, metric: Metric, exact: Gram, rank: int, optimum: float) -> float:

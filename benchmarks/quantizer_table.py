@@ -18,19 +18,19 @@ from jsonargparse import auto_cli
 
 from quailora import FP4, GPTQ, HQQ, NF4, NF4GPTQ, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
 from quailora.adapters.lora import LoraScaling
-from quailora.calibration import Calibration
-from quailora.comparison import evaluation_sources, evaluation_texts
-from quailora.contenders import Contender
-from quailora.contest import FULL_PRECISION, Contest
-from quailora.fingerprint import fingerprint
+from quailora.calibration.text import TextSource
+from quailora.calibration.windows import Calibration
+from quailora.comparison.compare import evaluation_sources, evaluation_texts
+from quailora.comparison.runner import FULL_PRECISION, Contest
+from quailora.comparison.store import Scoreboard
+from quailora.comparison.variants import Contender
+from quailora.evaluation.tasks import Tasks
+from quailora.methods.recipes import RECIPES
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
+from quailora.pipeline.fingerprint import fingerprint
 from quailora.quantizers import auto_gptq
-from quailora.recipes import RECIPES
-from quailora.report.tables import markdown_table
-from quailora.scoreboard import Scoreboard
-from quailora.tasks import Tasks
-from quailora.text import TextSource
+from quailora.support.tables import markdown_table
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from oracles import load_auto_gptq

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from quailora.report.tables import markdown_table
+from quailora.support.tables import markdown_table
 
 
 class Results:

@@ -12,8 +12,8 @@ import torch
 from problems import RANKS, SHAPES, exact_route, full_svd, products, quantization_error, realistic_second_moment
 
 from quailora import SVD, AlternatingLeastSquares, Gram, Optimal
-from quailora.metrics import Identity
-from quailora.objective import Deferred, Objective
+from quailora.core.metrics import Identity
+from quailora.core.objective import Deferred, Objective
 
 EXACT_ROUTE_UP_TO = 4096  # the eigendecomposition of a Gram of width 14336 takes many minutes
 

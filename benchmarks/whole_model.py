@@ -17,13 +17,14 @@ from jsonargparse import auto_cli
 
 from quailora import NF4, Initializer, Optimal
 from quailora.adapters.lora import LoraScaling
-from quailora.calibration import Calibration
-from quailora.layerwise import Method, run_methods
+from quailora.calibration.text import TextSource
+from quailora.calibration.walk import Block, collect_statistics
+from quailora.calibration.windows import Calibration
+from quailora.methods.method import Method
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
-from quailora.models.stream import Block, collect_statistics
-from quailora.report.tables import markdown_table
-from quailora.text import TextSource
+from quailora.pipeline.layerwise import run_methods
+from quailora.support.tables import markdown_table
 
 
 def timed(action: Callable):

@@ -3,12 +3,12 @@
 from importlib.metadata import version
 
 from .bases import Prequantized
+from .core.metrics import Diagonal, Gram, Identity
+from .core.statistics import InputStatistics
 from .errors import QuailoraError
-from .initializer import Initializer, LayerInitialization
-from .metrics import Diagonal, Gram, Identity
+from .layer.initializer import Initializer, LayerInitialization
 from .quantizers import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
 from .solvers import SVD, AlternatingLeastSquares, LowRank, Optimal, Solver, Zero
-from .statistics import InputStatistics
 
 __all__ = [
     "FP4",

@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .metrics import METRICS, MetricName
-from .objective import Objective
+from .core.metrics import METRICS, MetricName
+from .core.objective import Objective
+from .core.statistics import InputStatistics
 from .quantizers import Quantizer
 from .solvers import SVD, LowRank, Solver
-from .statistics import InputStatistics
 
 InputKind = Literal["generic", "decaying", "rank-deficient", "single token", "dead channels", "massive channel"]
 INPUT_KINDS: tuple[InputKind, ...] = get_args(InputKind)

@@ -15,8 +15,8 @@ from families import save_llama
 from hypothesis import settings
 from pretended import PretendedDevice
 
-from quailora.cli import main
-from quailora.text import shipped_text
+from quailora.calibration.text import shipped_text
+from quailora.cli.main import main
 
 settings.register_profile("default", deadline=None, max_examples=50, print_blob=True, derandomize=True)
 settings.register_profile("stress", parent=settings.get_profile("default"), max_examples=600, derandomize=False)

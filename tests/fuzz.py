@@ -94,7 +94,7 @@ def limited(seconds: int) -> Iterator[None]:
 
 def call(arguments: Sequence[object]) -> Ended:
     """Run the command line in this process."""
-    from quailora.cli import main
+    from quailora.cli.main import main
 
     printed = io.StringIO()
     try:

@@ -143,7 +143,7 @@ def why_no_conversion(out: Path, trained: Path, before: Path) -> str:
 
 def why_other_documents(file: Path) -> str:
     """Judge a text that was calibrated on: the documents have to be what a strict reader finds in the file."""
-    from quailora.text import TextSource
+    from quailora.calibration.text import TextSource
 
     try:
         expected = as_far_as_read(strict_documents(file))

@@ -27,7 +27,7 @@ def counted(original):
         return original(*arguments, **named)
     return replace
 pathlib.Path.replace, os.replace = counted(pathlib.Path.replace), counted(os.replace)
-from quailora.cli import main
+from quailora.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 """A program that runs quailora and is gone before it renames one file too many."""

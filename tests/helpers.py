@@ -21,7 +21,7 @@ from quailora import (
     Uniform,
     Zero,
 )
-from quailora.recipes import RECIPES
+from quailora.methods.recipes import RECIPES
 
 # Each with whether it is idempotent in float32.
 QUANTIZERS: list[tuple[Quantizer, bool]] = [

@@ -10,12 +10,12 @@ import torch
 from families import save_llama
 from safetensors.torch import load_file, save_file
 
-from quailora.check import check
-from quailora.comparison import compare
+from quailora.comparison.compare import compare
 from quailora.errors import ConfigurationError, ModelError, OutputExistsError, StorageError
-from quailora.evaluate import evaluate
+from quailora.evaluation.check import check
+from quailora.evaluation.evaluate import evaluate
 from quailora.models.load import empty_model, load_model, resolve_device
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 
 SMALL = {"rank": 4, "samples": 2, "sequence_length": 16}
 

@@ -12,12 +12,13 @@ from safetensors import safe_open
 
 from quailora import NF4, SVD, Initializer, LowRank, Zero
 from quailora.adapters.lora import LoraScaling, write_lora
+from quailora.calibration.walk import Walk
+from quailora.core.objective import Deferred
 from quailora.errors import ConfigurationError
-from quailora.evaluate import quantize_in_place
-from quailora.layerwise import Method, run_methods
+from quailora.evaluation.evaluate import quantize_in_place
+from quailora.methods.method import Method
 from quailora.models.layers import explicit_targets, linear_layers, select_layers
-from quailora.models.stream import Walk
-from quailora.objective import Deferred
+from quailora.pipeline.layerwise import run_methods
 
 SCALINGS = [
     LoraScaling(4),

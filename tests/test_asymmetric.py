@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy.linalg import lstsq, svd
 
 from quailora import GPTQ, NF4, Gram, Initializer, Optimal, Uniform
-from quailora import asymmetric as module
-from quailora.asymmetric import RIDGES, HeldOutFit, initialize_asymmetric, shift
+from quailora.core.paired import PairedStatistics
 from quailora.errors import CalibrationError, ConfigurationError
-from quailora.paired import PairedStatistics
+from quailora.layer import asymmetric as module
+from quailora.layer.asymmetric import RIDGES, HeldOutFit, initialize_asymmetric, shift
 from quailora.schedules import HeldOut, Once
 
 
@@ -197,8 +197,8 @@ def test_an_input_takes_five_moments(quantizer, schedule, most, monkeypatch):
     """Statistics and fit together, in float64, at any time; error feedback factors one more."""
     width = 320
     monkeypatch.setattr(module, "_ROWS", 8)
-    monkeypatch.setattr("quailora.statistics._ROWS", 8)
-    monkeypatch.setattr("quailora.metrics._EXACT_WIDTH", 0)
+    monkeypatch.setattr("quailora.core.statistics._ROWS", 8)
+    monkeypatch.setattr("quailora.core.metrics._EXACT_WIDTH", 0)
     _, full, quantized = problem(8, 480, 2, width)
     full, quantized, weight = full.float(), quantized.float(), torch.randn(2, width)
     initializer = Initializer(quantizer, Optimal(), 1, schedule=schedule)

@@ -18,12 +18,12 @@ from quailora.bases.awq import read_awq
 from quailora.bases.gptq import read_gptq
 from quailora.bases.hqq import read_hqq
 from quailora.bases.torchao import read_torchao
-from quailora.check import check
+from quailora.bases.writer import quantization_config, save_packed
 from quailora.errors import ConfigurationError, ModelError, TargetError
-from quailora.evaluate import evaluate, quantize_in_place
+from quailora.evaluation.check import check
+from quailora.evaluation.evaluate import evaluate, quantize_in_place
 from quailora.models.layers import linear_layers
-from quailora.models.packed import quantization_config, save_packed
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 from quailora.testing import make_problem
 
 FAST = {"solver": Optimal(), "rank": 4, "samples": 4, "sequence_length": 64}

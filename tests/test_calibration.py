@@ -10,10 +10,10 @@ import pytest
 import torch
 from families import with_special_tokens
 
-from quailora.calibration import Calibration, evaluation_windows
+from quailora.calibration.text import TextSource, shipped_text
+from quailora.calibration.text.tokens import tokenize
+from quailora.calibration.windows import Calibration, evaluation_windows
 from quailora.errors import CalibrationError, ConfigurationError
-from quailora.text import TextSource, shipped_text
-from quailora.text.tokens import tokenize
 
 
 def windows(tokenizer, text=None, **settings):

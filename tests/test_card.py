@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from quailora import NF4, Initializer, Optimal, Uniform
-from quailora.adapters.card import model_card
-from quailora.pipeline import init
-from quailora.polish import Polish
-from quailora.recipes import RECIPES
-from quailora.report.record import LayerRecord
+from quailora.layer.record import LayerRecord
+from quailora.methods.distillation import Polish
+from quailora.methods.recipes import RECIPES
+from quailora.pipeline.card import model_card
+from quailora.pipeline.init import init
 
 RECORD = LayerRecord("model.layers.0.mlp.up_proj", (8, 8), 2, 4.1, 64, 2.0, 1.5, 1.0, 0.9, 0.1, 0)
 

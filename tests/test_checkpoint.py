@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quailora.errors import ModelError
-from quailora.fingerprint import weights_of
 from quailora.models.checkpoint import checkpoint_files, opened, stored_tensors
 from quailora.models.load import load_model
+from quailora.pipeline.fingerprint import weights_of
 
 MARKED = "model.norm.weight"
 

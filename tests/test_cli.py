@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from quailora import GPTQ, NF4, SVD, Optimal, Quantizer, Solver, Uniform
-from quailora.cli import main
+from quailora.cli.main import main
 from quailora.errors import ModelError
-from quailora.outputs import new_folder
-from quailora.report.settings import build, describe
+from quailora.support.files import new_folder
+from quailora.support.settings import build, describe
 
 FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
 

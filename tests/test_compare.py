@@ -19,18 +19,18 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quailora import SVD, Uniform
-from quailora.calibration import evaluation_windows
-from quailora.comparison import compare
+from quailora.calibration.text import shipped_text
+from quailora.calibration.windows import evaluation_windows
+from quailora.comparison.compare import compare
+from quailora.comparison.html import html_table, report
+from quailora.comparison.store import Scoreboard
 from quailora.errors import ConfigurationError, ModelError, ResumeError
-from quailora.evaluate import evaluate
-from quailora.measure import Difference, Scores, log_probabilities, score
+from quailora.evaluation.evaluate import evaluate
+from quailora.evaluation.scores import Difference, Scores, log_probabilities, score
+from quailora.methods.recipes import RECIPES
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
-from quailora.pipeline import init
-from quailora.recipes import RECIPES
-from quailora.report.html import html_table, report
-from quailora.scoreboard import Scoreboard
-from quailora.text import shipped_text
+from quailora.pipeline.init import init
 
 SMALL = {"samples": 8, "sequence_length": 64, "windows": 3, "window_length": 128}
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from quailora.calibration.text import TextSource
 from quailora.errors import CalibrationError
-from quailora.text import TextSource
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"

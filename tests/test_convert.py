@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from quailora import Optimal, Uniform
 from quailora.adapters.convert import change, convert
-from quailora.check import check
 from quailora.errors import ConfigurationError, ModelError, OutputExistsError
-from quailora.evaluate import evaluate
+from quailora.evaluation.check import check
+from quailora.evaluation.evaluate import evaluate
 from quailora.models.layers import linear_layers
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 
 FAST = {"solver": Optimal(), "samples": 4, "sequence_length": 64}
 FUSED = FAST | {"sequence_length": 32, "targets": ["q_proj", "experts"], "save_base": True}

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from quailora import FP4, NF4, Int8, Uniform
 from quailora.bases import StoredBase
+from quailora.bases.writer import quantization_config
 from quailora.errors import ModelError
-from quailora.models.packed import quantization_config
 from quailora.testing import make_problem
 
 LAYER = "model.layers.0.mlp.up_proj"

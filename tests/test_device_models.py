@@ -11,18 +11,18 @@ from families import make_model
 from safetensors.torch import load_file
 
 from quailora import GPTQ, NF4, AlternatingLeastSquares, Int8, Optimal
-from quailora.check import check
-from quailora.comparison import compare
+from quailora.comparison.compare import compare
 from quailora.errors import DoesNotFitError
-from quailora.estimate import _FIXED, Estimate
-from quailora.evaluate import evaluate
-from quailora.machine import within_memory
-from quailora.measure import Corrected, measure
+from quailora.evaluation.check import check
+from quailora.evaluation.evaluate import evaluate
+from quailora.evaluation.scores import Corrected, measure
+from quailora.methods.distillation import Polish
+from quailora.methods.recipes import RECIPES
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
-from quailora.pipeline import init
-from quailora.polish import Polish
-from quailora.recipes import RECIPES
+from quailora.pipeline.estimate import _FIXED, Estimate
+from quailora.pipeline.init import init
+from quailora.support.machine import within_memory
 
 # In float32, since "auto" would be bfloat16 on some CPUs and on no GPU.
 SETTINGS = {"rank": 4, "samples": 4, "sequence_length": 24, "solver": Optimal(), "calibration_dtype": "model"}
@@ -31,7 +31,7 @@ EXPERTS = {"targets": ["all-linear", "experts"], "save_base": True}
 
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch):
-    monkeypatch.setattr("quailora.estimate.flops", lambda dtype, device: 1e9)
+    monkeypatch.setattr("quailora.pipeline.estimate.flops", lambda dtype, device: 1e9)
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +158,7 @@ def test_few_windows_at_once_give_the_same(tiny_llama, monkeypatch):
     variants = {"full precision": {}, "start": Corrected(quantized, factors)}
     expected = measure(model, layers, variants, windows)
     for at_once in (1, 3):
-        monkeypatch.setattr("quailora.measure.windows_at_once", lambda model, length, size=at_once: size)
+        monkeypatch.setattr("quailora.evaluation.scores.windows_at_once", lambda model, length, size=at_once: size)
         assert measure(model, layers, variants, windows) == expected
 
 

@@ -8,14 +8,14 @@ from helpers import each_quantizer, each_recipe, each_solver
 
 from quailora import NF4, AlternatingLeastSquares, Initializer, InputStatistics, Optimal, Uniform
 from quailora.adapters.lora import LoraScaling
-from quailora.asymmetric import initialize_asymmetric
-from quailora.layerwise import seeded
-from quailora.metrics import METRICS
-from quailora.paired import PairedStatistics
+from quailora.core.metrics import METRICS
+from quailora.core.paired import PairedStatistics
+from quailora.layer.asymmetric import initialize_asymmetric
+from quailora.methods.recipes import RECIPES
+from quailora.pipeline.layerwise import seeded
 from quailora.quantizers import HQQ
-from quailora.recipes import RECIPES
 from quailora.schedules import HeldOut, Once, Preserve
-from quailora.sensitivity import Sensitivity
+from quailora.solvers.fisher import Sensitivity
 from quailora.testing import make_problem
 
 PROBLEM = make_problem(24, 64, "decaying")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quailora.distributed import packed
-from quailora.pipeline import init
+from quailora.pipeline.init import init
+from quailora.support.distributed import packed
 
 # In float32: batches of other sizes round to other bfloat16 numbers.
 SETTINGS = {"rank": 4, "samples": 8, "sequence_length": 32, "calibration_dtype": "model"}
@@ -72,9 +72,9 @@ def test_a_dead_process_ends_the_job_and_the_next_one_goes_on(tiny_llama, tmp_pa
 def test_work_is_packed_by_cost(monkeypatch):
     costs = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 1.0}
     shares = []
-    monkeypatch.setattr("quailora.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("quailora.support.distributed.world_size", lambda: 2)
     for rank in range(2):
-        monkeypatch.setattr("quailora.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("quailora.support.distributed.rank", lambda rank=rank: rank)
         shares.append(packed(costs))
     assert sorted(shares[0] + shares[1]) == sorted(costs)
     assert [sum(costs[name] for name in share) for share in shares] == [8.0, 8.0]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from examples import ROOT, examples
 
-from quailora import cli
-from quailora.cli import main
+from quailora.cli import main as cli
+from quailora.cli.main import main
 
 
 def test_extending_example_is_a_conforming_quantizer():
@@ -35,10 +35,10 @@ def test_extending_example_for_solvers():
 def test_extending_example_for_schedules(monkeypatch):
     from quailora import NF4, InputStatistics
     from quailora.adapters.lora import LoraScaling
-    from quailora.recipes import RECIPES
+    from quailora.methods.recipes import RECIPES
 
     code = next(block for block in examples("docs/extending.md") if "RECIPES" in block)
-    monkeypatch.setattr("quailora.recipes.RECIPES", dict(RECIPES))
+    monkeypatch.setattr("quailora.methods.recipes.RECIPES", dict(RECIPES))
     namespace: dict[str, object] = {"__name__": "__main__"}
     exec(code, namespace)
     method = namespace["RECIPES"]["low-rank-first"].method(NF4(), LoraScaling(4))
@@ -64,7 +64,7 @@ def test_readme_example_prints_what_it_says():
 
 
 def test_training_example_for_peft(tiny_llama, tmp_path, monkeypatch):
-    from quailora.pipeline import init
+    from quailora.pipeline.init import init
 
     init(str(tiny_llama), out=str(tmp_path / "adapter"), rank=4, samples=4, sequence_length=64)
     monkeypatch.chdir(tmp_path)
@@ -75,7 +75,7 @@ def test_training_example_for_peft(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_readme_example_loads_an_adapter(tiny_llama, tmp_path, monkeypatch):
-    from quailora.pipeline import init
+    from quailora.pipeline.init import init
 
     init(str(tiny_llama), out=str(tmp_path / "adapter"), rank=4, samples=4, sequence_length=64)
     monkeypatch.chdir(tmp_path)

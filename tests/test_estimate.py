@@ -10,10 +10,10 @@ from torch import nn
 
 from quailora import GPTQ, NF4, Optimal
 from quailora.errors import ConfigurationError, DoesNotFitError, ModelError, TargetError
-from quailora.estimate import Estimate, bits_of
-from quailora.machine import duration, parse_size, size
 from quailora.models.layers import Layer
-from quailora.pipeline import init
+from quailora.pipeline.estimate import Estimate, bits_of
+from quailora.pipeline.init import init
+from quailora.support.machine import duration, parse_size, size
 
 SETTINGS = {"rank": 4, "samples": 4, "sequence_length": 32}
 
@@ -62,7 +62,7 @@ def test_sizes_are_those_of_the_adapter(family, tmp_path, tokenizer):
 
 def test_time_counts_rounds_and_training(tiny_llama, tmp_path, monkeypatch):
     """On a machine that always does as much a second."""
-    monkeypatch.setattr("quailora.estimate.flops", lambda dtype, device: 1e9)
+    monkeypatch.setattr("quailora.pipeline.estimate.flops", lambda dtype, device: 1e9)
     seconds = {
         name: dry(tiny_llama, tmp_path, recipe=name).seconds
         for name in ("qera-exact", "srr", "caldera", "lorc", "lq-lora", "best", "polished", "best-joint")
@@ -84,7 +84,7 @@ def test_a_limit_decides_where_weights_stay(tiny_llama, tmp_path, monkeypatch):
     between = str((needed.in_memory + needed.streamed) // 2)
     assert dry(tiny_llama, tmp_path, memory_limit=between).verdict.startswith("fits block by block")
     asked = []
-    from quailora import pipeline
+    from quailora.pipeline import init as pipeline
 
     original = pipeline.load_model
     monkeypatch.setattr(pipeline, "load_model", lambda *a, **b: asked.append(b["offload"]) or original(*a, **b))

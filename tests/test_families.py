@@ -11,11 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from quailora import NF4, Optimal
-from quailora.calibration import Calibration
+from quailora.calibration.walk import collect_statistics
+from quailora.calibration.windows import Calibration
 from quailora.models.layers import all_layers
 from quailora.models.load import load_model
-from quailora.models.stream import collect_statistics
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 
 MIXTURES = ["Mixtral", "Qwen3Moe"]
 

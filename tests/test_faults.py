@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quailora.errors import ModelError, NumericalError
-from quailora.evaluate import evaluate
+from quailora.evaluation.evaluate import evaluate
 from quailora.models.load import load_model
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 
 each_offload = pytest.mark.parametrize("offload", ["always", "never"])
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from quailora.adapters.hub import adapter_folder
 from quailora.errors import ModelError
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 
 SMALL = ["--rank", "4", "--samples", "2", "--sequence-length", "32"]
 
 SEVERAL = """
 import contextlib, io, json, sys
-from quailora.cli import main
+from quailora.cli.main import main
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
         status = main(arguments)

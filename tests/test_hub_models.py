@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_hub import SMALL, run
 
 from quailora import NF4
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 
 
 def split(folder):

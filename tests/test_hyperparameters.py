@@ -8,7 +8,7 @@ import pytest
 
 from quailora import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, SVD, AlternatingLeastSquares, Optimal, Uniform
 from quailora.errors import ConfigurationError
-from quailora.polish import Polish
+from quailora.methods.distillation import Polish
 from quailora.schedules import Alternate, HeldOut, Once, Project, ReduceMagnitude
 
 

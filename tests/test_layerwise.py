@@ -8,12 +8,13 @@ from torch import nn
 
 from quailora import GPTQ, NF4, SVD, AlternatingLeastSquares, Initializer, InputStatistics, Optimal, Zero
 from quailora.adapters.lora import LoraScaling
+from quailora.calibration.walk import Block, Walk
 from quailora.errors import ConfigurationError, NumericalError
-from quailora.layerwise import Method, run_methods
+from quailora.methods.method import Method
+from quailora.methods.recipes import RECIPES
 from quailora.models.layers import Layer, linear_layers
 from quailora.models.load import load_model
-from quailora.models.stream import Block, Walk
-from quailora.recipes import RECIPES
+from quailora.pipeline.layerwise import run_methods
 
 METHODS = {
     "low": Method(Initializer(NF4(), Optimal()), LoraScaling(2)),

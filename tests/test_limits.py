@@ -9,13 +9,13 @@ import torch
 from families import save_llama
 
 from quailora import GPTQ
-from quailora.comparison import compare, distinct_names
+from quailora.comparison.compare import compare, distinct_names
 from quailora.errors import CalibrationError, ModelError
-from quailora.evaluate import evaluate
-from quailora.measure import perplexity_of
+from quailora.evaluation.evaluate import evaluate
+from quailora.evaluation.scores import perplexity_of
 from quailora.models.limits import check_token_ids, fitting_length, longest_sequence
 from quailora.models.load import empty_model
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 
 
 def small(family, **options):

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 import quailora
-from quailora.distributed import process_group
 from quailora.errors import DistributedError
-from quailora.machine import cores, peak_memory, reset_peak_memory
+from quailora.support.distributed import process_group
+from quailora.support.machine import cores, peak_memory, reset_peak_memory
 
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 

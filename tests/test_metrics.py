@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quailora import Diagonal, Gram, Identity
-from quailora.metrics import Damped, Shrunk, shrunk
+from quailora.core.metrics import Damped, Shrunk, shrunk
 from quailora.testing import make_problem
 
 WIDTH = 300  # wide enough for energies in float32

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from quailora import InputStatistics
+from quailora.calibration.walk import collect_statistics
 from quailora.errors import CalibrationError, ModelError, TargetError
 from quailora.models.layers import Layer, explicit_targets, linear_layers, select_layers
 from quailora.models.limits import check_sequence_length
 from quailora.models.load import load_model
 from quailora.models.locate import demo_file
-from quailora.models.stream import collect_statistics
 
 
 @pytest.fixture

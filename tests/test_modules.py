@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from quailora.adapters.convert import convert
 from quailora.errors import TargetError
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 
 FAST = {"rank": 4, "samples": 2, "sequence_length": 32}
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from quailora import Quantizer, Uniform
+from quailora.cli.options import expand_short_names
 from quailora.errors import ConfigurationError
-from quailora.options import expand_short_names
-from quailora.report.settings import build, describe
+from quailora.support.settings import build, describe
 
 FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
 
@@ -163,6 +163,7 @@ def test_a_component_that_cannot_be_written_down_is_refused():
 
 
 def test_help_loads_no_model_code():
-    code = "import sys, quailora.cli; print([m for m in ('transformers', 'peft', 'scipy.stats') if m in sys.modules])"
+    modules = ("transformers", "peft", "scipy.stats")
+    code = f"import sys, quailora.cli.main; print([m for m in {modules} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from quailora import FP4, GPTQ, NF4, Int8, Optimal
 from quailora.adapters.provenance import Origin, read_provenance
-from quailora.check import check
 from quailora.errors import CalibrationError, ConfigurationError, ModelError
-from quailora.evaluate import evaluate
-from quailora.pipeline import init
+from quailora.evaluation.check import check
+from quailora.evaluation.evaluate import evaluate
+from quailora.pipeline.init import init
 from quailora.quantizers.identity import BaseIdentity
 
 FAST = {"rank": 4, "samples": 4, "sequence_length": 64, "solver": Optimal()}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from quailora import Int8, outputs
+from quailora import Int8
 from quailora.errors import ConfigurationError, OutputExistsError, StorageError
-from quailora.outputs import new_folder
-from quailora.pipeline import init
+from quailora.pipeline.init import init
+from quailora.support import files as outputs
+from quailora.support.files import new_folder
 
 SETTINGS = {"rank": 4, "samples": 8, "sequence_length": 32}
 

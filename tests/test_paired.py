@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quailora import InputStatistics
+from quailora.core.paired import PairedStatistics
 from quailora.errors import NumericalError
-from quailora.paired import PairedStatistics
 
 
 def inputs(seed, tokens=50, columns=7):
@@ -31,7 +31,7 @@ def assert_same(found, expected, scale=1.0):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_moments_by_definition(dtype, monkeypatch):
     """Over several products; the small difference between the networks keeps its precision."""
-    monkeypatch.setattr("quailora.paired.CHUNK_TOKENS", 16)
+    monkeypatch.setattr("quailora.core.paired.CHUNK_TOKENS", 16)
     full, quantized = (each.to(dtype) for each in inputs(0))
     found = PairedStatistics.from_inputs(full.reshape(5, 10, 7), quantized.reshape(5, 10, 7))
     left, right = full.double(), quantized.double()

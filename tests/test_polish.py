@@ -7,14 +7,14 @@ import torch
 from torch.nn import functional
 
 from quailora import SVD, Initializer, Uniform
-from quailora.calibration import Calibration
+from quailora.calibration.windows import Calibration
 from quailora.errors import ConfigurationError, NumericalError
-from quailora.measure import Corrected, measure
+from quailora.evaluation.scores import Corrected, measure
+from quailora.methods.distillation import Polish, corrected, next_token_loss
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
 from quailora.models.weights import replaced
-from quailora.pipeline import init
-from quailora.polish import Polish, corrected, next_token_loss
+from quailora.pipeline.init import init
 
 
 def test_distillation_lowers_the_divergence_and_leaves_the_model(tiny_llama, tokenizer):

@@ -7,8 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from quailora import NF4, Optimal, progress
-from quailora.pipeline import init
+from quailora import NF4, Optimal
+from quailora.pipeline.init import init
+from quailora.support import progress
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_the_bar_says_which_batch_of_which_block_is_run(tiny_llama, tmp_path, te
         def __exit__(self, *reason):
             self.inner.__exit__(*reason)
 
-    monkeypatch.setattr("quailora.runs.counting", Told)
+    monkeypatch.setattr("quailora.pipeline.run.counting", Told)
     init(str(tiny_llama), out=str(tmp_path / "a"), quantizer=NF4(), solver=Optimal(), samples=2, sequence_length=32)
     assert said[:3] == ["Block 0: batch 1", "Block 0: layers", "layer"]
     assert said.count("layer") == 14

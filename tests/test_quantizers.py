@@ -10,20 +10,7 @@ from hypothesis import strategies as st
 from oracles import load_auto_gptq, run_auto_gptq
 from strategies import problems
 
-from quailora import (
-    FP4,
-    GPTQ,
-    HQQ,
-    NF4,
-    NF4GPTQ,
-    NF4MSE,
-    AutoGPTQ,
-    Gram,
-    InputStatistics,
-    Int8,
-    TorchaoInt8,
-    Uniform,
-)
+from quailora import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, AutoGPTQ, Gram, InputStatistics, Int8, TorchaoInt8, Uniform
 from quailora.errors import CalibrationError, ConfigurationError, NumericalError
 from quailora.quantizers import auto_gptq, fourbit, gptq
 from quailora.quantizers.grid import Grid

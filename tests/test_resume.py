@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quailora import GPTQ, NF4, AlternatingLeastSquares
-from quailora.checkpoint import Checkpoint
+from quailora.calibration.text import shipped_text
 from quailora.errors import NumericalError, OutputExistsError, ResumeError, StorageError
-from quailora.outputs import write_tensors
-from quailora.pipeline import init
-from quailora.text import shipped_text
+from quailora.pipeline.checkpoint import Checkpoint
+from quailora.pipeline.init import init
+from quailora.support.files import write_tensors
 
 SETTINGS = {"rank": 4, "samples": 8, "sequence_length": 32}
 
@@ -56,7 +56,7 @@ def killed_after(writes, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        for module in ("checkpoint", "models.activations"):
+        for module in ("pipeline.checkpoint", "calibration.activations"):
             patch.setattr(f"quailora.{module}.write_tensors", counted)
         with pytest.raises(Killed):
             yield

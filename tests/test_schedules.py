@@ -18,17 +18,17 @@ from strategies import problems
 
 from quailora import FP4, GPTQ, NF4, NF4GPTQ, NF4MSE, SVD, Gram, Initializer, Int8, Optimal, Uniform
 from quailora.adapters.lora import LoraScaling
+from quailora.core.metrics import METRICS
 from quailora.errors import CalibrationError, ConfigurationError
-from quailora.layer import QuantizedLayer, Trial
-from quailora.metrics import METRICS
+from quailora.methods.recipes import RECIPES, find_recipe
 from quailora.quantizers.variants import with_feedback, with_least_error
-from quailora.recipes import RECIPES, find_recipe
-from quailora.report.settings import build, describe
 from quailora.schedules import Alternate, HeldOut, Once, Preserve, Project, Schedule
+from quailora.schedules.layer import QuantizedLayer, Trial
 from quailora.schedules.preserve import preserved_rank
 from quailora.schedules.project import deflated
 from quailora.schedules.reduce_magnitude import ReduceMagnitude, onto_l1_ball, reduced
-from quailora.sensitivity import Sensitivity
+from quailora.solvers.fisher import Sensitivity
+from quailora.support.settings import build, describe
 from quailora.testing import make_problem, rounding
 
 BASES = [NF4(), NF4(block_size=32, double_quantization=False), Uniform(bits=3, group_size=16), Uniform(bits=2)]

@@ -9,12 +9,12 @@ from scipy.linalg import svd
 from torch.nn import functional
 
 from quailora import NF4, SVD, Initializer, Optimal
+from quailora.calibration.gradients import find_sensitivities
+from quailora.core.metrics import METRICS
 from quailora.errors import CalibrationError, NumericalError
-from quailora.metrics import METRICS
-from quailora.models.gradients import find_sensitivities
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
-from quailora.sensitivity import Sensitivity
+from quailora.solvers.fisher import Sensitivity
 from quailora.testing import make_problem
 
 

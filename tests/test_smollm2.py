@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from quailora import AlternatingLeastSquares, Optimal
-from quailora.evaluate import evaluate
-from quailora.pipeline import init
+from quailora.evaluation.evaluate import evaluate
+from quailora.pipeline.init import init
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quailora import NF4, SVD, AlternatingLeastSquares, Diagonal, Gram, Identity, InputStatistics, Optimal, Zero
+from quailora.core.objective import Objective
 from quailora.errors import ConfigurationError, NumericalError
-from quailora.objective import Objective
 from quailora.testing import make_problem, optimal_error, rounding
 
 

@@ -11,11 +11,11 @@ from families import save_llama, with_special_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quailora import GPTQ, Uniform
-from quailora.calibration import given_tokens
-from quailora.comparison import compare
-from quailora.evaluate import evaluate
-from quailora.pipeline import init
-from quailora.text import shipped_text
+from quailora.calibration.text import shipped_text
+from quailora.calibration.windows import given_tokens
+from quailora.comparison.compare import compare
+from quailora.evaluation.evaluate import evaluate
+from quailora.pipeline.init import init
 
 FRONT = [301, 300]  # <eos> <bos>
 

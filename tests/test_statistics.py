@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from quailora import InputStatistics
+from quailora.core.linalg import safe_cholesky, triangular_inverse
+from quailora.core.metrics import METRICS
+from quailora.core.statistics import self_product
 from quailora.errors import CalibrationError, NumericalError, NumericalWarning
-from quailora.linalg import safe_cholesky, triangular_inverse
-from quailora.metrics import METRICS
-from quailora.statistics import self_product
 
 
 def test_nothing_is_lost_over_a_million_tokens(generator):

@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM
 from quailora import GPTQ, Optimal, Prequantized, Uniform
 from quailora.adapters.convert import convert
 from quailora.bases.awq import ORDER
-from quailora.check import check
+from quailora.calibration.text import shipped_text
 from quailora.errors import ModelError
-from quailora.evaluate import evaluate, quantize_in_place
+from quailora.evaluation.check import check
+from quailora.evaluation.evaluate import evaluate, quantize_in_place
 from quailora.models.layers import linear_layers
 from quailora.models.locate import resolve
-from quailora.pipeline import init
+from quailora.pipeline.init import init
 from quailora.quantizers.packing import pack_words, unpack_words
-from quailora.text import shipped_text
 
 PYTHON = os.environ.get("QUAILORA_STOCK")
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"

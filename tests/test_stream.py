@@ -9,11 +9,11 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from quailora import NF4, AlternatingLeastSquares, Initializer, InputStatistics
+from quailora.calibration.blocks import find_chain
+from quailora.calibration.walk import Walk, collect_statistics
 from quailora.errors import CalibrationError, ModelError, NumericalError, named
-from quailora.models.blocks import find_chain
 from quailora.models.layers import Layer, all_layers, linear_layers, select_layers
 from quailora.models.load import load_model
-from quailora.models.stream import Walk, collect_statistics
 from quailora.models.weights import is_offloaded, replaced, resident
 
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quailora import NF4, AlternatingLeastSquares, Gram, Optimal
-from quailora import objective as objective_module
+from quailora.core import objective as objective_module
+from quailora.core.metrics import Diagonal, Identity, Metric
+from quailora.core.objective import Objective
+from quailora.core.subspace import KrylovSearch, worth_iterating
 from quailora.errors import ConfigurationError
-from quailora.metrics import Diagonal, Identity, Metric
-from quailora.objective import Objective
-from quailora.subspace import KrylovSearch, worth_iterating
 from quailora.testing import make_problem, optimal_error
 
 KINDS = ["generic", "decaying", "rank-deficient", "massive channel"]

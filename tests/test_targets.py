@@ -15,12 +15,12 @@ from quailora import NF4, LowRank
 from quailora.adapters.lora import LoraScaling, expert_stacks, write_lora
 from quailora.adapters.peft_check import dropped
 from quailora.adapters.written import check_files
+from quailora.calibration.empty_pass import empty_inputs, find_reach
+from quailora.calibration.walk import collect_statistics
+from quailora.core.objective import Deferred
 from quailora.errors import ModelError, NumericalError, TargetError
-from quailora.models.empty_pass import empty_inputs, find_reach
 from quailora.models.layers import all_layers, explicit_targets, linear_layers, select_layers, stock_quantizes
-from quailora.models.stream import collect_statistics
-from quailora.objective import Deferred
-from quailora.targets import plan_adapter, typed_targets
+from quailora.pipeline.targets import plan_adapter, typed_targets
 
 ALL = ["all-linear"]
 

@@ -12,9 +12,9 @@ from questions import QUESTIONS, save_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quailora import Uniform
-from quailora.comparison import compare
+from quailora.comparison.compare import compare
 from quailora.errors import ConfigurationError
-from quailora.tasks import Tasks
+from quailora.evaluation.tasks import Tasks
 
 SMALL = {"samples": 4, "sequence_length": 64, "windows": 2, "window_length": 64, "ranks": (2,), "baselines": ("int8",)}
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quailora.calibration.text import TextSource
 from quailora.errors import CalibrationError
-from quailora.text import TextSource
 
 ROWS = [{"id": f"{number}", "text": f'Ünï "{number}", one\nand two'} for number in range(3)]
 TEXTS = [row["text"] for row in ROWS]

@@ -10,8 +10,8 @@ from typing import final
 import torch
 
 from ..errors import ConfigurationError
-from ..outputs import StrPath, as_str, check_writable, folder_of, new_folder, write_json, write_tensors
-from ..report.tables import print_table
+from ..support.files import StrPath, as_str, check_writable, folder_of, new_folder, write_json, write_tensors
+from ..support.tables import print_table
 from .hub import adapter_folder
 from .lora import LoraScaling
 from .provenance import read_provenance

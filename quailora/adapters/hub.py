@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from ..errors import ModelError, StorageError, first_line
-from ..outputs import RESULTS, StrPath
+from ..support.files import RESULTS, StrPath
 
 logger = logging.getLogger("quailora")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..models.layers import Layer
-from ..outputs import write_json, write_tensors
 from ..solvers import Correction, LowRank
+from ..support.files import write_json, write_tensors
 from .provenance import Origin, digest_of
 
 PREFIX = "base_model.model."

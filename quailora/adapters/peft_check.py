@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.empty_pass import run_empty
 from ..errors import ModelError, summary
-from ..models.empty_pass import run_empty
 from ..models.layers import Layer, explicit_targets, kind
 from .lora import LoraScaling, expert_stacks, lora_config, lora_shapes
 

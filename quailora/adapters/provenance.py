@@ -15,7 +15,7 @@ from ..errors import ModelError
 from ..models.files import read_json
 from ..quantizers import Quantizer
 from ..quantizers.identity import BaseIdentity
-from ..report.settings import build
+from ..support.settings import build
 
 _KEY = "quailora"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..quantizers.grid import Grid, GridWeight
 from ..quantizers.packing import unpack_words
-from .whole import check_present, check_scales, check_words, misfit
+from .checks import check_present, check_scales, check_words, misfit
 
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in its word of eight codes each output's is."""

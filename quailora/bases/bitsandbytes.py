@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ModelError, first_line
 from ..quantizers.fourbit import FourBitWeight
 from ..quantizers.int8 import Int8Weight
-from .whole import check_present, check_scales, check_words, misfit
+from .checks import check_present, check_scales, check_words, misfit
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState

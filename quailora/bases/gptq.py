@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..quantizers.grid import STOCK_BITS, Grid, GridWeight
 from ..quantizers.packing import unpack_words
-from .whole import check_present, check_scales, check_words, described, misfit
+from .checks import check_present, check_scales, check_words, described, misfit
 
 
 def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> GridWeight:

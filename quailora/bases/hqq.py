@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..quantizers.hqq import HQQWeight
 from ..quantizers.packing import pack
-from .whole import check_present, check_scales, described, misfit
+from .checks import check_present, check_scales, described, misfit
 
 _PACKINGS = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
 """Bits of a code and codes in a word."""

@@ -11,11 +11,11 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.statistics import InputStatistics
 from ..errors import ConfigurationError, ModelError, TargetError
 from ..models.layers import Layer
 from ..quantizers import QuantizedWeight, Quantizer
-from ..statistics import InputStatistics
-from .stored import StoredBase
+from .reader import StoredBase
 
 
 @final

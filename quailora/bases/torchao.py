@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..quantizers.torchao_int8 import TorchaoWeight
-from .whole import check_present, check_scales, check_words, misfit
+from .checks import check_present, check_scales, check_words, misfit
 
 
 def read_torchao(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype) -> TorchaoWeight:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..machine import free_memory
-from ..outputs import write_tensors
+from ..support.files import write_tensors
+from ..support.machine import free_memory
 from .layers import Layer
 
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, final
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..core.metrics import check_damping
+from ..core.statistics import InputStatistics
 from ..errors import ConfigurationError
-from ..metrics import check_damping
-from ..statistics import InputStatistics
 from .base import Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group
 

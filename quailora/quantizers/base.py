@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.statistics import InputStatistics
 from ..errors import CalibrationError, NumericalError
-from ..statistics import InputStatistics
 
 
 class QuantizedWeight(ABC):

@@ -8,7 +8,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from ..statistics import InputStatistics
+from ..core.statistics import InputStatistics
 from .base import Quantizer
 from .fourbit import BlockSize, FourBitWeight, check_block_size, encode_four_bit, four_bit_config
 

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core.linalg import safe_cholesky, triangular_inverse
+from ..core.metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
+from ..core.statistics import InputStatistics
 from ..errors import check_choice
-from ..linalg import safe_cholesky, triangular_inverse
-from ..metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
-from ..statistics import InputStatistics
 from .base import Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
 from .uniform import nearest

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ..core.statistics import InputStatistics
 from ..errors import ConfigurationError, NumericalError, check_choice
-from ..statistics import InputStatistics
 from .base import QuantizedWeight, Quantizer
 from .grid import check_group_size, split_groups
 from .packing import pack, unpack

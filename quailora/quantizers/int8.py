@@ -11,7 +11,7 @@ from jaxtyping import Float
 from jaxtyping import Int8 as Int8Array
 from torch import Tensor
 
-from ..statistics import InputStatistics
+from ..core.statistics import InputStatistics
 from .base import QuantizedWeight, Quantizer
 
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
+from ..core.statistics import InputStatistics
 from ..errors import check_choice
-from ..metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
-from ..statistics import InputStatistics
 from .base import Quantizer
 from .fourbit import (
     BlockSize,

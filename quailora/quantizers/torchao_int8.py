@@ -12,8 +12,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..core.statistics import InputStatistics
 from ..errors import ConfigurationError
-from ..statistics import InputStatistics
 from .base import QuantizedWeight, Quantizer
 
 

@@ -8,7 +8,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from ..statistics import InputStatistics
+from ..core.statistics import InputStatistics
 from .base import Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group, join_groups, split_groups
 

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigurationError, check_choice
-from ..layer import QuantizedLayer
 from ..solvers import LowRank
 from .base import Schedule, Solve, best_iterate, better, check_rounds
+from .layer import QuantizedLayer
 
 
 @final

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
+from ..core.objective import Objective
 from ..errors import ConfigurationError
-from ..layer import QuantizedLayer
-from ..objective import Objective
 from ..quantizers import Quantizer
 from ..solvers import LowRank
+from .layer import QuantizedLayer
 
 Solve = Callable[[Objective], LowRank]
 """Solves an objective at the layer's rank, in the metric of the method; `LowRank.error` is in that metric."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
+from ..core.metrics import check_damping
 from ..errors import ConfigurationError
-from ..layer import QuantizedLayer
-from ..metrics import check_damping
 from ..quantizers import Quantizer
 from ..quantizers.variants import with_feedback, with_least_error
 from .base import Schedule, Solve
+from .layer import QuantizedLayer
 
 DAMPINGS: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
 """Of the error feedback, to choose from, relative to the median power of an input channel."""

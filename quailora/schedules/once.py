@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..layer import QuantizedLayer
 from .base import Schedule, Solve
+from .layer import QuantizedLayer
 
 
 @final

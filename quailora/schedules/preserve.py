@@ -7,10 +7,10 @@ from typing import final
 
 import torch
 
-from ..layer import QuantizedLayer
-from ..linalg import uniform
-from ..objective import Objective
+from ..core.linalg import uniform
+from ..core.objective import Objective
 from .base import Schedule, Solve, better
+from .layer import QuantizedLayer
 
 
 @final

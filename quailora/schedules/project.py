@@ -7,12 +7,12 @@ from typing import final
 
 import torch
 
+from ..core.objective import Objective
+from ..core.statistics import InputStatistics
 from ..errors import ConfigurationError
-from ..layer import QuantizedLayer
-from ..objective import Objective
 from ..solvers import LowRank
-from ..statistics import InputStatistics
 from .base import Schedule, Solve, best_iterate, check_rounds
+from .layer import QuantizedLayer
 
 
 @final

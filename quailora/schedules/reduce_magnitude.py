@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.metrics import Metric
 from ..errors import ConfigurationError
-from ..layer import QuantizedLayer
-from ..metrics import Metric
 from .base import Schedule, Solve
+from .layer import QuantizedLayer
 
 Matrix = Float[Tensor, "out_features in_features"]
 

@@ -7,9 +7,9 @@ from typing import ClassVar, final
 
 import torch
 
+from ..core.metrics import Identity, check_damping
+from ..core.objective import Objective
 from ..errors import ConfigurationError
-from ..metrics import Identity, check_damping
-from ..objective import Objective
 from .base import LowRank, Solver, finish
 
 _ROUNDING = 4  # machine epsilons of the gain that two rounds of the same error may differ by

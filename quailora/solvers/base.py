@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.linalg import near, product_svd, uniform
+from ..core.metrics import Metric
+from ..core.objective import Deferred, Factors, Objective
 from ..errors import NumericalError
-from ..linalg import near, product_svd, uniform
-from ..metrics import Metric
-from ..objective import Deferred, Factors, Objective
 
 
 @final

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..metrics import check_damping
-from ..objective import TOLERANCE, Objective, check_tolerance
+from ..core.metrics import check_damping
+from ..core.objective import TOLERANCE, Objective, check_tolerance
 from .base import LowRank, Solver, finish
 from .svd import SVD
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..metrics import Identity
-from ..objective import TOLERANCE, Objective, check_tolerance
+from ..core.metrics import Identity
+from ..core.objective import TOLERANCE, Objective, check_tolerance
 from .base import LowRank, Solver, finish
 
 

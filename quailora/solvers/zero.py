@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..objective import Objective
+from ..core.objective import Objective
 from .base import LowRank, Solver, finish
 
 

@@ -1,0 +1,101 @@
+"""Write a quantized model as the checkpoint that transformers loads: bitsandbytes in 4 or 8 bits, or AutoGPTQ's format.
+
+A checkpoint is the tensors of the model with those of each quantized layer in place of its weight, and a
+`quantization_config` that says what they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..models.layers import Layer
+from ..models.load import LoadedModel, save_model
+from ..quantizers.packing import pack_words, unpack_words
+
+Packed = Mapping[str, Mapping[str, Tensor]]
+"""`QuantizedWeight.packed` of each layer, by module name."""
+
+_FOUR_BIT = "weight.quant_state.bitsandbytes__"
+
+
+def savable(layers: Mapping[str, Layer], packed: Packed) -> bool:
+    """Return whether every layer is one that transformers replaces, with tensors that it can load."""
+    plain = all(type(layer.module) is nn.Linear and layer.expert is None for layer in layers.values())
+    if not plain or not all(packed.get(name) for name in layers):
+        return False
+    in_blocks = all(re.search(r"\.\d+\.", name) for name in layers)
+    return in_blocks or not any("qweight" in tensors for tensors in packed.values())  # of GPTQ, blocks only
+
+
+def save_packed(folder: Path, loaded: LoadedModel, packed: Packed) -> None:
+    """Write the checkpoint and the tokenizer; all that is not quantized keeps its dtype.
+
+    Args:
+        folder: to write to.
+        loaded: the full-precision model, in memory or on disk.
+        packed: tensors of its quantized layers, all of one format.
+    """
+    config, model = quantization_config(packed), loaded.model
+    state = model.state_dict()
+    for name, tensors in packed.items():
+        del state[f"{name}.weight"]
+        kept = dict(tensors)
+        if config.get("checkpoint_format") == "gptq":
+            kept["qzeros"] = pack_words(unpack_words(kept["qzeros"], config["bits"]) - 1, config["bits"])
+        state |= {f"{name}.{key}": tensor for key, tensor in kept.items()}
+    model.config.quantization_config = config
+    try:
+        save_model(folder, loaded, state)
+    finally:
+        del model.config.quantization_config
+
+
+def quantization_config(packed: Packed) -> dict[str, Any]:
+    """Return what the configuration of the checkpoint says of its quantized layers, found from their tensors."""
+    keys = set(next(iter(packed.values())))
+    if "qweight" in keys:
+        return gptq_config(packed)
+    from transformers import BitsAndBytesConfig
+
+    if "SCB" in keys:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=next(key for key in keys if key.startswith(_FOUR_BIT)).removeprefix(_FOUR_BIT),
+            bnb_4bit_use_double_quant="weight.nested_absmax" in keys,
+        )
+    content: dict[str, Any] = config.to_dict()
+    return content
+
+
+def gptq_config(packed: Packed) -> dict[str, Any]:
+    """Return the same for AutoGPTQ's format.
+
+    Its first version, "gptq", which everything reads, stores zero points less one and has no place for zero; "gptq_v2"
+    stores them as they are.
+    """
+    first = next(iter(packed.values()))
+    bits = len(first["qweight"]) * 32 // len(first["g_idx"])
+    group_size, ordered, symmetric, lowest = -1, True, True, 2**bits
+    for tensors in packed.values():
+        groups, zeros = tensors["g_idx"], unpack_words(tensors["qzeros"], bits)
+        if groups.any():
+            group_size = max(group_size, int(groups.bincount().max()))
+        ordered = ordered and bool((groups.diff() >= 0).all())
+        symmetric = symmetric and bool((zeros == 2 ** (bits - 1)).all())
+        lowest = min(lowest, int(zeros.min()))
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": not ordered,
+        "sym": symmetric,
+        "checkpoint_format": "gptq" if lowest > 0 else "gptq_v2",
+        "lm_head": False,
+    }

@@ -1,0 +1,165 @@
+"""Statistics of the layers of one block, from the inputs of many batches and processes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Generic, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from ..core.paired import PairedStatistics
+from ..core.statistics import InputStatistics
+from ..errors import CalibrationError, named
+from ..models.layers import Layer
+from ..support import distributed
+from .capture import Inputs, shared_inputs
+
+Kind = TypeVar("Kind", InputStatistics, PairedStatistics)
+
+
+@final
+class Tally(Generic[Kind]):
+    """Adds up inputs. Layers that are run on the very same tensors (query, key and value) share one object.
+
+    Args:
+        kind: of the statistics.
+        device: where inputs are.
+    """
+
+    def __init__(self, kind: type[Kind], device: torch.device) -> None:
+        self._kind: type[Kind] = kind
+        self._device = device
+        self._found: dict[tuple[str, ...], Kind] = {}
+
+    def add(self, inputs: Mapping[str, Sequence[tuple[Tensor, ...]]]) -> None:
+        """Add the inputs of one batch.
+
+        Args:
+            inputs: what each layer was run on, call by call, as `update` of the statistics takes it.
+
+        Raises:
+            NumericalError: if one is NaN or infinite; the message names its layer.
+        """
+        tensors = {name: [tensor for call in calls for tensor in call] for name, calls in inputs.items()}
+        for names in shared_inputs(tensors):
+            for call in inputs[names[0]]:
+                if names not in self._found:
+                    self._found[names] = self._kind(call[-1].shape[-1], self._device)
+                with named(names[0]):
+                    self._found[names].update(*call)
+
+    def result(self, layers: Mapping[str, Layer]) -> tuple[dict[str, Kind], dict[str, int]]:
+        """Return the statistics of each layer that saw a token, and the tokens that it saw, over all processes.
+
+        Raises:
+            CalibrationError: if a layer, or every expert of a fused parameter, saw no token.
+        """
+        every = self._over_all_processes()
+        self._found = {}  # whoever gets them decides when they are freed
+        parts: dict[str, list[Kind]] = defaultdict(list)
+        for names, statistics in every.items():
+            for name in names:
+                parts[name].append(statistics)
+        silent = [name for name, layer in layers.items() if name not in parts and layer.expert is None]
+        groups = {layer.group for name, layer in layers.items() if name in parts}
+        if silent:
+            raise CalibrationError(
+                f"{len(silent)} layers received no calibration token, {silent[0]} among them. "
+                "Leave them out of the targets, or calibrate on more text."
+            )
+        unseen = dict.fromkeys(layer.group for layer in layers.values() if layer.group not in groups)
+        if unseen:
+            raise CalibrationError(
+                f"No token was seen on its way into {next(iter(unseen))}, nor into {len(unseen) - 1} others like it: "
+                "these are no experts that are multiplied one by one. Leave them out of the targets, with all-linear."
+            )
+        found = {name: reduce(self._kind.merge, parts[name]) for name in layers if name in parts}
+        tokens = {name: found[name].tokens if name in found else 0 for name in layers}
+        return found, tokens
+
+    def _over_all_processes(self) -> dict[tuple[str, ...], Kind]:
+        if distributed.world_size() == 1:
+            return self._found
+        widths: dict[tuple[str, ...], int] = {}
+        for part in distributed.gather({names: found.in_features for names, found in self._found.items()}):
+            widths |= part
+        for names in sorted(widths):
+            self._found.setdefault(names, self._kind(widths[names], self._device)).pool(distributed.add_up)
+        return self._found
+
+
+@final
+class BlockTally:
+    """Adds up the inputs of the layers of a block, in one network or, token by token, in two.
+
+    Experts have the inputs of one network in any case: two do not send the same tokens to them.
+
+    Args:
+        layers: the layers.
+        device: where inputs are.
+        paired: whether other layers have the inputs of both.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer], device: torch.device, *, paired: bool) -> None:
+        self._layers = layers
+        self._linear = {name: layer for name, layer in layers.items() if paired and layer.expert is None}
+        self._alone = Tally(InputStatistics, device)
+        self._seen, self._held = Tally(PairedStatistics, device), Tally(PairedStatistics, device)
+
+    def add(self, inputs: Inputs, full: Inputs, *, held_out: bool) -> None:
+        """Add the inputs of one batch.
+
+        Args:
+            inputs: of the network that layers are fitted in.
+            full: in full precision.
+            held_out: whether the batch is held out.
+
+        Raises:
+            NumericalError: if one is NaN or infinite; the message names its layer.
+        """
+        pairs = {name: list(zip(full[name], inputs[name], strict=True)) for name in self._linear if name in inputs}
+        (self._held if held_out else self._seen).add(pairs)
+        self._alone.add({name: [(each,) for each in calls] for name, calls in inputs.items() if name not in pairs})
+
+    def result(
+        self,
+    ) -> tuple[dict[str, InputStatistics], dict[str, int], dict[str, PairedStatistics], dict[str, PairedStatistics]]:
+        """Return statistics, tokens, pairs of all tokens, and pairs of those that are held out, of each layer.
+
+        Where there are pairs, the statistics are those of the quantized network in them.
+
+        Raises:
+            CalibrationError: if a layer, or every expert of a fused parameter, saw no token.
+        """
+        others = {name: layer for name, layer in self._layers.items() if name not in self._linear}
+        statistics, tokens = self._alone.result(others)
+        support_rare_experts(self._layers, statistics)
+        if not self._linear:
+            return statistics, tokens, {}, {}
+        pairs, seen = self._seen.result(self._linear)
+        held_out, held = self._held.result(self._linear)
+        for one, other in {id(pairs[name]): (pairs[name], held_out[name]) for name in pairs}.values():
+            one.include(other)
+        statistics |= {name: pair.quantized for name, pair in pairs.items()}
+        return statistics, tokens | {name: seen[name] + held[name] for name in seen}, pairs, held_out
+
+
+def support_rare_experts(layers: Mapping[str, Layer], found: dict[str, InputStatistics]) -> None:
+    """Give each expert as many tokens of the average expert as its input is wide, on top of its own.
+
+    The second moment of a few tokens says nothing about most directions. An expert that saw no token gets the average
+    of those that did; one that saw many times its width hardly changes.
+    """
+    groups: dict[str, list[Layer]] = defaultdict(list)
+    for layer in layers.values():
+        if layer.expert is not None:
+            groups[layer.group].append(layer)
+    for members in groups.values():
+        pool = reduce(InputStatistics.merge, [found[layer.name] for layer in members if layer.name in found])
+        for layer in members:
+            width = pool.in_features
+            statistics = found.setdefault(layer.name, InputStatistics(width, pool.second_moment.device))
+            statistics.add(pool.second_moment * width, width, pool.mean_magnitude * width)

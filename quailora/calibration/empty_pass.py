@@ -1,0 +1,146 @@
+"""Run a model that has no weights, to see which of its layers a text reaches.
+
+Weights lie on the device "meta", activations are zeros on the CPU. So the model's own code runs as it would on text,
+its decisions about data included, and costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ..models.layers import Layer, linear_layers
+from .blocks import FROM_MODELS, run_body
+from .capture import Inputs, captured
+
+_TOKENS = 4
+
+
+@final
+class EmptyWeights(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch has no annotation
+    """Lets operations on weights without data and on activations give zeros of the right shape.
+
+    What is computed from weights alone stays without data; everything else lies on the CPU.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        named = dict(kwargs or {})
+        given: list[Tensor] = []
+        tree_map_only(Tensor, given.append, (args, named))
+        empty = [tensor.device.type == "meta" for tensor in given]
+        if any(empty):
+            return self._on_shapes(func, args, named, stays=all(empty))
+        if "device" in named:
+            named["device"] = torch.device("cpu")
+        return func(*args, **named)
+
+    @staticmethod
+    def _on_shapes(func: Any, args: Any, named: dict[str, Any], *, stays: bool) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001 # `item` and `bool`
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if func._schema.is_mutable and not stays:  # noqa: SLF001 # what is written does not matter
+            return args[0]
+        if named.get("device") is not None:
+            stays = stays and torch.device(named["device"]).type == "meta"
+            named["device"] = torch.device("meta")
+        shapes = func(*tree_map_only(Tensor, _without_data, args), **tree_map_only(Tensor, _without_data, named))
+        return shapes if stays else tree_map_only(Tensor, lambda each: torch.zeros_like(each, device="cpu"), shapes)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device.type == "meta" else torch.empty_like(tensor, device="meta")
+
+
+@torch.no_grad()
+def run_empty(model: Any) -> None:
+    """Run an empty model on a few tokens.
+
+    Raises:
+        Exception: one of `FROM_MODELS`, if the model's code does not run without weights.
+    """
+    with suppress(ValueError, AttributeError):  # where a model has no choice of implementations
+        model.set_experts_implementation("eager")
+    with EmptyWeights():  # type: ignore[no-untyped-call]
+        run_body(model, torch.zeros(1, _TOKENS, dtype=torch.long))
+
+
+def empty_inputs(model: Any, layers: Mapping[str, Layer]) -> Inputs | None:
+    """Return what each linear layer of an empty model is run on; None if the model does not run without weights."""
+    linear = {name: layer for name, layer in layers.items() if layer.expert is None}
+    try:
+        with captured(linear) as inputs:
+            run_empty(model)
+    except FROM_MODELS:
+        return None
+    return inputs
+
+
+@final
+@dataclass(frozen=True)
+class Reach:
+    """What text does to the linear layers of a model.
+
+    Attributes:
+        known: whether the model runs without weights; if not, every layer counts as reached.
+        silent: layers that no text reaches.
+        odd: layers of derived classes that do not turn one input into one output: some routers return more than one
+            tensor, some layers work on groups.
+    """
+
+    known: bool
+    silent: frozenset[str] = frozenset()
+    odd: frozenset[str] = frozenset()
+
+    def watched(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+        """Return the layers that are quantized with statistics of their inputs."""
+        return {name: layer for name, layer in layers.items() if name not in self.silent | self.odd}
+
+    def idle(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+        """Return the layers that can be quantized without statistics only."""
+        return {name: layer for name, layer in layers.items() if name in self.silent}
+
+
+def find_reach(model: Any) -> Reach:
+    """Return what text does to the linear layers of an empty model.
+
+    A numbered module inside a block, such as one of many experts, counts as reached if one of its siblings is: which
+    of them a token takes depends on the weights.
+    """
+    layers, plain = linear_layers(model), dict[str, bool]()
+    with ExitStack() as hooks:
+        for layer in layers.values():
+            hook = _noting(plain, layer)
+            hooks.enter_context(layer.module.register_forward_hook(hook, with_kwargs=True))
+        try:
+            run_empty(model)
+        except FROM_MODELS:
+            return Reach(known=False)
+    reached = {_any_sibling(name) for name in plain}
+    return Reach(
+        known=True,
+        silent=frozenset(name for name in layers if _any_sibling(name) not in reached),
+        odd=frozenset(name for name in plain if not plain[name]),
+    )
+
+
+def _noting(plain: dict[str, bool], layer: Layer) -> Callable[[nn.Module, Any, dict[str, Any], Any], None]:
+    def hook(_: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
+        first = next(iter((*arguments, *named.values())))
+        plain[layer.name] = isinstance(output, Tensor) and output.shape == (*first.shape[:-1], layer.shape[0])
+
+    return hook
+
+
+def _any_sibling(name: str) -> str:
+    """Return a name with every number but that of its block left open."""
+    parts = name.split(".")
+    first = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(part if index <= first or not part.isdigit() else "#" for index, part in enumerate(parts))

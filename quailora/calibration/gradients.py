@@ -1,0 +1,85 @@
+"""Gradients of a whole model's loss, squared and summed up layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import NumericalError
+from ..models.layers import Layer
+from ..solvers.fisher import Sensitivity
+from ..support import distributed
+from ..support.progress import track
+from .capture import arithmetic
+from .windows import CalibrationDtype
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """Let no parameter of a model ask for gradients inside a `with` statement, but those that its body lets."""
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in asked.items():
+            parameter.requires_grad_(flag)
+
+
+def find_sensitivities(
+    model: Any,
+    layers: Mapping[str, Layer],
+    windows: Int[Tensor, "samples sequence_length"],
+    dtype: CalibrationDtype = "auto",
+) -> dict[str, Sensitivity]:
+    """Return the sensitivity of each layer, from one backward pass a window; several processes share the windows.
+
+    A gradient is dropped as soon as it is summed up, so only one layer's is held at a time.
+
+    Args:
+        model: a transformers causal language model in memory; it is left as it was.
+        layers: its linear layers, no fused experts among them.
+        windows: token ids; the loss is the mean over a window's tokens.
+        dtype: arithmetic; see `Calibration`.
+
+    Raises:
+        NumericalError: if a gradient is NaN or infinite; the message names its layer.
+    """
+    device = next(model.parameters()).device
+    rows = {name: torch.zeros(layer.shape[0], dtype=torch.float64, device=device) for name, layer in layers.items()}
+    columns = {name: torch.zeros(layer.shape[1], dtype=torch.float64, device=device) for name, layer in layers.items()}
+
+    def collecting(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            squared = parameter.grad.float().square()
+            squared = squared.T if layers[name].transposed else squared
+            rows[name] += squared.mean(1)
+            columns[name] += squared.mean(0)
+            parameter.grad = None
+
+        return hook
+
+    mine = windows[distributed.rank() :: distributed.world_size()]
+    with frozen(model), ExitStack() as hooks, torch.enable_grad():
+        for name, layer in layers.items():
+            weight = getattr(layer.module, layer.parameter).requires_grad_()
+            hooks.callback(weight.register_post_accumulate_grad_hook(collecting(name)).remove)
+        for window in track(mine, "Taking gradients", total=len(mine)):
+            ids = window.to(device)
+            with arithmetic(model, dtype):
+                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            torch.autograd.backward(functional.cross_entropy(logits.float(), ids[1:]))
+    found = {}
+    for name in layers:
+        total = [distributed.add_up(each[name]) / len(windows) for each in (rows, columns)]
+        if not total[0].isfinite().all():
+            raise NumericalError(f"The gradient of {name} is NaN or infinite. Try another calibration dtype.")
+        found[name] = Sensitivity(*total)
+    return found

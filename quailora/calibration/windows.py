@@ -1,0 +1,184 @@
+"""From documents to windows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..errors import CalibrationError, ConfigurationError
+from .text import TextSource
+from .text.tokens import added_tokens, tokenize
+
+CalibrationDtype = Literal["auto", "model", "bfloat16"]
+
+BosPlacement = Literal["every-window", "stream"]
+"""Where the tokens go that a tokenizer puts in front of a text, such as BOS; see `Calibration`."""
+
+DEFAULT_LENGTH = 1024
+"""Tokens in a calibration window, where the model has as many positions."""
+
+_CHARACTERS_PER_TOKEN = 64  # how much text is read for each token that is needed; the windows are drawn from it
+
+
+@final
+@dataclass(frozen=True)
+class Calibration:
+    """Which text calibrates, and which windows of it.
+
+    Attributes:
+        text: where the text comes from.
+        samples: number of windows.
+        sequence_length: tokens in a window.
+        seed: seed of the draw.
+        dtype: arithmetic of the pass: "auto" is bfloat16 on a CPU that multiplies in it, else that of the model;
+            "model" is always that of the model.
+        bos: "every-window" starts each window with the tokens that the tokenizer puts in front of a text, such as BOS,
+            which models expect there; "stream" tokenizes the text as one stream and cuts it, so that only its first
+            window has them, as in the GPTQ papers. Without meaning for tokenizers that add none.
+    """
+
+    text: TextSource = field(default_factory=TextSource)
+    samples: int = 16
+    sequence_length: int = DEFAULT_LENGTH
+    seed: int = 0
+    dtype: CalibrationDtype = "auto"
+    bos: BosPlacement = "every-window"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.sequence_length < 1:
+            raise ConfigurationError(
+                f"Expected at least one sample of at least one token, got {self.samples} x {self.sequence_length}."
+            )
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
+        """Build what `dataclasses.asdict` wrote down, also after a trip through JSON.
+
+        What was written before there was a choice of `bos` is a stream.
+        """
+        text = {**content["text"], "fields": tuple(content["text"]["fields"])}
+        return cls(**{"bos": "stream", **content, "text": TextSource(**text)})
+
+    def windows(self, tokenizer: Any) -> Int[Tensor, "samples sequence_length"]:
+        """Draw windows of tokens at random, without overlap.
+
+        Documents are joined by blank lines and tokenized as one text, of which at most 64 characters for each needed
+        token are read.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+
+        Raises:
+            CalibrationError: if the text is too short, or cannot be read.
+            ConfigurationError: if special tokens would fill the windows.
+        """
+        every = self._every_window(tokenizer, self.samples)
+        if len(every.ids) < self.samples:
+            raise CalibrationError(
+                f"Expected at least {self.samples} x {self.sequence_length} tokens of calibration text, got "
+                f"{every.tokens} from {self.text.source or 'the shipped text'}. Use a longer text, fewer samples "
+                "or a shorter sequence length."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(len(every.ids), generator=generator)[: self.samples].sort().values
+        return every.ids[chosen]
+
+    def repeated(self, tokenizer: Any, count: int) -> Int[Tensor, "count sequence_length"]:
+        """Draw `count` windows at random, in random order; when all have been drawn, all over again.
+
+        Raises:
+            CalibrationError: if the text does not fill `samples` windows, or cannot be read.
+            ConfigurationError: if special tokens would fill the windows.
+        """
+        self.windows(tokenizer)
+        available = self._every_window(tokenizer, count).ids
+        generator = torch.Generator().manual_seed(self.seed)
+        rounds = -(-count // len(available))
+        order = torch.cat([torch.randperm(len(available), generator=generator) for _ in range(rounds)])
+        return available[order[:count]]
+
+    def _every_window(self, tokenizer: Any, needed: int) -> _Windows:
+        return _windows(tokenizer, self.text.documents(tokenizer), needed, self.sequence_length, self.bos)
+
+
+def evaluation_source(source: str | None, fields: Sequence[str]) -> TextSource:
+    """Return a text to evaluate on, by default the one that ships with quailora for that; see `TextSource`."""
+    return TextSource(source, tuple(fields), shipped="evaluate")
+
+
+def given_tokens(tokenizer: Any, bos: BosPlacement) -> int:
+    """Return how many tokens at the start of each evaluation window are given: all but the others are predicted.
+
+    Those are the special tokens in front of it, of which some tokenizers have several, and the first token anyway.
+    """
+    return max(1, len(added_tokens(tokenizer).before) if bos == "every-window" else 0)
+
+
+def evaluation_windows(
+    tokenizer: Any,
+    texts: Iterable[str],
+    windows: int,
+    sequence_length: int,
+    bos: BosPlacement = "every-window",
+) -> Int[Tensor, "windows sequence_length"]:
+    """Return the first windows of a text, without overlap: the convention of the GPTQ papers, but for `bos`.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts: documents, joined by blank lines; no more of them are read than are needed, as in `Calibration.windows`.
+        windows: number of windows at most; a short text gives fewer.
+        sequence_length: tokens in a window.
+        bos: see `Calibration`.
+
+    Raises:
+        CalibrationError: if the text does not fill one window.
+        ConfigurationError: if there is to be no window, or a window without a token to predict.
+    """
+    if windows < 1 or sequence_length < 2:
+        raise ConfigurationError(f"Expected at least one window of two tokens, got {windows} x {sequence_length}.")
+    available = _windows(tokenizer, texts, windows, sequence_length, bos)
+    if len(available.ids) == 0:
+        raise CalibrationError(
+            f"Expected a text of at least {sequence_length} tokens, got {available.tokens}. "
+            "Use a longer text or a shorter sequence length."
+        )
+    return available.ids[:windows]
+
+
+class _Windows(NamedTuple):
+    """Every window of a text.
+
+    Attributes:
+        ids: token ids.
+        tokens: of the text, with special tokens that are added once, without those that are added to each window.
+    """
+
+    ids: Int[Tensor, "windows sequence_length"]
+    tokens: int
+
+
+def _windows(tokenizer: Any, documents: Iterable[str], needed: int, length: int, bos: BosPlacement) -> _Windows:
+    """Return at least the first `needed` windows of documents, if they fill as many."""
+    front = added_tokens(tokenizer).before if bos == "every-window" else ()
+    if length <= len(front):
+        raise ConfigurationError(
+            f"Expected windows longer than the {len(front)} special tokens that this tokenizer puts in front of each, "
+            f"got {length}. Use a longer sequence length."
+        )
+    budget = needed * length * _CHARACTERS_PER_TOKEN
+    parts: list[str] = []
+    for document in documents:
+        parts.append(document[:budget])
+        budget -= len(document)
+        if budget <= 0:
+            break
+    tokens = tokenize(tokenizer, "\n\n".join(parts), special=bos == "stream")
+    free = length - len(front)
+    count = len(tokens) // free
+    pieces = tokens[: count * free].view(count, free)
+    return _Windows(torch.cat([torch.tensor(front, dtype=torch.long).expand(count, -1), pieces], dim=1), len(tokens))

@@ -1,0 +1,32 @@
+"""The main job on the embedded model: an adapter, and a comparison of three methods at two ranks."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+from ..comparison.compare import compare
+from ..comparison.table import Comparison
+from ..pipeline.init import init
+
+
+def demo(out: str | None = None) -> Comparison:
+    """Initialize an adapter for SmolLM2-135M, and compare methods and ranks on text that ships with quailora.
+
+    The uncalibrated SVD, QuAILoRA and the optimum on NF4, at ranks 16 and 64, with full precision and int8 beside them.
+    Takes some minutes on two cores.
+
+    Args:
+        out: folder for the adapter and the comparison; nothing is kept by default.
+    """
+    with nullcontext(out) if out else tempfile.TemporaryDirectory() as folder:
+        init("demo", out=str(Path(folder) / "adapter"), recipe="qera-exact", overwrite=True).show()
+        return compare(
+            "demo",
+            out=str(Path(folder) / "comparison"),
+            recipes=("lorc", "quailora", "qera-exact"),
+            ranks=(16, 64),
+            baselines=("int8",),
+            windows=4,
+        )

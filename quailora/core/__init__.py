@@ -1,0 +1,1 @@
+"""The mathematics: statistics of inputs, metrics, and the problem that every solver gets. Needs nothing but PyTorch."""

@@ -1,0 +1,124 @@
+"""Dense linear algebra that every other module shares. Imports torch and nothing of quailora but its errors."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import NumericalError, NumericalWarning
+
+_SMALL = 1024  # sides up to which a decomposition is faster on the processor than on an accelerator
+
+
+def small_eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix, on its own device.
+
+    A small matrix is decomposed on the processor: an accelerator takes many times longer for its many short steps.
+    """
+    values, vectors = torch.linalg.eigh(near(matrix))
+    return values.to(matrix.device), vectors.to(matrix.device)
+
+
+def near(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """Return a matrix on the processor if it is small, else where it is."""
+    return matrix.cpu() if max(matrix.shape) <= _SMALL else matrix
+
+
+def uniform(shape: tuple[int, ...], like: Tensor, seed: int | None = None) -> Tensor:
+    """Return numbers drawn evenly from -1 to 1, in the dtype and on the device of another tensor.
+
+    They are drawn on the processor. Unlike torch's normal numbers, and those of other devices, they are the same on
+    every machine.
+
+    Args:
+        shape: of the result.
+        like: gives dtype and device.
+        seed: of a generator of their own; torch's global one is used if it is missing.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return torch.empty(shape, dtype=like.dtype).uniform_(-1, 1, generator=generator).to(like.device)
+
+
+def product_svd(
+    lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]
+) -> tuple[Float[Tensor, "out_features rank"], Float[Tensor, " rank"], Float[Tensor, "rank in_features"]]:
+    """Return the singular value decomposition `(U, s, Vh)` of `lora_B @ lora_A` without forming the product.
+
+    Equivalent to `torch.linalg.svd(lora_B @ lora_A, full_matrices=False)` cut to `rank`, in `O((m + n) r^2)`.
+
+    Args:
+        lora_B: left factor.
+        lora_A: right factor.
+
+    Returns:
+        Left singular vectors, singular values in descending order, right singular vectors.
+    """
+    left, left_r = torch.linalg.qr(lora_B)
+    right, right_r = torch.linalg.qr(lora_A.T)
+    u, s, vh = (part.to(left.device) for part in torch.linalg.svd(near(left_r @ right_r.T)))
+    return left @ u, s, vh @ right.T
+
+
+def safe_cholesky(matrix: Float[Tensor, "n n"], max_tries: int = 10) -> Float[Tensor, "n n"]:
+    """Return the lower Cholesky factor of a positive semidefinite matrix, repaired if rounding made it indefinite.
+
+    Jitter starts at the rounding error of the largest diagonal entry and grows tenfold a try, far enough for a float64
+    matrix whose sums were rounded to float32.
+
+    Args:
+        matrix: symmetric, positive semidefinite up to rounding.
+        max_tries: how many jitters to try.
+
+    Returns:
+        `L` with `L L^T = matrix + jitter * I`.
+
+    Raises:
+        NumericalError: if the matrix has NaN or infinite entries, or stays indefinite after the largest jitter.
+    """
+    factor, jitter = repaired_cholesky(matrix, max_tries)
+    if jitter:
+        message = f"A Gram matrix was indefinite by rounding; added {jitter:.3g} to its diagonal."
+        warnings.warn(message, NumericalWarning, stacklevel=2)
+    return factor
+
+
+def repaired_cholesky(matrix: Float[Tensor, "n n"], max_tries: int = 10) -> tuple[Float[Tensor, "n n"], float]:
+    """Return the factor of `safe_cholesky` without its warning, and the jitter that was added."""
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not info:
+        return factor, 0.0
+    scale = matrix.diagonal().max().item() * torch.finfo(matrix.dtype).eps * len(matrix)
+    for attempt in range(max_tries):
+        jitter = scale * 10**attempt
+        repaired = matrix.clone()
+        repaired.diagonal().add_(jitter)
+        factor, info = torch.linalg.cholesky_ex(repaired)
+        if not info:
+            return factor, jitter
+    raise NumericalError(
+        f"Expected a positive semidefinite matrix, but Cholesky failed even after adding {jitter:.3g} to the diagonal. "
+        "Check that the calibration inputs are finite, or raise the damping."
+    )
+
+
+def triangular_inverse(lower: Float[Tensor, "n n"], block: int = 256) -> Float[Tensor, "n n"]:
+    """Return the inverse of a lower triangular matrix, block row by block row.
+
+    A third of the work of `torch.linalg.solve_triangular` with an identity, and most of it in matrix products.
+
+    Args:
+        lower: lower triangular, with no zero on the diagonal.
+        block: rows at a time.
+    """
+    inverse = torch.zeros_like(lower)
+    for start in range(0, len(lower), block):
+        stop = min(start + block, len(lower))
+        corner = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
+        corner = torch.linalg.solve_triangular(lower[start:stop, start:stop], corner, upper=False)
+        inverse[start:stop, start:stop] = corner
+        inverse[start:stop, :start] = -corner @ (lower[start:stop, :start] @ inverse[:start, :start])
+    return inverse

@@ -1,0 +1,260 @@
+"""In which norm an error counts: identity, diagonal, Gram."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from .statistics import InputStatistics
+
+SHRINKAGE = 0.2
+"""Share of the correlations between input channels that the metric "shrunk" and error feedback take off."""
+
+_EXACT_WIDTH = 256  # up to here energies are computed in float64 throughout
+_LOUD = 64  # channels that stay in float64 in wider layers
+_ROWS = 1024  # rows whose energy is computed at a time, which bounds the copies
+_BLOCKS = 8  # blocks of a symmetric form: 9/16 of the work of a general product
+
+
+class Metric(ABC):
+    """A symmetric positive semidefinite `H` (in_features x in_features) that weighs a layer's input side.
+
+    The energy of a matrix `M` is `tr(M H M^T)`: squared, total over outputs, per token when `H = mean(x x^T)`.
+
+    Laws: `product` is linear; `energy` is never negative; `damped(d)` is `H + d * mean(diag H) * I`.
+    """
+
+    @abstractmethod
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
+        """Return `M H`, computed in the dtype of `M`: float32 or float64."""
+
+    @abstractmethod
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:
+        """Return `tr(M H M^T)`, to about 1e-7 of it for float32 and half types, 1e-15 for float64."""
+
+    @abstractmethod
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:
+        """Return `M H^(1/2)` where `H` is diagonal: `M` itself for the identity, else in float64. None otherwise.
+
+        A quantization error keeps its nearly flat spectrum under such a root; under that of a Gram it decays.
+        """
+
+    @abstractmethod
+    def mean_power(self) -> float:
+        """Return `mean(diag H)`."""
+
+    @final
+    def damped(self, damping: float) -> Metric:
+        """Return the metric of `H + damping * mean(diag H) * I`, which keeps no copy of `H`."""
+        return Damped(self, damping * self.mean_power()) if damping else self
+
+
+@final
+@dataclass(frozen=True)
+class Identity(Metric):
+    """`H = I`: the squared Frobenius norm, which no calibration data enters."""
+
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+        return matrix
+
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
+        return squared_norm(matrix)
+
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+        return matrix
+
+    def mean_power(self) -> float:  # noqa: D102
+        return 1.0
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Diagonal(Metric):
+    """`H = diag(E[x^2])`: input channels weighted by their power, correlations ignored (QERA-approx).
+
+    LQER's weights are of this kind, too, with the square of `E[|x|]` in place of `E[x^2]`.
+
+    Attributes:
+        second_moment: `E[x^2]` per input channel.
+    """
+
+    second_moment: Float[Tensor, " in_features"]
+
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+        return matrix * self.second_moment.to(matrix.dtype)
+
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
+        return (matrix.double().square().sum(0) @ self.second_moment.double()).item()
+
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+        return matrix.double() * self.second_moment.double().sqrt()
+
+    def mean_power(self) -> float:  # noqa: D102
+        return self.second_moment.mean().item()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Gram(Metric):
+    """`H = E[x x^T]`: the error of the layer's output on the calibration data (QuAILoRA, eq. 1).
+
+    Attributes:
+        second_moment: `E[x x^T]`.
+    """
+
+    second_moment: Float[Tensor, "in_features in_features"]
+
+    @cached_property
+    def single(self) -> Float[Tensor, "in_features in_features"]:
+        """`H` in float32: the working copy of all float32 products."""
+        return self.second_moment.float()
+
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+        if matrix.dtype == torch.float64:
+            return matrix @ self.second_moment.double()
+        return (self.single @ matrix.T).T  # H is symmetric, and BLAS is faster with the thin factor on the right
+
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:
+        """Return `tr(M H M^T)`; in float32 with the loudest channels in float64 where the metric is wide.
+
+        One massive channel can hold nearly all of the energy. In float32 its rounding errors would then be as large as
+        what all other channels add up to.
+        """
+        width = len(self.second_moment)
+        if matrix.dtype == torch.float64 or width <= _EXACT_WIDTH:
+            return symmetric_form(matrix.double(), self.second_moment.double())
+        loud = self.second_moment.diagonal().topk(_LOUD).indices
+        between, among = self.single[:, loud], self.second_moment[loud][:, loud].double()
+        total = 0.0
+        for rows in map(Tensor.float, torch.split(matrix, _ROWS)):
+            mass = rows[:, loud].double()
+            quiet = rows.index_fill(1, loud, 0)
+            cross = ((quiet @ between).double() * mass).sum().item()
+            total += symmetric_form(quiet, self.single) + 2 * cross + symmetric_form(mass, among)
+        return max(0.0, total)
+
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+        del matrix
+        return None
+
+    def mean_power(self) -> float:  # noqa: D102
+        return self.second_moment.diagonal().mean().item()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Shrunk(Metric):
+    """`(1 - share) H + share diag(H)`: correlations between channels count less than the powers of channels.
+
+    Both are estimated from the same tokens, but correlations are many, and other text has others. Shrinking towards
+    the diagonal is what Ledoit and Wolf (2004) do to covariances of few samples.
+
+    Attributes:
+        inner: `H`.
+        diagonal: `diag(H)`.
+        share: of the correlations that is taken off.
+    """
+
+    inner: Metric
+    diagonal: Diagonal
+    share: float
+
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+        return torch.lerp(self.inner.product(matrix), self.diagonal.product(matrix), self.share)
+
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
+        return (1 - self.share) * self.inner.energy(matrix) + self.share * self.diagonal.energy(matrix)
+
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+        del matrix
+        return None
+
+    def mean_power(self) -> float:  # noqa: D102
+        return self.inner.mean_power()
+
+
+@final
+@dataclass(frozen=True)
+class Damped(Metric):
+    """`H + ridge * I`.
+
+    Attributes:
+        inner: `H`.
+        ridge: what is added to each entry of the diagonal.
+    """
+
+    inner: Metric
+    ridge: float
+
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+        return self.inner.product(matrix) + self.ridge * matrix
+
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
+        return self.inner.energy(matrix) + self.ridge * squared_norm(matrix)
+
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+        del matrix
+        return None
+
+    def mean_power(self) -> float:  # noqa: D102
+        return self.inner.mean_power() + self.ridge
+
+
+MetricName = Literal["identity", "magnitude", "diagonal", "gram", "shrunk", "fisher"]
+"""Those of `METRICS`; "fisher" weighs outputs, too, see `Sensitivity`."""
+
+METRICS: dict[MetricName, Callable[[InputStatistics], Metric]] = {
+    "identity": lambda _: Identity(),
+    "magnitude": lambda statistics: Diagonal(statistics.mean_magnitude.square()),
+    "diagonal": lambda statistics: Diagonal(statistics.second_moment.diagonal()),
+    "gram": lambda statistics: statistics.once("gram", lambda: Gram(statistics.second_moment)),
+    "shrunk": lambda statistics: statistics.once("shrunk", lambda: shrunk(statistics)),
+}
+
+
+def shrunk(statistics: InputStatistics, share: float = SHRINKAGE) -> Shrunk:
+    """Return the metric of statistics with a share of the correlations taken off."""
+    return Shrunk(METRICS["gram"](statistics), Diagonal(statistics.second_moment.diagonal()), share)
+
+
+def squared_norm(matrix: Float[Tensor, "rows columns"]) -> float:
+    """Return the squared Frobenius norm, summed in float64."""
+    return matrix.double().square().sum().item()
+
+
+def symmetric_form(matrix: Float[Tensor, "rows columns"], symmetric: Float[Tensor, "columns columns"]) -> float:
+    """Return `tr(M S M^T)`, with products in the dtype of `M` and sums in float64.
+
+    `S` is symmetric, so only its blocks up to the diagonal are multiplied, and those off it count twice.
+    """
+    columns = matrix.shape[1]
+    size = -(-columns // _BLOCKS)
+    total = 0.0
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
+        here = matrix[:, start:stop]
+        half = matrix[:, :start] @ symmetric[:start, start:stop]
+        half.add_(here @ symmetric[start:stop, start:stop], alpha=0.5)
+        total += 2 * (half.mul_(here)).sum(dtype=torch.float64).item()
+    return max(0.0, total)
+
+
+def check_damping(damping: float) -> None:
+    """Raise a `ConfigurationError` unless a damping is at least 0; called when a solver or quantizer is made."""
+    if not 0 <= damping < math.inf:
+        raise ConfigurationError(f"Expected a finite damping of at least 0, got {damping}.")
+
+
+def check_shrinkage(shrinkage: float) -> None:
+    """Raise a `ConfigurationError` for a share of correlations that is not from 0 to below 1; called likewise."""
+    if not 0 <= shrinkage < 1:
+        raise ConfigurationError(f"Expected a shrinkage from 0 to below 1, got {shrinkage}.")

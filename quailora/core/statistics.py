@@ -1,0 +1,273 @@
+"""What calibration keeps of a layer's inputs: their second moment, and their mean magnitude."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..errors import CalibrationError, NumericalError
+
+CHUNK_TOKENS = 8192
+"""Tokens per float32 product; keeps its rounding error near 1e-7 of the largest entry."""
+
+_ROWS = 512  # rows that are converted to float64 at a time
+_NORMAL = 2 / math.pi  # square of the mean magnitude of a standard normal number
+_BLOCKS, _LEAST_BLOCK = 4, 192  # blocks of a symmetric product: 5/8 of the work of a general one
+
+
+Derived = TypeVar("Derived")
+
+
+class InputStatistics:
+    """Running second moment `H = mean(x x^T)` of the inputs `x` of one linear layer, and their mean magnitude.
+
+    Products are formed in float32 (float64 for float64 inputs) over at most 8192 tokens at a time and averaged in
+    float64, so nothing is lost over millions of tokens. The mean is over real tokens only, so batches of any size and
+    any padding weigh each token once.
+
+    What depends on `H` alone (a working copy in float32, a Cholesky factor) is computed once and shared by all layers,
+    ranks and quantizers that ask; see `once`.
+
+    Laws: merging partial statistics in any order equals accumulating at once; masked tokens count nothing.
+
+    Attributes:
+        tokens: number of tokens in the mean.
+    """
+
+    tokens: int
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._mean = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._derived: dict[Hashable, Any] = {}
+        self.tokens = 0
+
+    def __repr__(self) -> str:
+        return f"InputStatistics(in_features={self.in_features}, tokens={self.tokens})"
+
+    @classmethod
+    def from_inputs(
+        cls, inputs: Float[Tensor, "*batch in_features"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> InputStatistics:
+        """Return the statistics of one batch of inputs; see `update` for the arguments."""
+        statistics = cls(inputs.shape[-1], inputs.device)
+        statistics.update(inputs, mask)
+        return statistics
+
+    @property
+    def in_features(self) -> int:
+        """Width of the layer's input."""
+        return len(self._mean)
+
+    @property
+    def second_moment(self) -> Float[Tensor, "in_features in_features"]:
+        """`H = mean(x x^T)` per token, float64: the buffer itself, no copy.
+
+        Raises:
+            CalibrationError: if no token has been seen.
+        """
+        if self.tokens == 0:
+            raise CalibrationError(
+                "Expected at least one calibration token, got none. Feed inputs with `update` first."
+            )
+        return self._mean
+
+    @property
+    def mean_magnitude(self) -> Float[Tensor, " in_features"]:
+        """`mean(|x|)` of each input channel, float64: the buffer itself, no copy."""
+        return self._magnitude
+
+    def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add a batch of inputs.
+
+        Args:
+            inputs: shape (..., in_features), any float dtype, on any device.
+            mask: bool, shape (...): True for real tokens, False for padding; every token counts if it is missing.
+
+        Raises:
+            ValueError: if the width is not this layer's, or the mask does not fit.
+            NumericalError: if an input is NaN or infinite.
+        """
+        if inputs.shape[-1] != self.in_features:
+            raise ValueError(f"Expected inputs of width {self.in_features}, got shape {tuple(inputs.shape)}.")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != inputs.shape[:-1]):
+            expected = tuple(inputs.shape[:-1])
+            raise ValueError(f"Expected a bool mask of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}.")
+        inputs = inputs.detach()
+        tokens = inputs.reshape(-1, self.in_features) if mask is None else inputs[mask.to(inputs.device)]
+        working = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        for chunk in torch.split(tokens, CHUNK_TOKENS):
+            product = self_product(chunk.to(working))
+            if not product.diagonal().isfinite().all():
+                raise NumericalError(
+                    "Expected finite calibration inputs, got NaN or infinity. Try another model dtype."
+                )
+            self.add(product, len(chunk), chunk.abs().sum(0, dtype=torch.float64))
+
+    def add(
+        self,
+        product: Float[Tensor, "in_features in_features"],
+        tokens: int,
+        magnitude: Float[Tensor, " in_features"] | None = None,
+    ) -> None:
+        """Add tokens of which only sums are known.
+
+        Args:
+            product: the sum of `x x^T` over these tokens, symmetric, on any device.
+            tokens: how many they are; none change nothing.
+            magnitude: the sum of `|x|`; where it is missing, that of normal inputs with the same second moment.
+        """
+        if tokens:
+            self.tokens += tokens
+            blend(self._mean, product, tokens / self.tokens, 1 / self.tokens)
+            if magnitude is None:
+                magnitude = (_NORMAL * tokens * product.diagonal().clamp(min=0)).sqrt()
+            blend(self._magnitude, magnitude, tokens / self.tokens, 1 / self.tokens)
+            self.forget()
+
+    def once(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
+        """Return what was computed under this key since the last `update` or `forget`, or compute it now.
+
+        Args:
+            key: names the result, with every parameter that it depends on.
+            compute: called without arguments if there is no result yet.
+        """
+        if key not in self._derived:
+            self._derived[key] = compute()
+        found: Derived = self._derived[key]
+        return found
+
+    def forget(self) -> None:
+        """Free what `once` has kept."""
+        self._derived.clear()
+
+    def merge(self, other: InputStatistics) -> InputStatistics:
+        """Return the statistics of both sets of tokens together.
+
+        Raises:
+            ValueError: if the widths differ.
+        """
+        merged = InputStatistics(self.in_features, self._mean.device)
+        merged.include(self)
+        merged.include(other)
+        return merged
+
+    def include(self, other: InputStatistics) -> None:
+        """Add the tokens of other statistics in place, which takes no memory.
+
+        Raises:
+            ValueError: if the widths differ.
+        """
+        if other.in_features != self.in_features:
+            raise ValueError(f"Expected statistics of width {self.in_features}, got {other.in_features}.")
+        if other.tokens:
+            self.tokens += other.tokens
+            share = other.tokens / self.tokens
+            blend(self._mean, other._mean, share, share)
+            blend(self._magnitude, other._magnitude, share, share)
+            self.forget()
+
+    def without(self, other: InputStatistics) -> InputStatistics:
+        """Return the statistics of these tokens without some that are among them, and fewer.
+
+        Raises:
+            ValueError: if the other statistics have as many tokens or more.
+        """
+        tokens = self.tokens - other.tokens
+        if tokens <= 0:
+            raise ValueError(f"Expected fewer than {self.tokens} tokens to leave out, got {other.tokens}.")
+        left = InputStatistics(self.in_features, self._mean.device)
+        left.include(self)
+        share = -other.tokens / tokens
+        blend(left._mean, other._mean, share, share)
+        blend(left._magnitude, other._magnitude, share, share)
+        left.tokens = tokens
+        return left
+
+    def pool(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Become the statistics of the tokens of all processes, in place.
+
+        Args:
+            add_up: sums a tensor over all processes in place, and returns it.
+        """
+        tokens = int(add_up(torch.tensor(self.tokens, device=self._mean.device)))
+        for mean in (self._mean, self._magnitude):
+            add_up(mean.mul_(self.tokens / max(1, tokens)))
+        self.tokens = tokens
+        self.forget()
+
+    def to(self, device: torch.device | str) -> InputStatistics:
+        """Return these statistics on `device` (themselves, if they are there already)."""
+        if same_device(self._mean, device):
+            return self
+        moved = InputStatistics(self.in_features, device)
+        moved.include(self)
+        return moved
+
+    def save(self, path: str | Path) -> None:
+        """Write the statistics as one safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            "second_moment": self._mean,
+            "mean_magnitude": self._magnitude,
+            "tokens": torch.tensor(self.tokens),
+        }
+        save_file(tensors, path, metadata={"format": "pt", "kind": "quailora.InputStatistics"})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> InputStatistics:
+        """Read statistics that `save` wrote.
+
+        Raises:
+            CalibrationError: if the file does not hold input statistics.
+        """
+        from safetensors.torch import load_file
+
+        tensors = load_file(path, device=str(device))
+        expected = ["mean_magnitude", "second_moment", "tokens"]
+        if sorted(tensors) != expected:
+            raise CalibrationError(f"Expected the tensors {', '.join(expected)} in {path}, got {sorted(tensors)}.")
+        statistics = cls(0, device)
+        statistics._mean, statistics._magnitude = tensors["second_moment"], tensors["mean_magnitude"]
+        statistics.tokens = int(tensors["tokens"])
+        return statistics
+
+
+def blend(mean: Tensor, more: Tensor, share: float, weight: float) -> None:
+    """Replace a float64 mean by `(1 - share) mean + weight more`, in place, from any dtype and device.
+
+    By rows, since adding float32 to float64 makes a copy first.
+    """
+    mean.mul_(1 - share)
+    for rows, others in zip(torch.split(mean, _ROWS), torch.split(more, _ROWS), strict=True):
+        rows.add_(others.to(rows.device), alpha=weight)
+
+
+def same_device(tensor: Tensor, device: torch.device | str) -> bool:
+    """Return whether a tensor is on a device; one without a number is the current one of its kind."""
+    return tensor.device == torch.empty(0, device=device).device
+
+
+def self_product(matrix: Float[Tensor, "tokens in_features"]) -> Float[Tensor, "in_features in_features"]:
+    """Return `X^T X` in the dtype of `X`, exactly symmetric.
+
+    Only blocks up to the diagonal are multiplied; the others are mirrored. Products with `out` are not autocast, so a
+    model that computes in bfloat16 around this one does not round them.
+    """
+    columns = matrix.shape[1]
+    product = matrix.new_empty(columns, columns)
+    size = max(_LEAST_BLOCK, -(-columns // _BLOCKS))
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
+        torch.mm(matrix[:, start:stop].T, matrix[:, :stop], out=product[start:stop, :stop])
+        product[:start, start:stop] = product[start:stop, :start].T
+        diagonal = product[start:stop, start:stop]
+        diagonal.copy_((diagonal + diagonal.T) / 2)  # the sums of its two halves were rounded in different orders
+    return product

@@ -1,0 +1,200 @@
+"""Which quantized base an adapter is measured on, and whether it is the one that the adapter was made for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+from ..adapters.provenance import Provenance, unknown_base
+from ..bases import Prequantized, StoredBase
+from ..calibration.text import TextSource
+from ..calibration.windows import Calibration
+from ..errors import CalibrationError, ConfigurationError, ModelError
+from ..quantizers import NF4, Quantizer
+from ..quantizers.identity import BaseIdentity
+
+logger = logging.getLogger("quailora")
+
+_NEARLY = 0.3  # of the quantization error: less than another block size or type of codes, more than another dtype
+
+
+@final
+@dataclass(frozen=True)
+class ChosenBase:
+    """A base.
+
+    Attributes:
+        quantizer: makes it from the full-precision model; None if it is there in dequantized form.
+        folder: where that is.
+        calibration: for a quantizer that needs it.
+    """
+
+    quantizer: Quantizer | None
+    folder: str | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return repr(self.quantizer) if self.quantizer is not None else str(self.folder)
+
+    def check_text(self) -> None:
+        """Raise a `CalibrationError` if the text that the quantizer needs cannot be read."""
+        if self.calibration is not None:
+            self.calibration.text.check()
+
+    @classmethod
+    def at(cls, folder: str) -> ChosenBase:
+        """Return a checkpoint as a base: quantized, or dequantized."""
+        return cls(Prequantized(folder)) if StoredBase(folder).described else cls(None, folder)
+
+    @classmethod
+    def by(cls, quantizer: Quantizer, calibration: Calibration) -> ChosenBase:
+        """Return the base that a quantizer makes."""
+        return cls(quantizer, calibration=calibration if quantizer.calibrated else None)
+
+
+def choose_base(
+    adapter: Path | None,
+    provenance: Provenance,
+    *,
+    quantizer: Quantizer | None = None,
+    base: str | None = None,
+    calibration: str | None = None,
+) -> ChosenBase:
+    """Return the base to measure on: what is asked for, else what the adapter was made for, else NF4 without adapter.
+
+    Args:
+        adapter: its folder.
+        provenance: what the folder says.
+        quantizer: what is asked for.
+        base: a checkpoint that is asked for.
+        calibration: text for a quantizer that needs it.
+
+    Raises:
+        ConfigurationError: if both a quantizer and a checkpoint are asked for.
+        ModelError: if the folder does not tell the base, or the base cannot be made again.
+        CalibrationError: if the base was calibrated on a text that was not named here.
+    """
+    if quantizer is not None and base is not None:
+        raise ConfigurationError(
+            "Expected --quantizer or --base, got both. A base that is there already has a quantizer."
+        )
+    origin = provenance.origin
+    if base is not None:
+        return ChosenBase.at(base)
+    if adapter is None or (quantizer is not None and origin is None):
+        return ChosenBase.by(quantizer or NF4(), Calibration(TextSource(calibration)))
+    if origin is None:
+        raise ModelError(
+            f"{unknown_base(adapter)} Name the base: --quantizer nf4 (or fp4, int8) for one that is quantized while it "
+            "loads, or --base CHECKPOINT for one that is there."
+        )
+    own = adapter / "base"
+    if quantizer is None and own.is_dir():
+        return ChosenBase.at(str(own))
+    if quantizer is None and origin.checkpoint is not None:
+        return ChosenBase.at(origin.checkpoint)
+    if quantizer is None and origin.needs == "base":
+        raise ModelError(
+            f"The base of {adapter} depends on corrections of its own layers, so it cannot be made again. Pass the one "
+            "that was written with the adapter as --base; quailora init --save-base writes it."
+        )
+    wanted = quantizer or origin.built_quantizer
+    return ChosenBase.by(
+        wanted, recorded_calibration(adapter, provenance, calibration) if wanted.calibrated else Calibration()
+    )
+
+
+def recorded_calibration(adapter: Path, provenance: Provenance, text: str | None) -> Calibration:
+    """Return what the base was calibrated on. A file that a sidecar names is read only if the caller names it, too.
+
+    Args:
+        adapter: folder of the adapter.
+        provenance: what it says.
+        text: what the caller names.
+
+    Raises:
+        ModelError: if the sidecar is not there, or damaged.
+        CalibrationError: if the text has to be named.
+    """
+    if not provenance.calibration:
+        raise ModelError(
+            f"The base of {adapter} was quantized with calibration, which only the folder that init wrote describes. "
+            "Pass that base as --base; quailora init --save-base writes it."
+        )
+    try:
+        recorded = Calibration.from_dict(provenance.calibration)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"The calibration in {adapter / 'quailora.json'} is damaged: {error!r}.") from error
+    if text is not None:
+        return replace(recorded, text=replace(recorded.text, source=text))
+    if recorded.text.source is not None:
+        raise CalibrationError(
+            f"The base of {adapter} was calibrated on {recorded.text.source!r}. Pass that text as --calibration, so "
+            "that the same base can be made again."
+        )
+    return recorded
+
+
+def check_measured_on(
+    adapter: Path, provenance: Provenance, found: Mapping[str, BaseIdentity], chosen: ChosenBase, *, any_base: bool
+) -> None:
+    """Compare a base with the one that an adapter was made for.
+
+    Args:
+        adapter: folder of the adapter.
+        provenance: what it says.
+        found: identity of the layers of the base that the adapter corrects.
+        chosen: the base.
+        any_base: whether another base is what the caller wants to measure.
+
+    Raises:
+        ModelError: if it is another base.
+    """
+    if provenance.origin is None:
+        return
+    different, distance = provenance.different(found), provenance.distance(found)
+    if not different:
+        return
+    told = (
+        f"{adapter} was not made for {chosen.title}: {described(provenance, different)}; what is different is about "
+        f"{distance:.0%} of the quantization error that it makes up for"
+    )
+    if distance > _NEARLY and not any_base:
+        raise ModelError(
+            f"{told}. Check the model, leave out --quantizer and --base, or pass --any-base to measure it all the same."
+        )
+    logger.warning("%s. A model loaded in another dtype has slightly other codes.", told)
+
+
+def described(provenance: Provenance, different: list[str]) -> str:
+    """Return a few words about the layers that differ."""
+    total = provenance.origin.layers if provenance.origin else 0
+    if not provenance.layers:
+        return f"its {total} layers, taken together, have other codes or scales"
+    many = f"{len(different)} of {total} layers"
+    return f"{many} have other codes or scales than those that it makes up for, {different[0]} first"
+
+
+def loaded_partly(wrapped: Any, adapter: Path) -> str:
+    """Return what PEFT has left out of an adapter, or made up for it; nothing if it has loaded all of it."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return ""
+    with safe_open(file, "pt") as content:
+        there = {key for key in content.keys() if "lora_" in key}  # noqa: SIM118 # no mapping
+    loaded = {key for key in get_peft_model_state_dict(wrapped, save_embedding_layers=False) if "lora_" in key}
+    ignored, invented = sorted(there - loaded), sorted(loaded - there)
+    parts = []
+    if ignored:
+        parts.append(f"{len(ignored)} of its {len(there)} tensors are ignored, {ignored[0]} first")
+    if invented:
+        parts.append(f"{len(invented)} that the configuration asks for are missing, {invented[0]} first")
+    return "; ".join(parts)

@@ -1,0 +1,113 @@
+"""Whether an adapter belongs on a base, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from ..adapters.hub import adapter_folder
+from ..adapters.provenance import Origin, read_provenance, unknown_base
+from ..adapters.saved import SavedAdapter
+from ..bases import StoredBase
+from ..errors import ModelError, named
+from ..models.layers import all_layers
+from ..models.load import DeviceName, DtypeName, load_model
+from ..quantizers.identity import BaseIdentity
+from ..support.files import StrPath
+from ..support.machine import within_memory
+from ..support.progress import track
+from ..support.tables import print_table
+from .base import described
+
+
+@final
+@dataclass(frozen=True)
+class BaseCheck:
+    """What `check` returns: all layers agree.
+
+    Attributes:
+        adapter: hub name, or folder of the adapter.
+        base: the base as it was asked for.
+        layers: how many layers were compared.
+    """
+
+    adapter: str
+    base: str
+    layers: int
+
+    def show(self) -> None:
+        """Print a line."""
+        print_table(f"{self.adapter} belongs on {self.base}", ("layers", "differ"), [[str(self.layers), "0"]])
+
+
+@within_memory("--device cpu")
+def check(
+    adapter: StrPath,
+    *,
+    base: StrPath,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    trust_remote_code: bool = False,
+) -> BaseCheck:
+    """Say whether an adapter belongs on a base, by the codes and scales of every layer.
+
+    Args:
+        adapter: folder that `init` wrote, or that training wrote from there.
+        base: a quantized checkpoint, or one that `--save-base` has written in dequantized form; or the full-precision
+            model, if the base is quantized while it loads.
+        dtype: in which the full-precision model is loaded; "auto" keeps that of the checkpoint.
+        device: "auto" is the GPU where there is one.
+        trust_remote_code: run the Python code that a full-precision model brings along, for models that transformers
+            does not know.
+
+    Raises:
+        ModelError: if it does not belong there; the message says in how many layers, and in which first.
+    """
+    folder, base = adapter_folder(adapter), str(base)
+    provenance, saved = read_provenance(folder), SavedAdapter.read(folder)
+    origin = provenance.origin
+    if origin is None:
+        raise ModelError(f"{unknown_base(folder)} Check the folder that init wrote.")
+    stored = StoredBase(base)
+    if stored.described:
+        found = dict(identities(stored, saved))
+    else:
+        model = load_model(base, dtype, device, trust_remote_code=trust_remote_code).model
+        found = dict(fresh_identities(model, origin, saved))
+    different = provenance.different(found, exactly=bool(stored.described) and origin.needs != "model")
+    if different and not stored.described and origin.built_quantizer.stock_config() is None:
+        raise ModelError(f"{base} is not quantized, and the base of {folder} is not made while a model loads.")
+    if different:
+        raise ModelError(
+            f"{folder} does not belong on {base}: {described(provenance, different)}. What is different is about "
+            f"{provenance.distance(found):.0%} of the quantization error. Load it on the base that it was made for, or "
+            f"make one for this base: quailora init MODEL --base {base}."
+        )
+    return BaseCheck(str(adapter), base, origin.layers)
+
+
+def identities(stored: StoredBase, saved: SavedAdapter) -> Iterator[tuple[str, BaseIdentity]]:
+    """Yield the identity of each layer that a checkpoint has and an adapter corrects."""
+    names = sorted(name for name in stored.layers if saved.corrects(name))
+    for name in track(names, "Comparing", total=len(names)):
+        yield name, BaseIdentity.of(stored.weight(name, torch.float32))
+
+
+def fresh_identities(model: Any, origin: Origin, saved: SavedAdapter) -> Iterator[tuple[str, BaseIdentity]]:
+    """Yield the identity of each layer that an adapter corrects, in a model that is not quantized.
+
+    Layers are quantized first, unless the base is not made while a model loads; then the model should be that base in
+    dequantized form.
+    """
+    quantizer = origin.built_quantizer
+    layers = {name: one for name, one in all_layers(model).items() if saved.corrects(name)}
+    for name, layer in track(layers.items(), "Comparing", total=len(layers)):
+        with named(name):
+            if quantizer.stock_config() is None or origin.needs != "model":
+                found = BaseIdentity.of_dequantized(layer.weight)
+            else:
+                found = BaseIdentity.of(quantizer.quantize(layer.weight))
+        yield name, found

@@ -1,0 +1,264 @@
+"""Perplexity of a model in full precision, quantized, and quantized with an adapter."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional
+
+from ..adapters.hub import adapter_folder
+from ..adapters.provenance import Provenance, read_provenance
+from ..adapters.saved import SavedAdapter
+from ..calibration.empty_pass import find_reach
+from ..calibration.walk import Walk
+from ..calibration.windows import BosPlacement, evaluation_source, evaluation_windows, given_tokens
+from ..errors import ModelError, NumericalError, named
+from ..models.layers import all_layers, linear_layers, stock_quantizes
+from ..models.limits import check_token_ids, fitting_length
+from ..models.load import DeviceName, DtypeName, empty_model, load_model
+from ..pipeline.layerwise import layers_of
+from ..pipeline.plan import quantized_layers
+from ..quantizers import QuantizedWeight, Quantizer
+from ..quantizers.base import check_finite
+from ..quantizers.identity import BaseIdentity
+from ..support.files import StrPath, as_str, write_json
+from ..support.machine import within_memory
+from ..support.progress import track
+from ..support.tables import print_table
+from .base import check_measured_on, choose_base, loaded_partly
+from .scores import perplexity_of
+
+logger = logging.getLogger("quailora")
+
+EVALUATION_LENGTH = 2048
+"""Tokens in an evaluation window, where the model has as many positions."""
+
+
+@final
+@dataclass(frozen=True)
+class Perplexity:
+    """Token-level perplexity over windows that do not overlap.
+
+    Attributes:
+        perplexity: `exp` of the mean negative log likelihood (nats) of every predicted token: all but the first of each
+            window, and special tokens there; infinite where that is beyond floating point.
+        tokens: number of predicted tokens.
+        window_losses: mean negative log likelihood of each window, for paired comparisons.
+    """
+
+    perplexity: float
+    tokens: int
+    window_losses: tuple[float, ...]
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any, windows: Int[Tensor, "windows sequence_length"], description: str = "Evaluating", given: int = 1
+) -> Perplexity:
+    """Measure a causal language model, one window at a time.
+
+    Args:
+        model: a transformers or PEFT causal language model.
+        windows: token ids.
+        description: label of the progress bar.
+        given: tokens at the start of each window that are not predicted.
+
+    Raises:
+        NumericalError: if a loss is NaN.
+    """
+    device = next(model.parameters()).device
+    losses = []
+    for window in track(windows, description, total=len(windows)):
+        ids = window.to(device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, given - 1 : -1]
+        losses.append(functional.cross_entropy(logits.float(), ids[given:]).item())
+    if any(map(math.isnan, losses)):
+        raise NumericalError(
+            f"{description}: expected a loss on every window, got NaN. Weights or activations are too large for the "
+            "model's dtype: try --dtype float32, or another checkpoint."
+        )
+    return Perplexity(perplexity_of(losses), len(windows) * (windows.shape[1] - given), tuple(losses))
+
+
+@torch.no_grad()
+def quantize_in_place(model: Any, quantizer: Quantizer, walk: Walk | None = None) -> None:
+    """Replace the weight of every linear layer but the output head by its quantized value.
+
+    Args:
+        model: a transformers model; its layers keep computing in the model's own dtype.
+        quantizer: makes the new weights.
+        walk: through this model's linear layers, on full-precision inputs, for calibrated quantizers.
+    """
+    for _ in each_quantized(model, quantizer, walk):
+        pass
+
+
+def each_quantized(model: Any, quantizer: Quantizer, walk: Walk | None = None) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Do the same layer by layer, and yield the name and the quantized weight of each."""
+    layers = quantized_layers(model, {}, quantizer)
+    if quantizer.stock_config() is not None:
+        layers = {name: layer for name, layer in layers.items() if stock_quantizes(layer)}
+    blocks = ((None, layer) for layer in layers.values()) if walk is None else layers_of(walk)
+    for block, layer in track(blocks, "Quantizing", total=len(layers)):
+        seen = None if block is None else block.statistics[layer.name]
+        with torch.no_grad(), named(layer.name):
+            stored = quantizer.for_layer(layer.name).quantize(layer.weight, seen)
+            weight = stored.dequantize()
+            check_finite(weight)
+            layer.weight.copy_(weight)
+        yield layer.name, stored
+
+
+@contextmanager
+def adapted(model: Any, adapter: Path) -> Iterator[Any]:
+    """Attach an adapter by stock PEFT inside a `with` statement, and take it off at the end.
+
+    Raises:
+        ModelError: if PEFT does not load it, or loads only a part of it.
+    """
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # what is missing is an error below
+            wrapped = PeftModel.from_pretrained(model, str(adapter))
+    except Exception as error:  # PEFT passes on errors of safetensors, json and torch
+        raise ModelError(f"PEFT cannot load the adapter {adapter} on this model: {error}") from error
+    try:
+        partly = loaded_partly(wrapped, adapter)
+        if partly:
+            raise ModelError(
+                f"PEFT loads only a part of the adapter {adapter} on this model: {partly}. Its configuration and its "
+                "tensors do not belong together, or it is the adapter of another model."
+            )
+        yield wrapped.eval()
+    finally:
+        wrapped.unload()
+
+
+@final
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexities of one base.
+
+    Attributes:
+        model: as it was asked for.
+        quantizer: how the base was quantized.
+        adapter: folder of the adapter, if there was one.
+        results: "full precision", "quantized" and "quantized + adapter".
+    """
+
+    model: str
+    quantizer: str
+    adapter: str | None
+    results: Mapping[str, Perplexity]
+
+    def show(self) -> None:
+        """Print a table."""
+        rows = [[name, f"{result.perplexity:.4f}"] for name, result in self.results.items()]
+        tokens = next(iter(self.results.values())).tokens
+        print_table(f"{self.model}, {self.quantizer}, {tokens} tokens", ("weights", "perplexity"), rows)
+
+
+@within_memory("shorter windows (--sequence-length), or --device cpu")
+def evaluate(
+    model: StrPath,
+    *,
+    text: StrPath | None = None,
+    text_fields: Sequence[str] = (),
+    quantizer: Quantizer | None = None,
+    base: StrPath | None = None,
+    adapter: StrPath | None = None,
+    any_base: bool = False,
+    calibration: StrPath | None = None,
+    windows: int = 10,
+    sequence_length: int | None = None,
+    bos: BosPlacement = "every-window",
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    trust_remote_code: bool = False,
+    json: StrPath | None = None,
+) -> Evaluation:
+    """Measure perplexity in full precision, quantized, and quantized with an adapter.
+
+    Every linear layer but the output head is quantized, or a base that is there is loaded; the adapter is attached by
+    stock PEFT. The base has to be the one that the adapter was made for, as its folder says.
+
+    Args:
+        model: hub name, folder, .gguf file, or "demo".
+        text: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the hub name of
+            a data set, to measure on; the shipped text by default. Do not use the calibration text.
+        text_fields: fields of a record that are the text, see `quailora init --help`.
+        quantizer: quantizes the base; by default the one the adapter was made for, or NF4 without adapter.
+        base: a checkpoint to measure on, in place of a quantizer; by default the one that stands beside the adapter, or
+            that it was made for.
+        adapter: hub name or folder of a LoRA adapter, trained or not.
+        any_base: measure the adapter on another base than the one it was made for, too.
+        calibration: calibration text for a quantizer that needs it; needed if the adapter was made with a text of
+            its own.
+        windows: number of windows at most.
+        sequence_length: tokens in a window; 2048 by default, or all positions that the model has.
+        bos: "every-window" starts each window with the tokens that the tokenizer puts in front of a text,
+            such as BOS; "stream" only the first, as in the GPTQ papers. Without meaning for tokenizers that add none.
+        dtype: dtype of the model; "auto" keeps that of the checkpoint.
+        device: "auto" is the GPU where there is one.
+        trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
+        json: file to write the result to.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    model, text, base, calibration = str(model), as_str(text), as_str(base), as_str(calibration)
+    folder = adapter_folder(adapter) if adapter else None
+    provenance = read_provenance(folder) if folder else Provenance()
+    saved = SavedAdapter.read(folder) if folder else None
+    chosen = choose_base(folder, provenance, quantizer=quantizer, base=base, calibration=calibration)
+    measured_on = evaluation_source(text, text_fields)
+    measured_on.check()
+    chosen.check_text()
+    loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+    length = fitting_length(loaded.model, sequence_length, EVALUATION_LENGTH)
+    documents = measured_on.documents(loaded.tokenizer)
+    ids = check_token_ids(loaded.model, evaluation_windows(loaded.tokenizer, documents, windows, length, bos))
+    given = given_tokens(loaded.tokenizer, bos)
+    if len(ids) < windows:
+        logger.warning("The text fills %d windows, not %d.", len(ids), windows)
+
+    walk = None
+    if chosen.calibration is not None:
+        seen = check_token_ids(loaded.model, chosen.calibration.windows(loaded.tokenizer))
+        reach = find_reach(empty_model(model, dtype, trust_remote_code=trust_remote_code))
+        layers = reach.watched(linear_layers(loaded.model))
+        walk = Walk(loaded.model, layers, seen, dtype=chosen.calibration.dtype)
+    results = {"full precision": perplexity(loaded.model, ids, "Full precision", given)}
+    identities = {}
+    if chosen.quantizer is not None:
+        for name, stored in each_quantized(loaded.model, chosen.quantizer, walk):
+            if saved is not None and saved.corrects(name):
+                identities[name] = BaseIdentity.of(stored)
+    else:
+        del loaded, walk  # two models may not fit
+        loaded = load_model(str(chosen.folder), dtype, device, trust_remote_code=trust_remote_code)
+        if saved is not None:
+            layers = all_layers(loaded.model)
+            corrected = {name: layer.weight for name, layer in layers.items() if saved.corrects(name)}
+            identities = {name: BaseIdentity.of_dequantized(weight) for name, weight in corrected.items()}
+    if folder is not None:
+        check_measured_on(folder, provenance, identities, chosen, any_base=any_base)
+    results["quantized"] = perplexity(loaded.model, ids, "Quantized", given)
+    if folder is not None:
+        with adapted(loaded.model, folder) as wrapped:
+            results["quantized + adapter"] = perplexity(wrapped, ids, "Quantized + adapter", given)
+    evaluation = Evaluation(model, chosen.title, as_str(adapter), results)
+    if json:
+        write_json(Path(json), asdict(evaluation) | {"text": text, "sequence_length": length, "bos": bos})
+    return evaluation

@@ -1,0 +1,73 @@
+"""Accuracy on tasks of the language model evaluation harness, where it is installed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, final
+
+from ..errors import ConfigurationError
+
+_METRICS = ("acc_norm,none", "acc,none", "exact_match,none")
+"""Keys of the harness's results, the first of which that a task has is its score."""
+
+
+@final
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks to score a model on.
+
+    Attributes:
+        names: as the harness knows them; none is nothing to do.
+        folder: with YAML files of more tasks.
+        limit: examples of each task at most.
+        batch_size: examples at a time.
+    """
+
+    names: tuple[str, ...] = ()
+    folder: str | None = None
+    limit: int | None = None
+    batch_size: int = 8
+
+    def check(self) -> None:
+        """Raise a `ConfigurationError` if there are tasks and no harness, or one that it does not know."""
+        if not self.names:
+            return
+        try:
+            manager = self._manager()
+        except ImportError as error:
+            raise ConfigurationError(f"Tasks need lm-eval ({error}): pip install 'quailora[tasks]'.") from error
+        unknown = [name for name in self.names if not manager.match_tasks([name])]
+        if unknown:
+            raise ConfigurationError(f"lm-eval knows no task {unknown[0]!r}. `lm-eval ls tasks` lists what it knows.")
+
+    def scores(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        """Return the score of a model on each task: its normalized accuracy, accuracy or exact match.
+
+        Args:
+            model: a transformers causal language model in memory.
+            tokenizer: its tokenizer.
+        """
+        if not self.names:
+            return {}
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        found = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
+            tasks=list(self.names),
+            task_manager=self._manager(),
+            limit=self.limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        results = found["results"] if found else {}
+        return {
+            name: float(next(results[name][key] for key in _METRICS if key in results[name])) for name in self.names
+        }
+
+    def _manager(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=self.folder)

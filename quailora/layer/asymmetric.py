@@ -1,0 +1,191 @@
+"""Fit a layer of the quantized network, with its own inputs, to the outputs of the full-precision one.
+
+With inputs `x` in full precision and `x~` in the network as quantized and compensated so far, `H = E[x x^T]`,
+`G = E[x x~^T]` and `H~ = E[x~ x~^T]`, the error of a weight `V` is
+
+    E |W x - V x~|^2 = tr(W H W^T) - 2 tr(V G^T W^T) + tr(V H~ V^T)
+                     = tr((W* - V) H~ (W* - V)^T) + constant,    W* = W G H~^-1
+
+so the symmetric problem with target `W*` and metric `H~` is the exact one (reduced-rank regression). `W*` is estimated
+from few tokens. A ridge, `W (G + l I) (H~ + l I)^-1 = W + W (G - H~) (H~ + l I)^-1`, shrinks it towards `W` in the
+directions that tokens say least about, and taking only a share of the way from `W` shrinks it in all. Both are chosen
+by the error on held-out tokens, the share in closed form, before anything is solved.
+
+Memory: an input of width `n` needs `5 n^2` numbers in float64. Four are the moments of all tokens and of those that are
+held out. What is fitted to the others is chosen in float32, from the difference; the target that is used is solved for
+in float64, once, and takes the fifth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.linalg import repaired_cholesky, safe_cholesky
+from ..core.metrics import METRICS
+from ..core.paired import PairedStatistics
+from ..core.statistics import InputStatistics
+from ..errors import CalibrationError, ConfigurationError
+from ..schedules.layer import QuantizedLayer, Trial
+from .initializer import Initializer, LayerInitialization
+
+RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01)
+"""Ridges to choose from, as multiples of the median power of an input channel."""
+TRUST = 0.5
+"""How much of the best share for a layer alone is used. Later layers make up for the same errors of earlier ones."""
+
+_ROWS = 512  # rows of a moment that are converted at a time
+
+Weight = Float[Tensor, "out_features in_features"]
+
+
+@torch.no_grad()
+def initialize_asymmetric(
+    initializer: Initializer,
+    weight: Tensor,
+    statistics: PairedStatistics,
+    held_out: PairedStatistics,
+    trust: float = TRUST,
+) -> tuple[LayerInitialization, float]:
+    """Initialize a layer; return the result and the share of the way from `W` to `W*` that the target is at.
+
+    A share of 0 aims at `W` itself, as the symmetric problem does.
+
+    The weight itself is quantized, since the base has to stay a stock one. The errors of the result are those of
+    `W* - Q - C` in the metric `H~`, without the constant that no weight can change.
+
+    Args:
+        initializer: quantizer and solver; its metric has to be "gram" or "shrunk".
+        weight: `W`.
+        statistics: of the inputs of both networks, over all tokens.
+        held_out: those of some of these tokens.
+        trust: factor of the share that does best on held-out tokens.
+
+    Raises:
+        ConfigurationError: if the metric is another.
+        CalibrationError: if no token, or every one, is held out.
+    """
+    if initializer.metric not in {"gram", "shrunk"}:
+        raise ConfigurationError(f"Asymmetric inputs need the metric 'gram' or 'shrunk', got {initializer.metric!r}.")
+    if not 0 < held_out.tokens < statistics.tokens:
+        raise CalibrationError(
+            f"Expected some of {statistics.tokens} tokens to be held out, got {held_out.tokens}. "
+            "Calibrate on more samples."
+        )
+    statistics, held_out = statistics.to(weight.device), held_out.to(weight.device)
+    fit = HeldOutFit.of(weight, statistics, held_out)
+    ridge, share = fit.choose()
+    share *= trust
+    target = (weight.double() + share * shift(weight, statistics, ridge)).float()
+    layer = QuantizedLayer.of(initializer.quantizer, weight, statistics.quantized, target)
+    if initializer.schedule.judged:
+        seen = statistics.quantized.once(("seen", held_out), lambda: statistics.quantized.without(held_out.quantized))
+        aim = weight.float() + share * fit.shift(ridge)
+        layer = replace(layer, trial=Trial(QuantizedLayer.of(initializer.quantizer, weight, seen, aim), fit.error))
+    return initializer.correct(layer), share
+
+
+def shift(weight: Weight, statistics: PairedStatistics, ridge: float) -> Weight:
+    """Return `W (G + l I) (H~ + l I)^-1 - W`, solved in float64.
+
+    Args:
+        weight: `W`.
+        statistics: `G` and `H~`.
+        ridge: `l`, as a multiple of the median of `diag(H~)`.
+    """
+    moment = statistics.quantized.second_moment
+    power = moment.diagonal().clone()
+    moment.diagonal().add_(ridge * typical(power))  # in place, since a copy would take the memory of the factor
+    try:
+        factor = safe_cholesky(moment)
+    finally:
+        moment.diagonal().copy_(power)
+    half = torch.linalg.solve_triangular(factor, (weight.double() @ statistics.gap).T, upper=False)
+    found: Tensor = torch.linalg.solve_triangular(factor.T, half, upper=True).T
+    return found
+
+
+def typical(power: Float[Tensor, " in_features"]) -> float:
+    """Return the median power of an input channel; if more than half of them are dead, the mean; 1 if all are."""
+    return power.median().item() or power.mean().item() or 1.0
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class HeldOutFit:
+    """A fit of one layer to the tokens that are not held out, judged by those that are; in float32.
+
+    Attributes:
+        weight: `W`.
+        moment: `H~` of the tokens that are fitted to, over `power`.
+        change: `W (G - H~)` of the same, over `power`: minus half the gradient of their error at `W`.
+        slope: `W (G - H~)` of the tokens that are held out.
+        judge: statistics of the latter.
+    """
+
+    weight: Weight
+    moment: Float[Tensor, "in_features in_features"]
+    change: Weight
+    slope: Weight
+    judge: InputStatistics
+
+    @classmethod
+    def of(cls, weight: Weight, statistics: PairedStatistics, held_out: PairedStatistics) -> HeldOutFit:
+        """Prepare a fit; layers with the same input share `moment`.
+
+        Args:
+            weight: `W`.
+            statistics: of all tokens.
+            held_out: of some of them.
+        """
+        share = held_out.tokens / statistics.tokens
+        every, held = statistics.quantized.second_moment, held_out.quantized.second_moment
+        power = typical((every.diagonal() - share * held.diagonal()) / (1 - share))
+
+        def fitted(total: Tensor, part: Tensor) -> Tensor:
+            scaled = torch.empty_like(total, dtype=torch.float32)
+            for out, rows, others in zip(*(torch.split(each, _ROWS) for each in (scaled, total, part)), strict=True):
+                out.copy_((rows - share * others) / ((1 - share) * power))
+            return scaled
+
+        moment = statistics.quantized.once(("fitted", held_out), lambda: fitted(every, held))
+        full = weight.double()
+        slope = full @ held_out.gap
+        change = fitted(full @ statistics.gap, slope)
+        return cls(weight, moment, change, slope.float(), held_out.quantized)
+
+    def shift(self, ridge: float) -> Weight:
+        """Return `W (G + l I) (H~ + l I)^-1 - W` of the tokens that are fitted to.
+
+        The matrix is scaled to ones on its diagonal first. Its factor then has the precision of float32 for each
+        channel by itself, however much louder another one is.
+
+        Args:
+            ridge: `l`, as a multiple of the median of `diag(H~)`.
+        """
+        damped = self.moment.clone()
+        damped.diagonal().add_(ridge)
+        scale = damped.diagonal().rsqrt()
+        factor, _ = repaired_cholesky(damped.mul_(scale).mul_(scale[:, None]))
+        return torch.cholesky_solve((self.change * scale).T, factor).T * scale
+
+    def choose(self) -> tuple[float, float]:
+        """Return the ridge, and the share of the way to its target, with the least error on held-out tokens."""
+        choices = []
+        metric = METRICS["gram"](self.judge)
+        for ridge in RIDGES:
+            way = self.shift(ridge)
+            gradient, curvature = (self.slope * way).sum(dtype=torch.float64).item(), metric.energy(way)
+            share = min(1.0, max(0.0, gradient / curvature)) if curvature > 0 else 0.0
+            choices.append((share * (2 * gradient - share * curvature), ridge, share))
+        _, ridge, share = max(choices)  # by what it gains
+        return ridge, share
+
+    def error(self, other: Weight) -> float:
+        """Return the error on held-out tokens of another weight in place of `W`, less that of `W` itself."""
+        away = other.float() - self.weight.float()
+        return METRICS["gram"](self.judge).energy(away) - 2 * (self.slope * away).sum(dtype=torch.float64).item()

@@ -1,0 +1,109 @@
+"""What is reported of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from ..models.layers import kind
+from ..quantizers.identity import BaseIdentity
+from .initializer import LayerInitialization
+
+
+@final
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer of the report. Errors are `tr((E - C) H (E - C)^T)`: squared, total over outputs, per token.
+
+    Attributes:
+        name: module name.
+        shape: (out_features, in_features).
+        rank: rank of the adapter.
+        bits_per_weight: stored bits of the quantized weight, everything counted.
+        tokens: calibration tokens that the layer saw.
+        error_none: without correction.
+        error_uncalibrated: with the plain SVD.
+        error: with this adapter.
+        error_optimal: the least for this rank; in wide layers a certified bound just below it.
+        relative_error: `error / tr(W H W^T)`.
+        iterations: rounds that the solver ran.
+        seconds: what it took to quantize and correct; what several methods share counts for the first of them.
+        asymmetry: for asymmetric inputs, share of the way from `W` (0) to `W*` (1) at which the target lies.
+        base: tells the quantized weight that the correction belongs to from others.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    bits_per_weight: float
+    tokens: int
+    error_none: float
+    error_uncalibrated: float
+    error: float
+    error_optimal: float
+    relative_error: float
+    iterations: int
+    seconds: float = 0.0
+    asymmetry: float | None = None
+    base: BaseIdentity | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        layer: LayerInitialization,
+        weight: Tensor,
+        tokens: int,
+        seconds: float = 0.0,
+        asymmetry: float | None = None,
+    ) -> LayerRecord:
+        """Take down one initialized layer, whose full-precision weight is `weight`."""
+        return cls(
+            name=name,
+            shape=layer.quantized.shape,
+            rank=layer.low_rank.rank,
+            bits_per_weight=layer.quantized.bits_per_weight,
+            tokens=tokens,
+            error_none=layer.error_none,
+            error_uncalibrated=layer.error_uncalibrated,
+            error=layer.error,
+            error_optimal=layer.error_optimal,
+            relative_error=layer.relative_error,
+            iterations=layer.low_rank.iterations,
+            seconds=round(seconds, 4),
+            asymmetry=asymmetry,
+            base=BaseIdentity.of(layer.quantized, weight),
+        )
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> LayerRecord:
+        """Build what `dataclasses.asdict` wrote down, after a trip through JSON."""
+        base = content.get("base")
+        changed = {"shape": tuple(content["shape"]), "base": BaseIdentity.read(base) if base else None}
+        return cls(**{**content, **changed})
+
+
+def mean_bits(layers: Sequence[LayerRecord]) -> float:
+    """Return the stored bits per weight over all layers together."""
+    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+    return sum(size * layer.bits_per_weight for size, layer in zip(sizes, layers, strict=True)) / sum(sizes)
+
+
+def error_reduction(layers: Sequence[LayerRecord]) -> dict[str, float]:
+    """Return the mean over layers of each error as a share of the error without correction."""
+    names = ("error_uncalibrated", "error", "error_optimal")
+    damaged = [layer for layer in layers if layer.error_none > 0]
+    return {
+        name: sum(getattr(layer, name) / layer.error_none for layer in damaged) / max(1, len(damaged)) for name in names
+    }
+
+
+def by_ending(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
+    """Return the layers grouped by the last part of their names, such as `q_proj`."""
+    groups: dict[str, list[LayerRecord]] = {}
+    for layer in layers:
+        groups.setdefault(kind(layer.name), []).append(layer)
+    return groups

@@ -1,0 +1,1 @@
+"""What a method is: its parts, the published ones by name, and distillation."""

@@ -1,0 +1,159 @@
+"""Distillation of a whole model into its adapter: a short training after the closed form."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..calibration.capture import arithmetic
+from ..calibration.gradients import frozen
+from ..calibration.windows import Calibration, CalibrationDtype
+from ..errors import ConfigurationError, NumericalError, check_choice
+from ..models.layers import Layer
+from ..models.weights import beside, replaced
+from ..support.progress import track
+
+logger = logging.getLogger("quailora")
+
+Factors = tuple[Tensor, Tensor]
+"""`(lora_A, lora_B)`, before PEFT's scaling."""
+
+
+@final
+@dataclass(frozen=True)
+class Polish:
+    """Trains the factors so that the quantized model predicts what full precision does (RILQ's idea).
+
+    Minimises the mean over tokens of `KL(p || q)` from the full-precision distribution `p`, by AdamW with a rate that
+    falls to zero. The base stays as it is. To compare, the text itself can be the target: plain fine-tuning.
+
+    Attributes:
+        steps: updates.
+        batch: windows a step.
+        sequence_length: tokens in a window.
+        learning_rate: of the first step.
+        target: "full precision", or the next token of the "text".
+    """
+
+    steps: int = 60
+    batch: int = 2
+    sequence_length: int = 512
+    learning_rate: float = 3e-4
+    target: Literal["full precision", "text"] = "full precision"
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch) < 1 or self.sequence_length < 2:
+            raise ConfigurationError(
+                f"Expected at least one step of one window of two tokens, got {self.steps} steps of {self.batch} x "
+                f"{self.sequence_length}."
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigurationError(f"Expected a learning rate above 0, got {self.learning_rate}.")
+        check_choice("a target", self.target, ("full precision", "text"))
+
+    def windows(self, calibration: Calibration, tokenizer: Any) -> Int[Tensor, "samples sequence_length"]:
+        """Return the windows to train on, `batch` for each step.
+
+        They are of the same text, no longer than those of calibration, and drawn with another seed; a short text is
+        gone through several times.
+        """
+        length = min(self.sequence_length, calibration.sequence_length)
+        drawn = replace(calibration, samples=1, sequence_length=length, seed=calibration.seed + 1)
+        return drawn.repeated(tokenizer, self.steps * self.batch)
+
+    def train(
+        self,
+        model: Any,
+        layers: Mapping[str, Layer],
+        quantized: Mapping[str, Tensor],
+        factors: Mapping[str, Factors],
+        windows: Int[Tensor, "samples sequence_length"],
+        dtype: CalibrationDtype = "auto",
+    ) -> dict[str, Factors]:
+        """Return the trained factors.
+
+        Args:
+            model: a transformers causal language model in full precision, in memory; it is left as it was.
+            layers: its linear layers, no fused experts among them.
+            quantized: `Q` of each layer.
+            factors: where to start.
+            windows: token ids, `batch` for each step.
+            dtype: arithmetic, see `Calibration`.
+
+        Raises:
+            NumericalError: if the loss is NaN or infinite.
+        """
+        device = next(model.parameters()).device
+        trained = {name: (trainable(pair[0], device), trainable(pair[1], device)) for name, pair in factors.items()}
+        optimizer = torch.optim.AdamW([factor for pair in trained.values() for factor in pair], self.learning_rate)
+        rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
+        losses = []
+        quantized = beside(layers, quantized)
+        for ids in track(torch.split(windows.to(device), self.batch), "Distilling"):
+            expected = self._expected(model, ids, dtype)
+            with frozen(model), torch.enable_grad(), replaced(layers, quantized), corrected(layers, trained):
+                with arithmetic(model, dtype):
+                    found = model(input_ids=ids, use_cache=False).logits
+                loss = next_token_loss(found, ids) if expected is None else divergence(expected, found.flatten(0, 1))
+                torch.autograd.backward(loss)  # inside, where the weights that it needs are in place
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise NumericalError(f"The loss of step {len(losses)} is {losses[-1]}. Lower the learning rate.")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rate.step()
+        logger.info("Loss of the training: %.4f nats a token at first, %.4f at last.", losses[0], losses[-1])
+        return {name: (pair[0].detach(), pair[1].detach()) for name, pair in trained.items()}
+
+    @torch.no_grad()
+    def _expected(
+        self, model: Any, ids: Int[Tensor, "batch tokens"], dtype: CalibrationDtype
+    ) -> Float[Tensor, "all_tokens vocabulary"] | None:
+        """Return the logits to come close to, if the target is not the text."""
+        if self.target == "text":
+            return None
+        with arithmetic(model, dtype):
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits.flatten(0, 1)
+
+
+def next_token_loss(logits: Float[Tensor, "batch tokens vocabulary"], ids: Int[Tensor, "batch tokens"]) -> Tensor:
+    """Return the mean negative log likelihood of each token but the first of each window, in nats; differentiable."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def trainable(factor: Tensor, device: torch.device) -> Tensor:
+    """Return a copy in float32 that collects gradients."""
+    return factor.detach().to(device, torch.float32, copy=True).requires_grad_()
+
+
+@contextmanager
+def corrected(layers: Mapping[str, Layer], factors: Mapping[str, Factors]) -> Iterator[None]:
+    """Add `lora_B lora_A x` to the outputs of linear layers inside a `with` statement."""
+    with ExitStack() as hooks:
+        for name, pair in factors.items():
+            hooks.enter_context(layers[name].module.register_forward_hook(_adding(*pair)))
+        yield
+
+
+def _adding(lora_A: Tensor, lora_B: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        correction = functional.linear(functional.linear(inputs[0].to(lora_A.dtype), lora_A), lora_B)
+        return output + correction.to(output.dtype)
+
+    return hook
+
+
+def divergence(expected: Float[Tensor, "tokens vocabulary"], found: Float[Tensor, "tokens vocabulary"]) -> Tensor:
+    """Return the mean over tokens of `KL(p || q)`, in nats, of distributions given by their logits; differentiable."""
+    log_p, log_q = (functional.log_softmax(logits.float(), dim=-1) for logits in (expected, found))
+    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

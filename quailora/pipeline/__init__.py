@@ -1,0 +1,1 @@
+"""One run over all layers of a model: planned, resumed, and written."""

@@ -1,0 +1,156 @@
+"""The model card: which base an adapter belongs on, how good it is, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import yaml
+
+from ..layer.initializer import Initializer
+from ..layer.record import LayerRecord, by_ending, error_reduction
+from ..methods.distillation import Polish
+from ..support.tables import markdown_table
+
+_CARD = """\
+---
+{front_matter}---
+
+# LoRA initialization for {model}, quantized by {quantizer_name}
+
+**This adapter belongs on the quantized base and on no other.** It makes up for the error of
+`{quantizer}`.
+On the full-precision model, or on a base that was quantized in another way, it *adds* that error. Do not merge it into
+full-precision weights: after training, only the change that training made can go there, and `quailora convert` writes
+it as an adapter of its own. Do not merge it into its quantized base either: the sum is rounded again, which loses the
+correction.
+
+It is a starting point for training, made by quailora with `{solver}`
+in the {metric} metric, by the schedule `{schedule}`,
+from {tokens} calibration tokens, fitted to the inputs of {network}. {training}
+
+## Load
+
+```python
+{snippet}
+```
+
+## Layer errors
+
+Mean over the {count} layers, as a share of the output error of the quantized weight alone
+(`tr((W - Q - C) H (W - Q - C)^T)`, `H` the second moment of the layer's calibration inputs){before}:
+
+{summary}
+
+The same by kind of layer:
+
+{kinds}
+
+`report.json` has every layer, `config.yaml` the configuration, `quailora.json` the provenance.
+"""
+
+_NETWORKS = {
+    "full": "the full-precision model",
+    "quantized": "the quantized and corrected model, block after block",
+    "asymmetric": "the quantized and corrected model and the outputs of the full-precision one, block after block",
+}
+
+BESIDE = "path/to/this/folder"
+"""Stands for the folder that the card is in."""
+
+_SNIPPET = """\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM{config_import}
+
+base = AutoModelForCausalLM.from_pretrained(
+    {arguments}
+)
+model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True)"""
+
+
+def model_card(
+    initializer: Initializer,
+    layers: Sequence[LayerRecord],
+    *,
+    model: str,
+    base_model: str,
+    calibration_tokens: int,
+    inputs: str = "full",
+    quantized_base: str | None = None,
+    recipe: str | None = None,
+    polish: Polish | None = None,
+) -> str:
+    """Return the text of an adapter's `README.md`.
+
+    Args:
+        initializer: what made it.
+        layers: errors of each layer.
+        model: the model as it was asked for.
+        base_model: hub name or folder that the base is loaded from.
+        calibration_tokens: tokens that it was calibrated on.
+        inputs: whose inputs layers are fitted to; see `Walk`.
+        quantized_base: where the base is loaded from, if it is not quantized while it loads.
+        recipe: name of the recipe, if there was one.
+        polish: training that followed, if there was one.
+    """
+    front_matter = {"base_model": base_model, "library_name": "peft", "tags": ["lora", "quailora"]}
+    share = error_reduction(layers)
+    summary = [
+        ["no correction", "100.0%"],
+        ["uncalibrated SVD", f"{share['error_uncalibrated']:.1%}"],
+        ["**this adapter**" if polish is None else "**this adapter before its training**", f"**{share['error']:.1%}**"],
+        ["optimum of this rank", f"{share['error_optimal']:.1%}"],
+    ]
+    kinds = [
+        [ending, str(len(members)), *(f"{value:.1%}" for value in error_reduction(members).values())]
+        for ending, members in by_ending(layers).items()
+    ]
+    return _CARD.format(
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True, width=10**6),
+        model=" ".join(model.split()),
+        quantizer_name=type(initializer.quantizer).__name__,
+        quantizer=initializer.quantizer,
+        solver=initializer.solver,
+        metric=initializer.metric,
+        schedule=initializer.schedule,
+        tokens=calibration_tokens,
+        network=_NETWORKS[inputs] + (f", by the recipe `{recipe}`" if recipe else ""),
+        training=trained_how(polish),
+        before="" if polish is None else ", before the training",
+        count=len(layers),
+        snippet=loading_snippet(initializer, base_model, quantized_base),
+        summary=markdown_table(("correction", "output error"), summary),
+        kinds=markdown_table(("layers", "count", "SVD", "this adapter", "optimum"), kinds),
+    )
+
+
+def trained_how(polish: Polish | None) -> str:
+    """Return a sentence on the training that an adapter has had."""
+    if polish is None:
+        return "It has not been\ntrained."
+    aim = "to predict what full precision does" if polish.target == "full precision" else "on the text itself"
+    kind = "distilled" if polish.target == "full precision" else "fine-tuned"
+    return (
+        f"Then it has\nbeen {kind} {aim}: {polish.steps} steps of {polish.batch} x {polish.sequence_length} tokens of "
+        f"the calibration text,\nlearning rate {polish.learning_rate:g}. It has not been trained on a task."
+    )
+
+
+def quoted(text: str) -> str:
+    """Return a string as Python code, in double quotes, whatever is in it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def loading_snippet(initializer: Initializer, base_model: str, quantized_base: str | None) -> str:
+    """Return Python code that loads the base and the adapter with stock packages."""
+    config = initializer.quantizer.stock_config()
+    if quantized_base is not None or config is None:
+        place = f"{quoted(quantized_base or f'{BESIDE}/base')}, dtype=torch.bfloat16,"
+        remark = "" if quantized_base is not None else "  # written by --save-base"
+        return _SNIPPET.format(config_import="", arguments=place + remark)
+    inner = ", ".join(f"{key}={value!r}" for key, value in config.items())
+    arguments = (
+        f"{quoted(base_model)},\n    quantization_config=BitsAndBytesConfig({inner}),\n    dtype=torch.bfloat16,"
+    )
+    return _SNIPPET.format(config_import=", BitsAndBytesConfig", arguments=arguments)

@@ -1,0 +1,245 @@
+"""The state of a run that can be killed at any time: a manifest, finished layers, hidden states."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..calibration.activations import Activations
+from ..errors import ResumeError
+from ..layer.record import LayerRecord
+from ..solvers import Correction
+from ..support import distributed
+from ..support.files import storing, write_json, write_tensors
+from ..support.sealed import is_intact, read_sealed, sealed
+
+logger = logging.getLogger("quailora")
+
+_PACKED = "packed."
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of one layer.
+
+    Attributes:
+        record: its errors; None if the layer is only quantized.
+        correction: likewise.
+        dequantized: `Q`, where it is needed later.
+        packed: `QuantizedWeight.packed`, likewise.
+    """
+
+    record: LayerRecord | None = None
+    correction: Correction | None = None
+    dequantized: Tensor | None = None
+    packed: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A folder with everything that a killed run leaves behind.
+
+    Files are complete or absent, and carry a hash of their content, so whatever is there and has kept its hash can be
+    used. They lie in a folder named by the fingerprint:
+    a host of a distributed run that keeps its own may hold some of an older run.
+
+    Attributes:
+        folder: the folder.
+        fingerprint: what the run depends on, item by item.
+    """
+
+    folder: Path
+    fingerprint: Mapping[str, str]
+
+    @property
+    def state(self) -> Path:
+        """Where files of this very run are."""
+        digest = hashlib.sha256(json.dumps(dict(self.fingerprint)).encode()).hexdigest()
+        return self.folder / f"run-{digest[:12]}"
+
+    @property
+    def activations(self) -> Activations:
+        """Keeps hidden states in this folder."""
+        return Activations(self.state / "activations")
+
+    def folder_for(self, purpose: str) -> Path:
+        """Return a folder for temporary files; it goes with the rest."""
+        folder = self.state / purpose
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def blocks_done(self) -> int:
+        """Blocks whose layers and outputs are all here."""
+        return int((self.manifest() or {}).get("blocks_done", 0))
+
+    def set_blocks_done(self, blocks: int) -> None:
+        """Write down how many blocks are done."""
+        if distributed.rank() == 0:
+            content = {"fingerprint": dict(self.fingerprint), "blocks_done": blocks}
+            write_json(self.folder / "manifest.json", {**content, "digest": digest_of_json(content)})
+
+    def has(self, layer: str) -> bool:
+        """Return whether a layer is finished."""
+        return self._path(layer).is_file()
+
+    def save(self, layer: str, outcome: Outcome) -> None:
+        """Keep a finished layer."""
+        tensors: dict[str, Tensor] = {}
+        if outcome.correction is not None:
+            kept = outcome.correction
+            tensors = {"lora_A": kept.lora_A, "lora_B": kept.lora_B, "energies": kept.energies}
+        if outcome.dequantized is not None:
+            tensors["dequantized"] = outcome.dequantized
+        tensors |= {f"{_PACKED}{name}": tensor for name, tensor in outcome.packed.items()}
+        record = json.dumps(asdict(outcome.record) if outcome.record else None)
+        self._path(layer).parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_tensors(self._path(layer), tensors, sealed(tensors, {"record": record}))
+
+    def load(self, layer: str) -> Outcome:
+        """Return a finished layer; its tensors are memory-mapped.
+
+        Raises:
+            ResumeError: if its file is damaged.
+        """
+        path = self._path(layer)
+        try:
+            tensors, metadata = read_sealed(path)
+            content = json.loads(metadata["record"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ResumeError(f"The state in {path} is damaged: {error}. Run the same command again.") from error
+        packed = {name.removeprefix(_PACKED): tensor for name, tensor in tensors.items() if name.startswith(_PACKED)}
+        if content is None:
+            return Outcome(dequantized=tensors["dequantized"], packed=packed)
+        record = LayerRecord.read(content)
+        correction = Correction(tensors["lora_A"], tensors["lora_B"], tensors["energies"])
+        return Outcome(record, correction, tensors.get("dequantized"), packed)
+
+    def remove(self) -> None:
+        """Remove the folder; the run is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, layer: str) -> Path:
+        return self.state / "layers" / f"{layer}.safetensors"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """Return what is written down of the run that the folder belongs to; None if that is damaged."""
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            return {}
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            kept = content.pop("digest")
+            return content if kept == digest_of_json(content) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def remove_damaged(self) -> bool:
+        """Remove the files that have changed since they were written; return whether the walk has to start again.
+
+        Layers that are gone are made again; hidden states that are gone come from the first block on.
+        """
+        damaged = [
+            path for path in sorted(self.state.rglob("*.safetensors")) if self._is_kept(path) and not is_intact(path)
+        ]
+        for path in damaged:
+            logger.warning("%s has changed since it was written. It is made again.", path)
+            path.unlink(missing_ok=True)
+        return any("activations" in path.relative_to(self.state).parts for path in damaged)
+
+    def _is_kept(self, path: Path) -> bool:
+        return path.relative_to(self.state).parts[0] in {"layers", "activations"}
+
+
+def digest_of_json(content: Any) -> str:
+    """Return a short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make sure that only one run uses a folder; the lock goes with the process that holds it, however that ends.
+
+    Raises:
+        ResumeError: if another run uses it.
+    """
+    from filelock import FileLock, Timeout
+
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ResumeError(
+            f"Another run is at work in {folder}. Wait for it to end, or choose another output folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if not (folder / "manifest.json").exists():  # nothing to go on from
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_checkpoint(folder: Path, fingerprint: Mapping[str, str], fresh: bool) -> Checkpoint:
+    """Return the state of this very run, new or half done.
+
+    Args:
+        folder: an existing folder that this process has locked.
+        fingerprint: what the run depends on, item by item.
+        fresh: remove what another run left.
+
+    Raises:
+        ResumeError: if the folder holds the state of a run that depends on something else; the message says on what.
+    """
+    checkpoint = Checkpoint(folder, fingerprint)
+    if distributed.rank() == 0:
+        claim(checkpoint, fresh)
+    distributed.barrier()
+    (checkpoint.state / "layers").mkdir(exist_ok=True, parents=True)
+    if any(distributed.gather(checkpoint.remove_damaged())):
+        checkpoint.set_blocks_done(0)
+    distributed.barrier()
+    return checkpoint
+
+
+def claim(checkpoint: Checkpoint, fresh: bool) -> None:
+    """Make sure that a folder holds the state of this very run, or of none; see `open_checkpoint`."""
+    folder, fingerprint = checkpoint.folder, checkpoint.fingerprint
+    manifest = {} if fresh else checkpoint.manifest()
+    others = [state for state in folder.glob("run-*") if fresh or state != checkpoint.state]
+    if manifest is None:
+        if others:
+            raise ResumeError(
+                f"The manifest {folder / 'manifest.json'} is damaged, and {folder} holds the state of a run with other "
+                "settings. Choose another output folder, or start again with --fresh."
+            )
+        logger.warning("The manifest in %s is damaged. The layers of this run that are intact are kept.", folder)
+        checkpoint.set_blocks_done(0)
+        return
+    before = manifest.get("fingerprint", {})
+    changed = [name for name in {**before, **fingerprint} if before and before.get(name) != fingerprint.get(name)]
+    if changed:
+        told = "; ".join(f"{name}: {before.get(name)} then, {fingerprint.get(name)} now" for name in changed)
+        raise ResumeError(
+            f"{folder} holds the state of a run with other settings ({told}). Repeat that run's command to finish "
+            "it, choose another output folder, or start again with --fresh."
+        )
+    if not before:
+        for state in others:
+            shutil.rmtree(state)
+        checkpoint.set_blocks_done(0)

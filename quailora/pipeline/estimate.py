@@ -1,0 +1,297 @@
+"""What a run will take, from configuration and shapes alone: adapter size, bits, memory, time."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import nn
+
+from ..calibration.capture import has_bfloat16, shared_inputs
+from ..calibration.empty_pass import empty_inputs
+from ..calibration.walk import TOKENS_PER_PASS, InputsOf
+from ..calibration.windows import Calibration
+from ..core.statistics import InputStatistics
+from ..errors import DoesNotFitError
+from ..methods.method import Method
+from ..models.layers import Layer, kind
+from ..quantizers import Quantizer
+from ..support.machine import duration, flops, size
+from ..support.tables import print_table
+
+Offload = Literal["auto", "always", "never"]
+
+_FIXED = {"cpu": 450 * 2**20, "cuda": 256 * 2**20}  # Python with torch and transformers; libraries of a GPU
+_MEMORY = {"cpu": "memory", "cuda": "GPU memory"}
+_SAMPLE = 64, 1024  # of a weight, to count the bits of a quantizer
+
+
+@final
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take; memory and time are rough.
+
+    Attributes:
+        model: as it was asked for.
+        rows: kind of layer, how many, shape, rank, adapter parameters of all of them.
+        adapter_bytes: size of the adapter's file.
+        bits_per_weight: stored bits of the quantized layers.
+        model_bytes: all weights in their dtype.
+        device: kind of device that computes; the three numbers that follow are of its memory.
+        in_memory: peak bytes with the model in memory.
+        streamed: peak bytes with the model left on disk.
+        available: bytes that may be used.
+        disk: bytes that the state of the unfinished run takes beside the output.
+        seconds: of calibration and initialization on this device.
+    """
+
+    model: str
+    rows: list[tuple[str, int, tuple[int, int], int, int]]
+    adapter_bytes: int
+    bits_per_weight: float
+    model_bytes: int
+    device: str
+    in_memory: int
+    streamed: int
+    available: int
+    disk: int
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """Where the model would go, in words."""
+        if self.in_memory <= self.available:
+            return f"fits in {self.memory}"
+        if self.streamed <= self.available:
+            return "fits block by block, with the weights left on disk"
+        return f"does not fit: use fewer or shorter samples, fewer targets, or a machine with more {self.memory}"
+
+    @property
+    def memory(self) -> str:
+        """The memory of the device, in words."""
+        return _MEMORY[self.device]
+
+    def show(self) -> None:
+        """Print two tables."""
+        rows = [
+            [name, str(count), f"{shape[0]} x {shape[1]}", str(rank), f"{parameters:,}"]
+            for name, count, shape, rank, parameters in self.rows
+        ]
+        print_table(f"{self.model}: layers", ("layer", "count", "out x in", "rank", "adapter parameters"), rows)
+        facts = [
+            ["adapter", size(self.adapter_bytes)],
+            ["model as it is", size(self.model_bytes)],
+            ["quantized layers", f"{self.bits_per_weight:.2f} bits per weight"],
+            [f"peak {self.memory}, model in memory", f"about {size(self.in_memory)}"],
+            [f"peak {self.memory}, model on disk", f"about {size(self.streamed)}"],
+            [f"{self.memory} that may be used", size(self.available)],
+            ["state of the run on disk", size(self.disk)],
+            ["time on this machine", f"about {duration(self.seconds)}"],
+            ["verdict", self.verdict],
+        ]
+        print_table("What the run takes (memory and time are rough)", ("what", "how much"), facts, "left")
+
+
+def estimate(
+    name: str,
+    model: Any,
+    layers: Mapping[str, Layer],
+    method: Method,
+    source: Calibration,
+    *,
+    inputs_of: InputsOf,
+    device: str,
+    available: int,
+) -> Estimate:
+    """Return what initializing these layers takes.
+
+    Args:
+        name: the model as it was asked for.
+        model: without weights.
+        layers: the layers that get a correction.
+        method: quantizer and ranks.
+        source: how much there is to calibrate on.
+        inputs_of: see `Walk`.
+        device: kind of device that computes.
+        available: bytes of its memory that may be used.
+    """
+    scaling = method.scaling
+    groups: dict[tuple[str, tuple[int, int], int], list[Layer]] = {}
+    for layer in layers.values():
+        groups.setdefault((kind(layer.name), layer.shape, scaling.rank_of(layer.group)), []).append(layer)
+    rows = [
+        (what, len(same), shape, rank, len(same) * rank * sum(shape)) for (what, shape, rank), same in groups.items()
+    ]
+    parameters = sum(row[-1] for row in rows)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+    quantizer = method.initializer.quantizer
+    stored = sum(len(same) * math.prod(same[0].shape) * bits_of(quantizer, same[0]) for same in groups.values())
+
+    tokens = source.samples * source.sequence_length
+    per_pass = max(source.sequence_length, min(tokens, TOKENS_PER_PASS))
+    paired = inputs_of == "asymmetric"
+    width = 2 if paired else 1
+    inputs = distinct_inputs(model, layers)
+    by_block: dict[str, list[int]] = {}
+    for layer in inputs.values():
+        by_block.setdefault(block_of(layer.name), []).append(layer.shape[1])
+    at_once = inputs_at_once(inputs, inputs_of)
+    element = model.dtype.itemsize
+    grams = max(sum(gram_bytes(layer, paired=paired) for layer in group) for group in at_once)
+    captured_bytes = max(per_pass * sum(widths) * element * width for widths in by_block.values())
+    largest = max(layers.values(), key=lambda layer: layer.shape[0] * layer.shape[1])
+    widest = max(layer.shape[1] for layer in layers.values())
+    working = (16 if paired else 4) * widest**2 + 24 * largest.shape[0] * largest.shape[1]
+    shared = _FIXED[device] + grams + captured_bytes + working
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    hidden = tokens * largest_hidden(model) * element * width
+    return Estimate(
+        model=name,
+        rows=rows,
+        adapter_bytes=4 * parameters,
+        bits_per_weight=stored / weights,
+        model_bytes=total,
+        device=device,
+        in_memory=shared + total,
+        streamed=shared + largest_block(model),
+        available=available,
+        disk=4 * parameters + 2 * hidden,
+        seconds=seconds_for(
+            layers,
+            inputs,
+            method,
+            tokens=tokens,
+            shares={name: share_of_tokens(model, layer) for name, layer in layers.items()},
+            width=width,
+            runs=1 if inputs_of == "full" else width * max(map(len, by_block.values())) + 1,
+            device=device,
+            low=element == 2 or (device == "cpu" and has_bfloat16()),
+        ),
+    )
+
+
+def distinct_inputs(model: Any, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Return one layer for each tensor that layers are run on, found by a pass of an empty model over a few tokens.
+
+    All layers, where the model does not run without weights.
+    """
+    inputs = empty_inputs(model, layers)
+    if inputs is None:
+        return dict(layers)
+    first = {names[0] for names in shared_inputs(inputs)} | (layers.keys() - inputs.keys())
+    return {name: layer for name, layer in layers.items() if name in first}
+
+
+def inputs_at_once(inputs: Mapping[str, Layer], inputs_of: InputsOf) -> list[list[Layer]]:
+    """Return the inputs whose statistics are held at the same time.
+
+    They are those of a block; where each layer sees what those before it have become, they are one input or the experts
+    of one parameter.
+    """
+    groups: dict[str, list[Layer]] = {}
+    for layer in inputs.values():
+        groups.setdefault(block_of(layer.name) if inputs_of == "full" else layer.group, []).append(layer)
+    return list(groups.values())
+
+
+def gram_bytes(layer: Layer, *, paired: bool) -> int:
+    """Return the bytes of the moments of a layer's inputs, and of what a fit to two networks adds to them.
+
+    Paired are two moments of all tokens, two of those that are held out, and one that is factored; experts have one.
+    """
+    return 8 * (5 if paired and layer.expert is None else 1) * layer.shape[1] ** 2
+
+
+def block_of(name: str) -> str:
+    """Return the part of a layer's name up to the number of its block, or nothing for one outside all blocks."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else ""
+
+
+def largest_block(model: Any) -> int:
+    """Return the bytes of the largest block, or of the largest module outside all blocks."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        place = block_of(name) or name
+        sizes[place] = sizes.get(place, 0) + parameter.numel() * parameter.element_size()
+    return max(sizes.values())
+
+
+def largest_hidden(model: Any) -> int:
+    """Return the width of the hidden states between blocks."""
+    embeddings: nn.Embedding = model.get_input_embeddings()
+    return embeddings.embedding_dim
+
+
+def bits_of(quantizer: Quantizer, layer: Layer) -> float:
+    """Return the stored bits of each weight of a layer, from a small random one unless it is stored already."""
+    own = quantizer.for_layer(layer.name)
+    limits = _SAMPLE if own is quantizer else layer.shape
+    rows, columns = (min(side, limit) for side, limit in zip(layer.shape, limits, strict=True))
+    statistics = InputStatistics(columns)
+    statistics.add(torch.eye(columns, dtype=torch.float64), 1)
+    sample = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    return own.quantize(sample, statistics).bits_per_weight
+
+
+def share_of_tokens(model: Any, layer: Layer) -> float:
+    """Return the share of all tokens that a layer sees: an expert only those that are sent to it."""
+    if layer.expert is None:
+        return 1.0
+    experts = len(getattr(layer.module, layer.parameter))
+    return getattr(model.config, "num_experts_per_tok", experts) / experts
+
+
+def seconds_for(
+    layers: Mapping[str, Layer],
+    inputs: Mapping[str, Layer],
+    method: Method,
+    *,
+    tokens: int,
+    shares: Mapping[str, float],
+    width: int,
+    runs: int,
+    device: str,
+    low: bool,
+) -> float:
+    """Return roughly how long calibration and initialization take here, from a short test of the device.
+
+    Counted are the model's own products, backward passes among them, those of the statistics, and a solution's: two
+    dense products for errors and some twenty thin ones for each rank.
+    """
+    single, fast = flops(torch.float32, device), flops(torch.bfloat16 if low else torch.float32, device)
+    seen = {name: tokens * share for name, share in shares.items()}
+    forward = sum(2 * seen[name] * layer.shape[0] * layer.shape[1] for name, layer in layers.items()) * runs
+    passes = 3.0 * tokens if method.initializer.metric == "fisher" else 0.0
+    if method.polish is not None:  # forward in full precision; forward and backward in the quantized network
+        passes += 4.0 * method.polish.steps * method.polish.batch * method.polish.sequence_length
+    forward += sum(2 * passes * layer.shape[0] * layer.shape[1] for layer in layers.values())
+    each = 2 * 5 / 8 + (2 if width == 2 else 0)  # a symmetric product; of two networks another, which is not
+    grams = sum(each * seen[name] * layer.shape[1] ** 2 for name, layer in inputs.items())
+    solutions = 0.0
+    for layer in layers.values():
+        rows, columns = layer.shape
+        thin = 20.0 * method.scaling.rank_of(layer.group) * (2 * rows * columns + columns**2)
+        solutions += (2 * 2.0 * rows * columns**2 + thin) * method.initializer.schedule.solutions
+    return forward / fast + (grams + solutions) / single
+
+
+def choose_offload(asked: Offload, limit: str | None, needed: Estimate) -> bool:
+    """Return whether to leave the weights on disk.
+
+    Raises:
+        DoesNotFitError: if a limit was given, and the run stays above it in the way asked for.
+    """
+    on_disk = asked == "always" or (asked == "auto" and needed.in_memory > needed.available)
+    peak = needed.streamed if on_disk else needed.in_memory
+    if limit is not None and peak > needed.available:
+        raise DoesNotFitError(
+            f"Expected to stay below {size(needed.available)}, but the run needs about {size(peak)} of {needed.memory}"
+            f"{' with the weights left on disk' if on_disk else ''}. Raise the limit, or use fewer targets "
+            f"or shorter samples{'' if on_disk else ', or leave the weights on disk with --offload auto'}."
+        )
+    return on_disk

@@ -1,0 +1,44 @@
+"""`report.json`: what was run, on what, and four errors for each layer."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from ..layer.record import LayerRecord, error_reduction, mean_bits
+
+_PACKAGES = ("quailora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
+
+
+def versions_in_words() -> str:
+    """Return the same as one line."""
+    return ", ".join(f"{name} {number}" for name, number in versions().items())
+
+
+def build_report(
+    settings: Mapping[str, Any],
+    phases: Mapping[str, Any],
+    layers: Sequence[LayerRecord],
+    calibration_tokens: int,
+    block_seconds: Mapping[int, float],
+) -> dict[str, Any]:
+    """Return the content of `report.json`."""
+    return {
+        "model": settings["model"],
+        "settings": dict(settings),
+        "versions": versions(),
+        "phases": dict(phases),
+        "block_seconds": dict(block_seconds),
+        "calibration_tokens": calibration_tokens,
+        "bits_per_weight": mean_bits(layers),
+        "mean_error_share": error_reduction(layers),
+        "layers": [asdict(layer) for layer in layers],
+    }

@@ -1,0 +1,110 @@
+"""One quantized layer: what schedules and solvers work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..core.metrics import METRICS, Identity
+from ..core.objective import Objective
+from ..core.statistics import InputStatistics
+from ..quantizers import QuantizedWeight, Quantizer
+from ..solvers.fisher import Sensitivity
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class QuantizedLayer:
+    """A layer between quantization and correction; any number of solvers and ranks share what it holds.
+
+    Attributes:
+        weight: what `Q + C` should come close to: `W`, or a target in its place.
+        quantizer: what makes `Q`.
+        quantized: `Q`.
+        objective: `E = W - Q` and the metric that errors are reported in, with all that solvers have found so far.
+        weight_energy: `tr(W H W^T)`, the energy of the full-precision output.
+        statistics: second moment of the layer's inputs, if there was calibration.
+        dtype: dtype of `W`, which is what gets quantized.
+        sensitivity: weights of outputs and inputs, for methods in the metric "fisher".
+        trial: the layer fitted to a part of the tokens, where some are held out.
+    """
+
+    weight: Tensor
+    quantizer: Quantizer
+    quantized: QuantizedWeight
+    objective: Objective
+    weight_energy: float
+    statistics: InputStatistics | None
+    dtype: torch.dtype
+    sensitivity: Sensitivity | None = None
+    trial: Trial | None = None
+
+    @classmethod
+    def of(
+        cls,
+        quantizer: Quantizer,
+        weight: Tensor,
+        statistics: InputStatistics | None = None,
+        target: Tensor | None = None,
+        sensitivity: Sensitivity | None = None,
+    ) -> QuantizedLayer:
+        """Quantize a weight.
+
+        Args:
+            quantizer: makes `Q` from the weight.
+            weight: `W`.
+            statistics: second moment of the inputs.
+            target: what `Q + C` should come close to; the weight itself if it is missing.
+            sensitivity: see the class.
+
+        Raises:
+            ValueError, CalibrationError, NumericalError: as `Quantizer.quantize` does.
+        """
+        weight = weight.detach()
+        if statistics is not None:
+            statistics = statistics.to(weight.device)
+        judge = Identity() if statistics is None else METRICS["gram"](statistics)
+        quantized = quantizer.quantize(weight, statistics)
+        aim = weight if target is None else target
+        objective = Objective(difference(aim, quantized), judge)
+        energy = judge.energy(weight)
+        return cls(aim, quantizer, quantized, objective, energy, statistics, weight.dtype, sensitivity)
+
+    def objective_of(self, matrix: Tensor) -> Objective:
+        """Return the objective of another matrix in place of `W - Q`, in the same metric."""
+        return Objective(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), self.objective.metric)
+
+    def requantized(self, matrix: Tensor, statistics: InputStatistics | None = None) -> QuantizedLayer:
+        """Return the layer with `Q` made from another matrix, such as `W - C`.
+
+        Args:
+            matrix: what to quantize.
+            statistics: what the quantizer shall see in place of the layer's own.
+        """
+        quantized = self.quantizer.quantize(matrix.to(self.dtype), statistics or self.statistics)
+        objective = Objective(difference(self.weight, quantized), self.objective.metric)
+        return replace(self, quantized=quantized, objective=objective)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A layer that knows a part of the tokens, and a judge that knows the others.
+
+    Attributes:
+        layer: fitted to the part.
+        judge: error of the outputs of a weight `Q + C` on the others, up to a constant.
+    """
+
+    layer: QuantizedLayer
+    judge: Callable[[Tensor], float]
+
+
+def difference(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """Return `W - Q` in float32 at least."""
+    full = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return full - quantized.dequantize().to(full.dtype)

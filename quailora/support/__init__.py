@@ -1,0 +1,1 @@
+"""What every part of the package uses: files, settings, processes, memory, progress and tables."""

@@ -1,0 +1,110 @@
+"""Several processes started by `torchrun`: who this one is, sums and gathers. Alone, all of it does nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import DistributedError
+from .machine import cores
+
+Item = TypeVar("Item")
+
+_PATIENCE = timedelta(hours=2)  # a rank with slow layers keeps the others waiting; a dead one is noticed at once
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the processes that `torchrun` started, if it did, for the body of a `with` statement.
+
+    Cores are divided among the processes of a host, and each gets a GPU of its own where they compute on GPUs.
+
+    Args:
+        device: kind of device that the processes compute on.
+
+    Raises:
+        DistributedError: if a host has fewer GPUs than processes, or another process dies.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, cores() // local))
+    if device == "cuda":
+        there = torch.cuda.device_count()
+        if local > there:
+            raise DistributedError(
+                f"Expected at most one process for each GPU of a host, got {local} processes and {there} of them. "
+                f"Try torchrun --nproc-per-node {there}, or --device cpu."
+            )
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and "NCCL" not in str(error) and "Connection" not in str(error):
+            raise
+        raise DistributedError(
+            f"Process {rank()} lost another process ({str(error).splitlines()[0]}). Its own messages say why it ended. "
+            "What is finished is kept: run the same command again to go on."
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Return this process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return how many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(item: Item) -> list[Item]:
+    """Return what every process passed, in order of their numbers."""
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def from_first(item: Item) -> Item:
+    """Return what the first process passed."""
+    return gather(item)[0]
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    gather(None)
+
+
+def packed(costs: Mapping[str, float]) -> list[str]:
+    """Return this process's share of work: the dearest first, each to the process with the least so far.
+
+    The same everywhere, without talking.
+    """
+    loads = [0.0] * world_size()
+    mine = []
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        least = loads.index(min(loads))
+        loads[least] += costs[name]
+        if least == rank():
+            mine.append(name)
+    return mine

@@ -1,0 +1,132 @@
+"""What this machine has: memory, and how fast it multiplies; and sizes and times for people."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigurationError, DoesNotFitError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SMALLEST, _LARGEST = 768, 6144  # sides of the products that are timed
+_MEASURABLE = 1e-3  # seconds
+_FULL = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")  # of PyTorch and CUDA's libraries
+_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def flops(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Return how many operations a second square products of a device do, once they are large enough to fill it."""
+    best, side = 0.0, _SMALLEST // 2
+    while best < _MEASURABLE and side < _LARGEST:
+        side *= 2
+        matrix, best = torch.ones(side, side, dtype=dtype, device=device), float("inf")
+        for _ in range(4):
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # which waits for a GPU
+            best = min(best, time.perf_counter() - start)
+    return 2 * float(side) ** 3 / best
+
+
+def memory_available(limit: str | None, device: str = "cpu") -> int:
+    """Return how many bytes of a device's memory a run may use: the limit, or four fifths of what is free now.
+
+    Raises:
+        ConfigurationError: if the limit cannot be read.
+    """
+    return parse_size(limit) if limit is not None else free_memory(device) * 4 // 5
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Return how many bytes of a device's own memory are free; for the CPU, those of the machine."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        return torch.cuda.mem_get_info(device)[0] + kept
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def within_memory(advice: str) -> Iterator[None]:
+    """Turn the end of a device's memory inside a `with` statement into an error of one line.
+
+    Args:
+        advice: what may need less memory, to follow "Try".
+
+    Raises:
+        DoesNotFitError: if PyTorch finds no memory for a tensor.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(mark in str(error) for mark in _FULL):
+            raise
+        said = str(error).partition("DefaultCPUAllocator: ")
+        first = (said[2] or said[0]).partition(". GPU ")[0].splitlines()[0].rstrip(".")
+        raise DoesNotFitError(f"The memory is full ({first}). Try {advice}.") from error
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from now on, where the system can; also that of the GPU, if one is in use."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that were resident: since the last reset on Linux, of this process elsewhere."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 2**10
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    try:
+        import resource
+    except ImportError:
+        return int(memory.rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10  # macOS alone counts in bytes
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a text like `8GiB`, `500MB` or `4G` means.
+
+    Raises:
+        ConfigurationError: if it means none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", text, re.IGNORECASE)
+    if not found:
+        raise ConfigurationError(f"Expected a size such as 8GiB, 500MB or 4G, got {text!r}.")
+    unit = found[2].upper()
+    return int(float(found[1]) * (_DECIMAL if found[3].upper() == "B" else _UNITS)[unit])
+
+
+def size(number: int) -> str:
+    """Return bytes for people."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

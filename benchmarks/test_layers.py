@@ -38,7 +38,7 @@ def test_gptq(benchmark, record, layer, shared):
 
     def prepare():
         if not shared:
-            statistics.forget()
+            statistics.clear_cache()
         return layer, {}
 
     quantized = benchmark.pedantic(quantizer.quantize, setup=prepare, rounds=3, warmup_rounds=1)

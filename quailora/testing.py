@@ -155,7 +155,7 @@ def check_quantizer(quantizer: Quantizer, problem: Problem | None = None, *, ide
         assert quantized.nbytes == stored, f"nbytes is not the size of what is stored: {where}"
         residual, size = (weight - restored).double().norm(), weight.double().norm()
         # A calibrated quantizer may move weights that its inputs do not see.
-        assert quantizer.calibrated or residual <= size, f"further from the weight than zero is: {where}"
+        assert quantizer.needs_calibration or residual <= size, f"further from the weight than zero is: {where}"
         if idempotent and weight.dtype in {torch.float32, torch.float64}:
             again = quantizer.quantize(restored, statistics).dequantize()
             torch.testing.assert_close(again, restored, msg=f"not idempotent: {where}")
@@ -213,7 +213,7 @@ def _check_solution(
     assert measured <= total + slack, f"worse than no correction ({measured} > {total}): {where}"
 
     assert measured >= optimum - tolerance, f"below the optimum ({measured} < {optimum}): {where}"
-    if solver.calibrated:
+    if solver.needs_calibration:
         uncalibrated = SVD().solve(error, objective.metric, rank).error
         assert measured <= uncalibrated + slack, f"worse than the SVD ({measured} > {uncalibrated}): {where}"
         if rank == min(error.shape):

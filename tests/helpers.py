@@ -60,7 +60,7 @@ SOLVERS: list[Solver] = [
     Optimal(damping=0.1),
 ]
 
-CALIBRATED = [solver for solver in SOLVERS if solver.calibrated]
+CALIBRATED = [solver for solver in SOLVERS if solver.needs_calibration]
 
 each_quantizer = pytest.mark.parametrize("quantizer", [row[0] for row in QUANTIZERS], ids=repr)
 each_quantizer_row = pytest.mark.parametrize(("quantizer", "idempotent"), QUANTIZERS, ids=repr)

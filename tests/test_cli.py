@@ -320,7 +320,7 @@ def test_compare_prints_a_table_and_goes_on(run, tiny_llama, tmp_path):
 def test_init_by_recipe(run, tiny_llama, tmp_path):
     assert run("init", tiny_llama, "--out", tmp_path / "out", "--recipe", "srr", *FAST)[0] == 0
     sidecar = json.loads((tmp_path / "out" / "quailora.json").read_text(encoding="utf-8"))
-    assert sidecar["schedule"]["class_path"] == "quailora.schedules.preserve.Preserve"
+    assert sidecar["schedule"]["class_path"] == "quailora.schedules.srr.SRR"
     assert (tmp_path / "out" / "base").is_dir()
     status, _, errors = run("init", tiny_llama, "--out", tmp_path / "x", "--recipe", "srr", "--solver", "svd", *FAST)
     assert status == 1

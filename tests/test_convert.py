@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from quailora import Optimal, Uniform
 from quailora.adapters.convert import change, convert
+from quailora.core.objective import Factors
 from quailora.errors import ConfigurationError, ModelError, OutputExistsError
 from quailora.evaluation.check import check
 from quailora.evaluation.evaluate import evaluate
@@ -181,15 +182,17 @@ def test_other_kinds_of_adapters_are_refused_by_name(original, tmp_path):
 
 def test_experts_by_hand(generator):
     """One pair for all experts: rows of `lora_A` expert after expert, columns of `lora_B` interleaved."""
-    trained, before = ((torch.randn(6, 5, generator=generator), torch.randn(7, 6, generator=generator)) for _ in "ab")
-    lora_A, lora_B = change(trained, before, rank=2)
+    trained, before = (
+        Factors(torch.randn(7, 6, generator=generator), torch.randn(6, 5, generator=generator)) for _ in "ab"
+    )
+    found = change(trained, before, rank=2)
 
     def of(expert, pair, rank):
-        return pair[1].reshape(7, rank, 3)[:, :, expert] @ pair[0][rank * expert : rank * (expert + 1)]
+        return pair.lora_B.reshape(7, rank, 3)[:, :, expert] @ pair.lora_A[rank * expert : rank * (expert + 1)]
 
     for expert in range(3):
         expected = of(expert, trained, 2) - of(expert, before, 2)
-        torch.testing.assert_close(of(expert, (lora_A, lora_B), 4), expected)
+        torch.testing.assert_close(of(expert, found, 4), expected)
 
 
 def test_bad_pairs_are_refused(original, tmp_path):

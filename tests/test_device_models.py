@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from quailora import GPTQ, NF4, AlternatingLeastSquares, Int8, Optimal
 from quailora.comparison.compare import compare
+from quailora.core.objective import Factors
 from quailora.errors import DoesNotFitError
 from quailora.evaluation.check import check
 from quailora.evaluation.evaluate import evaluate
@@ -134,7 +135,7 @@ def prepared(folder, device):
     generator = torch.Generator().manual_seed(0)
     quantized = {name: layer.weight.cpu().clone() for name, layer in layers.items()}
     factors = {
-        name: (torch.randn(2, layer.shape[1], generator=generator) / 9, torch.zeros(layer.shape[0], 2))
+        name: Factors(torch.zeros(layer.shape[0], 2), torch.randn(2, layer.shape[1], generator=generator) / 9)
         for name, layer in layers.items()
     }
     return model, layers, quantized, factors

@@ -14,7 +14,7 @@ from quailora.layer.asymmetric import initialize_asymmetric
 from quailora.methods.recipes import RECIPES
 from quailora.pipeline.layerwise import seeded
 from quailora.quantizers import HQQ
-from quailora.schedules import HeldOut, Once, Preserve
+from quailora.schedules import SRR, HeldOut, Once
 from quailora.solvers.fisher import Sensitivity
 from quailora.testing import make_problem
 
@@ -67,7 +67,7 @@ def test_every_recipe(accelerator, name):
         assert_same_on(accelerator, row.method(NF4(), LoraScaling(4)).initializer, sensitivity=SENSITIVITY)
 
 
-@pytest.mark.parametrize("schedule", [Once(), HeldOut(Preserve())], ids=repr)
+@pytest.mark.parametrize("schedule", [Once(), HeldOut(SRR())], ids=repr)
 def test_asymmetric_inputs(accelerator, schedule):
     """With statistics that are still on the CPU, and with statistics that have been moved."""
     noisy = PROBLEM.inputs + 0.1 * PROBLEM.inputs.roll(1, 0)

@@ -9,7 +9,7 @@ import pytest
 from quailora import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, SVD, AlternatingLeastSquares, Optimal, Uniform
 from quailora.errors import ConfigurationError
 from quailora.methods.distillation import Polish
-from quailora.schedules import Alternate, HeldOut, Once, Project, ReduceMagnitude
+from quailora.schedules import Alternate, HeldOut, MagR, Once, ProjQ
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -39,8 +39,8 @@ from quailora.schedules import Alternate, HeldOut, Once, Project, ReduceMagnitud
         (AlternatingLeastSquares, {"iterations": -1}, "iterations of at least 0"),
         (Alternate, {"rounds": 0}, "at least 1 round"),
         (Alternate, {"start": "outlier"}, "a start of quantize, low-rank, outliers"),
-        (Project, {"rounds": 0}, "at least 1 round"),
-        (ReduceMagnitude, {"alpha": math.nan}, "an alpha of at least 0"),
+        (ProjQ, {"rounds": 0}, "at least 1 round"),
+        (MagR, {"alpha": math.nan}, "an alpha of at least 0"),
         (HeldOut, {"schedule": Once(), "dampings": (-1.0,)}, "damping of at least 0"),
         (Polish, {"learning_rate": math.nan}, "learning rate above 0"),
         (Polish, {"target": "texts"}, "a target of full precision, text"),

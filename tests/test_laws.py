@@ -68,7 +68,7 @@ def test_laws_can_fail():
     """The checks reject a solver that ignores its promise."""
 
     class Wrong(type(Optimal()).__base__):  # a Solver
-        calibrated = True
+        needs_calibration = True
 
         def minimise(self, objective, rank):
             return Zero().minimise(objective, rank)

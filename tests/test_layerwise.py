@@ -63,7 +63,7 @@ def test_a_layer_is_quantized_once_for_all_methods_and_its_work_is_freed(layers,
     monkeypatch.setattr(NF4, "encode", lambda self, *arguments: calls.append(1) or original(self, *arguments))
     run_methods(block(layers, statistics), METHODS)
     assert len(calls) == len(layers)
-    assert all(inputs.once("gram", lambda: "freed") == "freed" for inputs in statistics.values())
+    assert all(inputs.cached("gram", lambda: "freed") == "freed" for inputs in statistics.values())
 
 
 def test_the_layer_that_fails_is_named(layers, statistics):

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from quailora import SVD, Initializer, Uniform
 from quailora.calibration.windows import Calibration
+from quailora.core.objective import Factors
 from quailora.errors import ConfigurationError, NumericalError
 from quailora.evaluation.scores import Corrected, measure
 from quailora.methods.distillation import Polish, corrected, next_token_loss
@@ -27,7 +28,7 @@ def test_distillation_lowers_the_divergence_and_leaves_the_model(tiny_llama, tok
     for name, layer in layers.items():
         found = Initializer(Uniform(bits=2), SVD(), 4)(layer.weight)
         quantized[name] = found.quantized.dequantize()
-        factors[name] = (found.low_rank.lora_A, found.low_rank.lora_B)
+        factors[name] = Factors(found.low_rank.lora_B, found.low_rank.lora_A)
     polish = Polish(steps=20, batch=2, sequence_length=64, learning_rate=3e-3)
     windows = polish.windows(source, tokenizer)
     trained = polish.train(model, layers, quantized, factors, windows, "model")
@@ -47,7 +48,7 @@ def test_plain_fine_tuning_lowers_the_loss_on_its_text(tiny_llama, tokenizer):
     layers = linear_layers(model)
     weights = {name: layer.weight.clone() for name, layer in layers.items()}
     factors = {
-        name: (torch.randn(4, each.shape[1]) / 8, torch.zeros(each.shape[0], 4)) for name, each in layers.items()
+        name: Factors(torch.zeros(each.shape[0], 4), torch.randn(4, each.shape[1]) / 8) for name, each in layers.items()
     }
     polish = Polish(steps=20, batch=2, sequence_length=64, learning_rate=3e-3, target="text")
     windows = polish.windows(Calibration(samples=8, sequence_length=64), tokenizer)
@@ -64,7 +65,9 @@ def test_the_correction_in_training_is_that_of_the_adapter(tiny_llama):
     layers = linear_layers(model)
     generator = torch.Generator().manual_seed(0)
     factors = {
-        name: (torch.randn(3, layer.shape[1], generator=generator), torch.randn(layer.shape[0], 3, generator=generator))
+        name: Factors(
+            torch.randn(layer.shape[0], 3, generator=generator), torch.randn(3, layer.shape[1], generator=generator)
+        )
         for name, layer in layers.items()
     }
     weights = {name: layer.weight.clone() for name, layer in layers.items()}
@@ -93,6 +96,8 @@ def test_bad_training_is_refused(tiny_llama, tmp_path):
     model = load_model(str(tiny_llama)).model
     layers = linear_layers(model)
     weights = {name: layer.weight * float("nan") for name, layer in layers.items()}
-    factors = {name: (torch.ones(1, layer.shape[1]), torch.ones(layer.shape[0], 1)) for name, layer in layers.items()}
+    factors = {
+        name: Factors(torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1])) for name, layer in layers.items()
+    }
     with pytest.raises(NumericalError, match="The loss of step 1 is nan"):
         Polish(steps=1, batch=1, sequence_length=8).train(model, layers, weights, factors, torch.ones(1, 8).long())

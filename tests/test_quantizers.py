@@ -17,7 +17,7 @@ from quailora.quantizers.grid import Grid
 from quailora.quantizers.packing import pack, unpack
 from quailora.testing import make_problem
 
-CALIBRATED = [quantizer for quantizer, _ in QUANTIZERS if quantizer.calibrated]
+CALIBRATED = [quantizer for quantizer, _ in QUANTIZERS if quantizer.needs_calibration]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

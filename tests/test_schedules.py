@@ -22,11 +22,11 @@ from quailora.core.metrics import METRICS
 from quailora.errors import CalibrationError, ConfigurationError
 from quailora.methods.recipes import RECIPES, find_recipe
 from quailora.quantizers.variants import with_feedback, with_least_error
-from quailora.schedules import Alternate, HeldOut, Once, Preserve, Project, Schedule
-from quailora.schedules.layer import QuantizedLayer, Trial
-from quailora.schedules.preserve import preserved_rank
-from quailora.schedules.project import deflated
-from quailora.schedules.reduce_magnitude import ReduceMagnitude, onto_l1_ball, reduced
+from quailora.schedules import SRR, Alternate, HeldOut, Once, ProjQ, Schedule
+from quailora.schedules.layer import QuantizedLayer, Validation
+from quailora.schedules.magr import MagR, onto_l1_ball, reduced
+from quailora.schedules.projq import deflated
+from quailora.schedules.srr import preserved_rank
 from quailora.solvers.fisher import Sensitivity
 from quailora.support.settings import build, describe
 from quailora.testing import make_problem, rounding
@@ -42,9 +42,9 @@ def initialized(row, base, rank, problem):
     """A layer; for schedules that look at held-out tokens, these are the same as all others."""
     method = initializer(row, base, rank)
     layer = method.quantize(problem.weight, problem.statistics, some_sensitivity(problem.weight.shape))
-    if method.schedule.judged:
-        judge = METRICS["gram"](problem.statistics)
-        layer = replace(layer, trial=Trial(layer, lambda other: judge.energy(problem.weight - other)))
+    if method.schedule.needs_validation:
+        metric = METRICS["gram"](problem.statistics)
+        layer = replace(layer, validation=Validation(layer, lambda other: metric.energy(problem.weight - other)))
     return method.correct(layer)
 
 
@@ -65,15 +65,15 @@ def test_every_recipe_keeps_the_order_of_errors(name, problem, base, data):
     assert layer.error_optimal <= layer.error + slack
     if row.metric != "fisher":  # whose weights of outputs promise nothing about the plain error
         assert layer.error <= layer.error_none + slack
-    if row.solver.calibrated and row.metric == "gram":
+    if row.solver.needs_calibration and row.metric == "gram":
         assert layer.error <= layer.error_uncalibrated + slack
 
 
-PROMISING = [name for name, row in RECIPES.items() if not isinstance(row.schedule, Once | ReduceMagnitude)]
+PROMISING = [name for name, row in RECIPES.items() if not isinstance(row.schedule, Once | MagR)]
 
 
 def test_only_smaller_magnitudes_promise_nothing():
-    assert {name for name, row in RECIPES.items() if isinstance(row.schedule, ReduceMagnitude)} == {"cloq"}
+    assert {name for name, row in RECIPES.items() if isinstance(row.schedule, MagR)} == {"cloq"}
 
 
 @pytest.mark.parametrize("name", PROMISING)
@@ -231,27 +231,27 @@ def test_feedback_keeps_the_grid():
             with_least_error(other)
 
 
-def test_the_way_of_rounding_is_chosen_by_the_tokens_that_are_held_out():
-    """By a judge who knows nothing but them: whichever way it likes is taken, and fitted to all tokens."""
+def test_the_rounding_is_chosen_by_the_tokens_that_are_held_out():
+    """Whichever rounding has the least validation error is taken, and fitted to all tokens."""
     problem = make_problem(24, 64, "decaying")
     part = make_problem(24, 64, "decaying", seed=1).statistics
     base = Uniform(bits=3, group_size=16)
     schedule = HeldOut(Once(), (0.01, 1.0))
     nearest = with_least_error(base)
-    ways = [base, nearest, with_feedback(nearest, 0.01), with_feedback(nearest, 1.0)]
+    candidates = [base, nearest, with_feedback(nearest, 0.01), with_feedback(nearest, 1.0)]
     solve = partial(Optimal().minimise, rank=2)
     layer = QuantizedLayer.of(base, problem.weight, problem.statistics)
-    trial = QuantizedLayer.of(base, problem.weight, part)
-    for way in ways:
-        fitted = replace(trial, quantizer=way).requantized(problem.weight)
+    part_layer = QuantizedLayer.of(base, problem.weight, part)
+    for candidate in candidates:
+        fitted = replace(part_layer, quantizer=candidate).requantized(problem.weight)
         wanted = fitted.quantized.dequantize() + solve(fitted.objective).dense()
 
-        def judge(other, wanted=wanted):
+        def validation_error(other, wanted=wanted):
             return (other - wanted).square().sum().item()
 
-        found = schedule.choose(replace(layer, trial=Trial(trial, judge)), solve, 2)
-        assert found.quantizer == way
-        expected = way.quantize(problem.weight, problem.statistics).dequantize()
+        found = schedule.choose(replace(layer, validation=Validation(part_layer, validation_error)), solve, 2)
+        assert found.quantizer == candidate
+        expected = candidate.quantize(problem.weight, problem.statistics).dequantize()
         torch.testing.assert_close(found.quantized.dequantize(), expected)
 
 
@@ -260,7 +260,7 @@ def test_bad_compositions_are_refused():
     with pytest.raises(ConfigurationError, match="at least 1 round, got 0"):
         Alternate(rounds=0)
     with pytest.raises(ConfigurationError, match="needs a quantizer with error feedback"):
-        Initializer(NF4(), Optimal(), 2, schedule=Project())(problem.weight, problem.statistics)
+        Initializer(NF4(), Optimal(), 2, schedule=ProjQ())(problem.weight, problem.statistics)
     with pytest.raises(ConfigurationError, match="needs held-out tokens, which asymmetric inputs have"):
         initializer(RECIPES["best-joint"], NF4(), 2)(problem.weight, problem.statistics)
     with pytest.raises(CalibrationError, match="needs calibration"):
@@ -268,4 +268,4 @@ def test_bad_compositions_are_refused():
     with pytest.raises(ConfigurationError, match=r"Unknown recipe 'lora'. Expected one of qlora, "):
         find_recipe("lora")
     assert Once() == Once()
-    assert Preserve().changes_base
+    assert SRR().changes_base

@@ -118,12 +118,12 @@ def test_what_depends_on_the_inputs_is_computed_once(generator):
         calls.append(1)
         return len(calls)
 
-    assert [statistics.once("key", compute), statistics.once("key", compute)] == [1, 1]
-    assert statistics.once(("key", 0.1), compute) == 2
-    statistics.forget()
-    assert statistics.once("key", compute) == 3
+    assert [statistics.cached("key", compute), statistics.cached("key", compute)] == [1, 1]
+    assert statistics.cached(("key", 0.1), compute) == 2
+    statistics.clear_cache()
+    assert statistics.cached("key", compute) == 3
     statistics.update(torch.ones(1, 8))
-    assert statistics.once("key", compute) == 4
+    assert statistics.cached("key", compute) == 4
 
 
 def test_the_second_moment_is_not_copied(generator):

@@ -9,13 +9,14 @@ from typing import final
 
 import torch
 
+from ..core.objective import Factors
 from ..errors import ConfigurationError
 from ..support.files import StrPath, as_str, check_writable, folder_of, new_folder, write_json, write_tensors
 from ..support.tables import print_table
 from .hub import adapter_folder
 from .lora import LoraScaling
 from .provenance import read_provenance
-from .saved import SCALING, A, B, Pair, SavedAdapter
+from .saved import SCALING, A, B, SavedAdapter
 
 _RELATED = 0.8  # of the rows of lora_A point to the same side before and after training
 
@@ -70,7 +71,7 @@ def convert(
     tensors = {key: tensor for key, tensor in trained.tensors.items() if not key.endswith((A, B))}  # whole modules
     for stem in before.stems:
         rank = scaling.rank_of(before.layer(stem))
-        tensors[stem + A], tensors[stem + B] = change(trained.pair(stem), before.pair(stem), rank)
+        tensors[stem + B], tensors[stem + A] = change(trained.factors(stem), before.factors(stem), rank)
     config = dict(trained.config) | doubled.as_config()
     config |= {
         "base_model_name_or_path": as_str(model) or original_model(before),
@@ -118,7 +119,7 @@ def check_started_from(trained: SavedAdapter, before: SavedAdapter) -> None:
                 "wrote as --initial."
             )
         return
-    pairs = ((trained.pair(stem)[0], before.pair(stem)[0]) for stem in before.stems)
+    pairs = ((trained.factors(stem).lora_A, before.factors(stem).lora_A) for stem in before.stems)
     same_side = torch.cat([(after * start).sum(1) >= 0 for after, start in pairs])
     share = same_side.float().mean().item()
     if share < _RELATED:
@@ -129,21 +130,21 @@ def check_started_from(trained: SavedAdapter, before: SavedAdapter) -> None:
         )
 
 
-def change(trained: Pair, before: Pair, rank: int) -> Pair:
+def change(trained: Factors, before: Factors, rank: int) -> Factors:
     """Return factors of twice the rank whose product is `B A - B0 A0`.
 
     A parameter of fused experts has one pair for all of them: `lora_A` expert after expert, `lora_B` interleaved.
 
     Args:
-        trained: `A` and `B`.
-        before: `A0` and `B0`.
+        trained: `B` and `A`.
+        before: `B0` and `A0`.
         rank: of both.
     """
-    experts = len(trained[0]) // rank
-    stacked = [pair[0].reshape(experts, rank, -1) for pair in (trained, before)]
-    interleaved = [pair[1].reshape(-1, rank, experts) for pair in (trained, before)]
+    experts = len(trained.lora_A) // rank
+    stacked = [pair.lora_A.reshape(experts, rank, -1) for pair in (trained, before)]
+    interleaved = [pair.lora_B.reshape(-1, rank, experts) for pair in (trained, before)]
     lora_A, lora_B = torch.cat(stacked, 1), torch.cat([interleaved[0], -interleaved[1]], 1)
-    return lora_A.flatten(0, 1).contiguous(), lora_B.flatten(1).contiguous()
+    return Factors(lora_B.flatten(1).contiguous(), lora_A.flatten(0, 1).contiguous())
 
 
 def double_rank(scaling: LoraScaling) -> LoraScaling:

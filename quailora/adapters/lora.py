@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..core.objective import Factors
 from ..errors import ConfigurationError
 from ..models.layers import Layer
 from ..solvers import Correction, LowRank
@@ -140,11 +141,11 @@ def write_lora(
     tensors: dict[str, Tensor] = {}
     for name in corrections:
         if name not in stacked:
-            lora_A, lora_B = scaled_factors(name, corrections[name], scaling)
+            lora_B, lora_A = scaled_factors(name, corrections[name], scaling)
             tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_A, f"{PREFIX}{name}.lora_B.weight": lora_B}
     for stack in experts:
         factors = [scaled_factors(stack.parameter, corrections[name], scaling) for name in stack.members]
-        tensors |= stack.tensors([lora_A for lora_A, _ in factors], [lora_B for _, lora_B in factors])
+        tensors |= stack.tensors(factors)
     config = lora_config(scaling, target_modules=target_modules, base_model=base_model, experts=experts)
     config.modules_to_save = list(modules_to_save) or None
     # PEFT's own `save_pretrained` writes the same content, but its sets in an order that changes from run to run.
@@ -191,8 +192,8 @@ def lora_shapes(layers: Mapping[str, Layer], scaling: LoraScaling) -> dict[str, 
     return found
 
 
-def scaled_factors(name: str, correction: LowRank | Correction, scaling: LoraScaling) -> tuple[Tensor, Tensor]:
-    """Return `lora_A` and `lora_B` as PEFT stores them, each divided by the root of PEFT's scaling.
+def scaled_factors(name: str, correction: LowRank | Correction, scaling: LoraScaling) -> Factors:
+    """Return the factors as PEFT stores them, each divided by the root of PEFT's scaling.
 
     Raises:
         ValueError: if the correction's rank is not the one that the scaling states.
@@ -200,11 +201,11 @@ def scaled_factors(name: str, correction: LowRank | Correction, scaling: LoraSca
     if correction.rank != scaling.rank_of(name):
         raise ValueError(f"Expected rank {scaling.rank_of(name)} in {name}, got {correction.rank}.")
     root = math.sqrt(scaling.scale_of(name))
-    lora_A, lora_B = (
+    lora_B, lora_A = (
         (factor.double() / root).to(torch.float32).cpu().contiguous()
-        for factor in (correction.lora_A, correction.lora_B)
+        for factor in (correction.lora_B, correction.lora_A)
     )
-    return lora_A, lora_B
+    return Factors(lora_B, lora_A)
 
 
 @final
@@ -230,20 +231,20 @@ class ExpertStack:
         """What stands before `.lora_A.weight` in an adapter file."""
         return f"{PREFIX}{self.parameter.rpartition('.')[0]}{INNER * self.wrapped_by}"
 
-    def tensors(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the two tensors of an adapter file."""
+    def tensors(self, factors: Sequence[Factors]) -> dict[str, Tensor]:
+        """Return the two tensors of an adapter file from the factors of each member."""
         return {
-            f"{self.place}.lora_A.weight": torch.cat(list(lora_A)),
-            f"{self.place}.lora_B.weight": torch.stack(list(lora_B), dim=-1).flatten(1),
+            f"{self.place}.lora_A.weight": torch.cat([pair.lora_A for pair in factors]),
+            f"{self.place}.lora_B.weight": torch.stack([pair.lora_B for pair in factors], dim=-1).flatten(1),
         }
 
-    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return `lora_A` and `lora_B` of each member from the tensors of an adapter file."""
+    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+        """Return the factors of each member from the tensors of an adapter file."""
         lora_A, lora_B = (tensors[f"{self.place}.{each}.weight"] for each in ("lora_A", "lora_B"))
         members = len(self.members)
         lora_A = lora_A.view(members, -1, lora_A.shape[1])
         lora_B = lora_B.view(len(lora_B), -1, members)
-        return {name: (lora_A[index], lora_B[..., index]) for index, name in enumerate(self.members)}
+        return {name: Factors(lora_B[..., index], lora_A[index]) for index, name in enumerate(self.members)}
 
 
 def expert_stacks(layers: Mapping[str, Layer]) -> list[ExpertStack]:

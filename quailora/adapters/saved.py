@@ -11,6 +11,7 @@ from typing import Any, final
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..core.objective import Factors
 from ..errors import ModelError
 from ..models.files import read_json
 from .lora import INNER, PREFIX, LoraScaling
@@ -20,9 +21,6 @@ SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 """What PEFT's configuration says of ranks and alphas."""
 
 A, B = ".lora_A.weight", ".lora_B.weight"
-
-Pair = tuple[Tensor, Tensor]
-"""`lora_A` and `lora_B` as a file holds them."""
 
 
 @final
@@ -128,6 +126,6 @@ class SavedAdapter:
         fused = [each for each in self.config.get("target_parameters") or [] if each.rpartition(".")[0] == module]
         return fused[len(fused) - 1 - name.count(INNER)] if fused else name
 
-    def pair(self, stem: str) -> Pair:
-        """Return the factors of a layer, float32."""
-        return self.tensors[stem + A].float(), self.tensors[stem + B].float()
+    def factors(self, stem: str) -> Factors:
+        """Return the factors of a layer as the file holds them, float32."""
+        return Factors(self.tensors[stem + B].float(), self.tensors[stem + A].float())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.objective import Factors
 from ..errors import ModelError, NumericalError, summary
 from ..models.layers import Layer
 from ..solvers import Correction, LowRank
@@ -61,7 +62,7 @@ def check_files(
             f"Stock PEFT does not load the adapter that was made whole: it uses {len(expected) - len(lost)} of "
             f"{len(tensors)} tensors, and looks for {len(wanted)}. The first that differs is {other}."
         )
-    for name, (lora_A, lora_B) in factors_in(tensors, layers).items():
+    for name, (lora_B, lora_A) in factors_in(tensors, layers).items():
         check_function(name, lora_A, lora_B, scaling.scale_of(layers[name].group), corrections[name])
 
 
@@ -75,10 +76,10 @@ def _is_same(found: Tensor | None, tensor: Tensor) -> bool:
     return found is not None and torch.equal(found, tensor)
 
 
-def factors_in(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return `lora_A` and `lora_B` of each layer from the tensors of an adapter file."""
+def factors_in(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[str, Factors]:
+    """Return the factors of each layer from the tensors of an adapter file."""
     found = {
-        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"])
+        name: Factors(tensors[f"{PREFIX}{name}.lora_B.weight"], tensors[f"{PREFIX}{name}.lora_A.weight"])
         for name, layer in layers.items()
         if layer.expert is None
     }

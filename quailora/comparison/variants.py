@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapters.lora import LoraScaling
 from ..calibration.walk import InputsOf
+from ..core.objective import Factors
 from ..evaluation.scores import Scores
 from ..layer.initializer import Initializer
 from ..methods.method import Method
@@ -98,10 +99,10 @@ class Entry:
         return {name: one.dequantized for name, one in self.outcomes.items() if one.dequantized is not None}
 
     @property
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """`(lora_A, lora_B)` of each layer; none for a base alone."""
+    def factors(self) -> dict[str, Factors]:
+        """Factors of each layer, before PEFT's scaling; none for a base alone."""
         found = {name: one.correction for name, one in self.outcomes.items() if one.correction is not None}
-        return {name: (low.lora_A, low.lora_B) for name, low in found.items()} if self.contender.recipe else {}
+        return {name: low.factors for name, low in found.items()} if self.contender.recipe else {}
 
     @property
     def seconds(self) -> float:

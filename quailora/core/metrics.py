@@ -12,6 +12,7 @@ from typing import Literal, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import ConfigurationError
 from .statistics import InputStatistics
@@ -63,16 +64,20 @@ class Metric(ABC):
 class Identity(Metric):
     """`H = I`: the squared Frobenius norm, which no calibration data enters."""
 
-    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+    @override
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
         return matrix
 
-    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
+    @override
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:
         return squared_norm(matrix)
 
-    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+    @override
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:
         return matrix
 
-    def mean_power(self) -> float:  # noqa: D102
+    @override
+    def mean_power(self) -> float:
         return 1.0
 
 
@@ -89,16 +94,20 @@ class Diagonal(Metric):
 
     second_moment: Float[Tensor, " in_features"]
 
-    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+    @override
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
         return matrix * self.second_moment.to(matrix.dtype)
 
-    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
+    @override
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:
         return (matrix.double().square().sum(0) @ self.second_moment.double()).item()
 
-    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+    @override
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:
         return matrix.double() * self.second_moment.double().sqrt()
 
-    def mean_power(self) -> float:  # noqa: D102
+    @override
+    def mean_power(self) -> float:
         return self.second_moment.mean().item()
 
 
@@ -118,7 +127,8 @@ class Gram(Metric):
         """`H` in float32: the working copy of all float32 products."""
         return self.second_moment.float()
 
-    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+    @override
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
         if matrix.dtype == torch.float64:
             return matrix @ self.second_moment.double()
         return (self.single @ matrix.T).T  # H is symmetric, and BLAS is faster with the thin factor on the right
@@ -142,11 +152,13 @@ class Gram(Metric):
             total += symmetric_form(quiet, self.single) + 2 * cross + symmetric_form(mass, among)
         return max(0.0, total)
 
-    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+    @override
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:
         del matrix
         return None
 
-    def mean_power(self) -> float:  # noqa: D102
+    @override
+    def mean_power(self) -> float:
         return self.second_moment.diagonal().mean().item()
 
 
@@ -168,17 +180,21 @@ class Shrunk(Metric):
     diagonal: Diagonal
     share: float
 
-    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+    @override
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
         return torch.lerp(self.inner.product(matrix), self.diagonal.product(matrix), self.share)
 
-    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
+    @override
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:
         return (1 - self.share) * self.inner.energy(matrix) + self.share * self.diagonal.energy(matrix)
 
-    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+    @override
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:
         del matrix
         return None
 
-    def mean_power(self) -> float:  # noqa: D102
+    @override
+    def mean_power(self) -> float:
         return self.inner.mean_power()
 
 
@@ -195,17 +211,21 @@ class Damped(Metric):
     inner: Metric
     ridge: float
 
-    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:  # noqa: D102
+    @override
+    def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
         return self.inner.product(matrix) + self.ridge * matrix
 
-    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:  # noqa: D102
+    @override
+    def energy(self, matrix: Float[Tensor, "rows in_features"]) -> float:
         return self.inner.energy(matrix) + self.ridge * squared_norm(matrix)
 
-    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:  # noqa: D102
+    @override
+    def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:
         del matrix
         return None
 
-    def mean_power(self) -> float:  # noqa: D102
+    @override
+    def mean_power(self) -> float:
         return self.inner.mean_power() + self.ridge
 
 
@@ -216,8 +236,8 @@ METRICS: dict[MetricName, Callable[[InputStatistics], Metric]] = {
     "identity": lambda _: Identity(),
     "magnitude": lambda statistics: Diagonal(statistics.mean_magnitude.square()),
     "diagonal": lambda statistics: Diagonal(statistics.second_moment.diagonal()),
-    "gram": lambda statistics: statistics.once("gram", lambda: Gram(statistics.second_moment)),
-    "shrunk": lambda statistics: statistics.once("shrunk", lambda: shrunk(statistics)),
+    "gram": lambda statistics: statistics.cached("gram", lambda: Gram(statistics.second_moment)),
+    "shrunk": lambda statistics: statistics.cached("shrunk", lambda: shrunk(statistics)),
 }
 
 

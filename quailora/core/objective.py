@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -20,11 +20,20 @@ from .subspace import KrylovSearch, Subspace, dense_subspace, left_singular_subs
 TOLERANCE = 1e-3
 """How far above the optimum an iterative solution may be, by default: relative to it, and to what it gains."""
 
-Factors = tuple[Float[Tensor, "out_features rank"], Float[Tensor, "rank in_features"]]
-"""`(lora_B, lora_A)`, in any scaling between the two."""
-
 _ROWS = 512  # rows of the error that are converted to float64 at a time
 _BLOCK = 32  # columns that a round of the iteration adds: fewer need more rounds, more need more columns
+
+
+class Factors(NamedTuple):
+    """The two factors of a correction `C = lora_B @ lora_A`, with any split of its scale between them.
+
+    Attributes:
+        lora_B: left factor, any float dtype.
+        lora_A: right factor, same dtype.
+    """
+
+    lora_B: Float[Tensor, "out_features rank"]
+    lora_A: Float[Tensor, "rank in_features"]
 
 
 @final
@@ -136,7 +145,7 @@ class Objective:
 
     def projection(self, found: Subspace) -> Factors:
         """Return the correction `U U^T E` of the directions found, as `(U, U^T E)`."""
-        return found.basis, found.basis.T @ self.error.to(found.basis.dtype)
+        return Factors(found.basis, found.basis.T @ self.error.to(found.basis.dtype))
 
     def bound(self, rank: int) -> float:
         """Return an error that no correction of this rank goes below: the optimum, less what iteration left open."""

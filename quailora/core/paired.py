@@ -127,6 +127,6 @@ class PairedStatistics:
         moved.include(self)
         return moved
 
-    def forget(self) -> None:
-        """Free what was derived; see `InputStatistics.once`."""
-        self.quantized.forget()
+    def clear_cache(self) -> None:
+        """Free what was derived; see `InputStatistics.cached`."""
+        self.quantized.clear_cache()

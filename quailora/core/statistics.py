@@ -32,7 +32,7 @@ class InputStatistics:
     any padding weigh each token once.
 
     What depends on `H` alone (a working copy in float32, a Cholesky factor) is computed once and shared by all layers,
-    ranks and quantizers that ask; see `once`.
+    ranks and quantizers that ask; see `cached`.
 
     Laws: merging partial statistics in any order equals accumulating at once; masked tokens count nothing.
 
@@ -129,10 +129,10 @@ class InputStatistics:
             if magnitude is None:
                 magnitude = (_NORMAL * tokens * product.diagonal().clamp(min=0)).sqrt()
             blend(self._magnitude, magnitude, tokens / self.tokens, 1 / self.tokens)
-            self.forget()
+            self.clear_cache()
 
-    def once(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
-        """Return what was computed under this key since the last `update` or `forget`, or compute it now.
+    def cached(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
+        """Return what was computed under this key since the last `update` or `clear_cache`, or compute it now.
 
         Args:
             key: names the result, with every parameter that it depends on.
@@ -143,8 +143,8 @@ class InputStatistics:
         found: Derived = self._derived[key]
         return found
 
-    def forget(self) -> None:
-        """Free what `once` has kept."""
+    def clear_cache(self) -> None:
+        """Free what `cached` has kept."""
         self._derived.clear()
 
     def merge(self, other: InputStatistics) -> InputStatistics:
@@ -171,7 +171,7 @@ class InputStatistics:
             share = other.tokens / self.tokens
             blend(self._mean, other._mean, share, share)
             blend(self._magnitude, other._magnitude, share, share)
-            self.forget()
+            self.clear_cache()
 
     def without(self, other: InputStatistics) -> InputStatistics:
         """Return the statistics of these tokens without some that are among them, and fewer.
@@ -200,7 +200,7 @@ class InputStatistics:
         for mean in (self._mean, self._magnitude):
             add_up(mean.mul_(self.tokens / max(1, tokens)))
         self.tokens = tokens
-        self.forget()
+        self.clear_cache()
 
     def to(self, device: torch.device | str) -> InputStatistics:
         """Return these statistics on `device` (themselves, if they are there already)."""

@@ -54,7 +54,7 @@ class ChosenBase:
     @classmethod
     def by(cls, quantizer: Quantizer, calibration: Calibration) -> ChosenBase:
         """Return the base that a quantizer makes."""
-        return cls(quantizer, calibration=calibration if quantizer.calibrated else None)
+        return cls(quantizer, calibration=calibration if quantizer.needs_calibration else None)
 
 
 def choose_base(
@@ -105,7 +105,7 @@ def choose_base(
         )
     wanted = quantizer or origin.built_quantizer
     return ChosenBase.by(
-        wanted, recorded_calibration(adapter, provenance, calibration) if wanted.calibrated else Calibration()
+        wanted, recorded_calibration(adapter, provenance, calibration) if wanted.needs_calibration else Calibration()
     )
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from ..core.objective import Factors
 from ..models.layers import Layer
 from ..models.weights import replaced
 from ..support.machine import free_memory
@@ -82,14 +83,14 @@ class Corrected(Mapping[str, Tensor]):
 
     Args:
         quantized: `Q` of each layer, maybe memory-mapped.
-        corrections: `(lora_A, lora_B)` of the layers that have one.
+        corrections: factors of the layers that have some, before PEFT's scaling.
         device: where to compute.
     """
 
     def __init__(
         self,
         quantized: Mapping[str, Tensor],
-        corrections: Mapping[str, tuple[Tensor, Tensor]],
+        corrections: Mapping[str, Factors],
         device: torch.device | str = "cpu",
     ) -> None:
         self._quantized = quantized
@@ -100,7 +101,7 @@ class Corrected(Mapping[str, Tensor]):
         weight = self._quantized[layer].to(self._device)
         if layer not in self._corrections:
             return weight
-        lora_A, lora_B = (factor.to(self._device) for factor in self._corrections[layer])
+        lora_B, lora_A = (factor.to(self._device) for factor in self._corrections[layer])
         return torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A).to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:

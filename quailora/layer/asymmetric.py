@@ -30,7 +30,7 @@ from ..core.metrics import METRICS
 from ..core.paired import PairedStatistics
 from ..core.statistics import InputStatistics
 from ..errors import CalibrationError, ConfigurationError
-from ..schedules.layer import QuantizedLayer, Trial
+from ..schedules.layer import QuantizedLayer, Validation
 from .initializer import Initializer, LayerInitialization
 
 RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01)
@@ -82,10 +82,11 @@ def initialize_asymmetric(
     share *= trust
     target = (weight.double() + share * shift(weight, statistics, ridge)).float()
     layer = QuantizedLayer.of(initializer.quantizer, weight, statistics.quantized, target)
-    if initializer.schedule.judged:
-        seen = statistics.quantized.once(("seen", held_out), lambda: statistics.quantized.without(held_out.quantized))
-        aim = weight.float() + share * fit.shift(ridge)
-        layer = replace(layer, trial=Trial(QuantizedLayer.of(initializer.quantizer, weight, seen, aim), fit.error))
+    if initializer.schedule.needs_validation:
+        seen = statistics.quantized.cached(("seen", held_out), lambda: statistics.quantized.without(held_out.quantized))
+        target = weight.float() + share * fit.shift(ridge)
+        fitted = QuantizedLayer.of(initializer.quantizer, weight, seen, target)
+        layer = replace(layer, validation=Validation(fitted, fit.error))
     return initializer.correct(layer), share
 
 
@@ -152,7 +153,7 @@ class HeldOutFit:
                 out.copy_((rows - share * others) / ((1 - share) * power))
             return scaled
 
-        moment = statistics.quantized.once(("fitted", held_out), lambda: fitted(every, held))
+        moment = statistics.quantized.cached(("fitted", held_out), lambda: fitted(every, held))
         full = weight.double()
         slope = full @ held_out.gap
         change = fitted(full @ statistics.gap, slope)

@@ -109,7 +109,7 @@ class Initializer:
     ) -> QuantizedLayer:
         """Quantize a layer, and prepare what every solver needs; see `__call__`."""
         check_rank(self.rank, weight.shape)
-        if statistics is None and self.solver.calibrated and self.metric != "identity":
+        if statistics is None and self.solver.needs_calibration and self.metric != "identity":
             raise CalibrationError(
                 f"{self.solver!r} needs calibration: pass the InputStatistics of the layer's inputs."
             )

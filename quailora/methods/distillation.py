@@ -17,15 +17,13 @@ from torch.nn import functional
 from ..calibration.capture import arithmetic
 from ..calibration.gradients import frozen
 from ..calibration.windows import Calibration, CalibrationDtype
+from ..core.objective import Factors
 from ..errors import ConfigurationError, NumericalError, check_choice
 from ..models.layers import Layer
 from ..models.weights import beside, replaced
 from ..support.progress import track
 
 logger = logging.getLogger("quailora")
-
-Factors = tuple[Tensor, Tensor]
-"""`(lora_A, lora_B)`, before PEFT's scaling."""
 
 
 @final
@@ -85,7 +83,7 @@ class Polish:
             model: a transformers causal language model in full precision, in memory; it is left as it was.
             layers: its linear layers, no fused experts among them.
             quantized: `Q` of each layer.
-            factors: where to start.
+            factors: where to start, before PEFT's scaling.
             windows: token ids, `batch` for each step.
             dtype: arithmetic, see `Calibration`.
 
@@ -93,7 +91,10 @@ class Polish:
             NumericalError: if the loss is NaN or infinite.
         """
         device = next(model.parameters()).device
-        trained = {name: (trainable(pair[0], device), trainable(pair[1], device)) for name, pair in factors.items()}
+        trained = {
+            name: Factors(trainable(pair.lora_B, device), trainable(pair.lora_A, device))
+            for name, pair in factors.items()
+        }
         optimizer = torch.optim.AdamW([factor for pair in trained.values() for factor in pair], self.learning_rate)
         rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
         losses = []
@@ -112,7 +113,7 @@ class Polish:
             optimizer.zero_grad(set_to_none=True)
             rate.step()
         logger.info("Loss of the training: %.4f nats a token at first, %.4f at last.", losses[0], losses[-1])
-        return {name: (pair[0].detach(), pair[1].detach()) for name, pair in trained.items()}
+        return {name: Factors(pair.lora_B.detach(), pair.lora_A.detach()) for name, pair in trained.items()}
 
     @torch.no_grad()
     def _expected(
@@ -145,7 +146,7 @@ def corrected(layers: Mapping[str, Layer], factors: Mapping[str, Factors]) -> It
         yield
 
 
-def _adding(lora_A: Tensor, lora_B: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _adding(lora_B: Tensor, lora_A: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         correction = functional.linear(functional.linear(inputs[0].to(lora_A.dtype), lora_A), lora_B)
         return output + correction.to(output.dtype)

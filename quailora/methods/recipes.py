@@ -16,7 +16,7 @@ from ..layer.asymmetric import TRUST
 from ..layer.initializer import Initializer
 from ..quantizers import Quantizer
 from ..quantizers.variants import with_feedback
-from ..schedules import Alternate, HeldOut, Once, Preserve, Project, ReduceMagnitude, Schedule
+from ..schedules import SRR, Alternate, HeldOut, MagR, Once, ProjQ, Schedule
 from ..solvers import SVD, AlternatingLeastSquares, Optimal, Solver, Zero
 from .distillation import Polish
 from .method import Method
@@ -112,7 +112,7 @@ RECIPES: dict[str, Recipe] = {
         "Deng et al., 2025, arXiv 2501.18475",
         Optimal(),
         "factors are balanced",
-        schedule=ReduceMagnitude(),
+        schedule=MagR(),
         rounding="feedback",
     ),
     "caldera": Recipe(
@@ -133,13 +133,13 @@ RECIPES: dict[str, Recipe] = {
         "Preserve-then-quantize, 2026, arXiv 2602.02001",
         Optimal(),
         "the whole rank is fitted again after quantizing; the better of that and of no preservation",
-        schedule=Preserve(),
+        schedule=SRR(),
     ),
     "projq": Recipe(
         "ProjQ, 2026, arXiv 2606.00494",
         Optimal(),
         "the exact projection; the best iterate is kept",
-        schedule=Project(),
+        schedule=ProjQ(),
         rounding="feedback",
     ),
     "asymmetric": Recipe(
@@ -158,14 +158,12 @@ RECIPES: dict[str, Recipe] = {
     ),
     "shrunk": Recipe("quailora, the optimum with less trust in correlations", Optimal(), metric="shrunk"),
     "best": Recipe("quailora, for a base that stays as it is", Optimal(), inputs="asymmetric"),
-    "best-joint": Recipe(
-        "quailora, for a base of its own", Optimal(), schedule=HeldOut(Preserve()), inputs="asymmetric"
-    ),
+    "best-joint": Recipe("quailora, for a base of its own", Optimal(), schedule=HeldOut(SRR()), inputs="asymmetric"),
     "polished": Recipe("quailora, best and a short distillation", Optimal(), inputs="asymmetric", polish=Polish()),
     "polished-joint": Recipe(
         "quailora, best-joint and a short distillation",
         Optimal(),
-        schedule=HeldOut(Preserve()),
+        schedule=HeldOut(SRR()),
         inputs="asymmetric",
         polish=Polish(),
     ),

@@ -78,14 +78,14 @@ def layers_of(blocks: Iterable[Block]) -> Iterator[tuple[Block, Layer]]:
         for name, layer in block.layers.items():
             inputs = block.statistics[name]
             if previous is not None and previous is not inputs:
-                previous.forget()
+                previous.clear_cache()
             previous = inputs
             yield block, layer
             del block.statistics[name], inputs
             block.paired.pop(name, None)
             block.held_out.pop(name, None)
         if previous is not None:
-            previous.forget()
+            previous.clear_cache()
 
 
 def initialize_layer(

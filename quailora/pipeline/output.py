@@ -126,7 +126,7 @@ class Results:
         initializer, needs = self.method.initializer, "model"
         if self.base is not None or initializer.schedule.changes_base:
             needs = "base"
-        elif initializer.quantizer.calibrated:
+        elif initializer.quantizer.needs_calibration:
             needs = "calibration" if self.run.walk.inputs == "full" else "base"
         return Origin(
             version=version("quailora"),

@@ -39,7 +39,7 @@ def check_method(method: Method, inputs: InputsOf) -> None:
             'The metric "fisher" weighs the outputs of the full-precision model, and asymmetric inputs have others. '
             "Take --inputs full, or the metric gram."
         )
-    if method.initializer.schedule.judged and inputs != "asymmetric":
+    if method.initializer.schedule.needs_validation and inputs != "asymmetric":
         raise ConfigurationError("This schedule needs held-out tokens, which only asymmetric inputs have.")
 
 

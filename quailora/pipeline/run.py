@@ -116,7 +116,7 @@ class Run:
         """
         for method, settings in self.methods.items() if self.silent and distributed.rank() == 0 else ():
             quantizer = settings.initializer.quantizer
-            if quantizer.calibrated:
+            if quantizer.needs_calibration:
                 logger.warning(
                     "The base keeps %d layers that text never reaches in full precision: %r needs their inputs.",
                     len(self.silent),
@@ -158,11 +158,11 @@ class Run:
                 self.walk.model,
                 self.layers,
                 weights,
-                {name: (correction.lora_A, correction.lora_B) for name, correction in found.items()},
+                {name: correction.factors for name, correction in found.items()},
                 check_token_ids(self.walk.model, settings.windows(source, tokenizer)),
                 source.dtype,
             )
-            for name, (lora_A, lora_B) in trained.items():
+            for name, (lora_B, lora_A) in trained.items():
                 correction = replace(found[name], lora_A=lora_A, lora_B=lora_B)
                 self.checkpoint.save(keys[name], replace(before[name], correction=correction))
         distributed.barrier()

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, final
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..core.metrics import check_damping
 from ..core.statistics import InputStatistics
@@ -39,13 +40,14 @@ class AutoGPTQ(Quantizer):
     static_groups: bool = False
     damping: float = 0.01
 
-    calibrated: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_bits_and_group(self.bits, self.group_size)
         check_damping(self.damping)
 
-    def encode(  # noqa: D102
+    @override
+    def encode(
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
     ) -> GridWeight:
         assert statistics is not None  # `quantize` has checked it
@@ -69,7 +71,8 @@ class AutoGPTQ(Quantizer):
             group_index=groups,
         )
 
-    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+    @override
+    def stock_config(self) -> dict[str, object] | None:
         return None
 
 

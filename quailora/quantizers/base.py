@@ -90,13 +90,13 @@ class Quantizer(ABC):
 
     - `quantize(w).dequantize()` has `w`'s shape and dtype and is finite; `w` is not changed.
     - Where the scheme is idempotent, quantizing `quantize(w).dequantize()` again changes nothing.
-    - A quantizer with `calibrated = True` is never worse than rounding to nearest on the same grid, in the metric
-      of the statistics it is given.
+    - A quantizer with `needs_calibration = True` is never worse than rounding to nearest on the same grid, in the
+      metric of the statistics it is given.
 
     A quantizer is either this class or final. Its hyper-parameters are the fields of a frozen dataclass.
     """
 
-    calibrated: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
     """Whether `quantize` needs the statistics of the layer's inputs."""
 
     @final
@@ -115,7 +115,7 @@ class Quantizer(ABC):
         if weight.ndim != 2 or 0 in weight.shape:
             raise ValueError(f"Expected a weight of shape (out_features, in_features), got {tuple(weight.shape)}.")
         check_finite(weight)
-        if statistics is None and self.calibrated:
+        if statistics is None and self.needs_calibration:
             raise CalibrationError(f"{self!r} needs calibration: pass the InputStatistics of the layer's inputs.")
         if statistics is not None and statistics.in_features != weight.shape[1]:
             raise ValueError(f"Expected statistics of width {weight.shape[1]}, got {statistics.in_features}.")

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from ..errors import check_choice
 from .base import QuantizedWeight
@@ -49,11 +50,13 @@ class FourBitWeight(QuantizedWeight):
     dtype: torch.dtype
 
     @property
-    def shape(self) -> tuple[int, int]:  # noqa: D102
+    @override
+    def shape(self) -> tuple[int, int]:
         rows, columns = self.state.shape
         return rows, columns
 
-    def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
+    @override
+    def tensors(self) -> Mapping[str, Tensor]:
         stored = {"codes": self.codes, "absmax": self.state.absmax}
         if self.state.nested:
             stored |= {"offset": self.state.offset, "nested_absmax": self.state.state2.absmax}
@@ -72,7 +75,8 @@ class FourBitWeight(QuantizedWeight):
             **{f"weight.{key}": part for key, part in self.state.as_dict(packed=True).items()},
         }
 
-    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+    @override
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:
         from bitsandbytes.functional import dequantize_4bit
 
         weight: Tensor = dequantize_4bit(self.codes, self.state)

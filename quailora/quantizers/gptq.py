@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Protocol, final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from ..core.linalg import safe_cholesky, triangular_inverse
 from ..core.metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
@@ -60,7 +61,7 @@ class GPTQ(Quantizer):
     mse: bool = False
     shrinkage: float = SHRINKAGE
 
-    calibrated: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_bits_and_group(self.bits, self.group_size)
@@ -68,7 +69,8 @@ class GPTQ(Quantizer):
         check_damping(self.damping)
         check_shrinkage(self.shrinkage)
 
-    def encode(self, weight: Matrix, statistics: InputStatistics | None) -> GridWeight:  # noqa: D102
+    @override
+    def encode(self, weight: Matrix, statistics: InputStatistics | None) -> GridWeight:
         assert statistics is not None  # `quantize` has checked it
         group_size = self.group_size or weight.shape[1]
         statistics = statistics.to(weight.device)
@@ -120,7 +122,8 @@ class GPTQ(Quantizer):
             return result
         return GridWeight.store(plain, plain_grid, group_size=group_size, dtype=weight.dtype)
 
-    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+    @override
+    def stock_config(self) -> dict[str, object] | None:
         return None
 
 
@@ -162,7 +165,7 @@ def damped_factor(
         order = power.argsort(descending=True, stable=True)
         return order, added, inverse_factor(moment[order][:, order], added, shrinkage)
 
-    return statistics.once((GPTQ, damping, scale, shrinkage, activation_order), compute)
+    return statistics.cached((GPTQ, damping, scale, shrinkage, activation_order), compute)
 
 
 def inverse_factor(moment: Square, damping: float, shrinkage: float) -> Square:

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from jaxtyping import Float, Int, Real, Shaped, UInt8
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import ConfigurationError, NumericalError
 from .base import QuantizedWeight
@@ -180,10 +181,12 @@ class GridWeight(QuantizedWeight):
         )
 
     @property
-    def shape(self) -> tuple[int, int]:  # noqa: D102
+    @override
+    def shape(self) -> tuple[int, int]:
         return len(self.scale), self.columns
 
-    def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
+    @override
+    def tensors(self) -> Mapping[str, Tensor]:
         optional = {"zero_point": self.zero_point, "group_index": self.group_index}
         present = {name: tensor for name, tensor in optional.items() if tensor is not None}
         return {"codes": self.codes, "scale": self.scale, **present}
@@ -213,7 +216,8 @@ class GridWeight(QuantizedWeight):
             return Grid(scale, torch.full_like(scale, 2.0 ** (self.bits - 1)), self.bits)
         return Grid(scale, unpack(self.zero_point, self.bits, tuple(scale.shape)).float(), self.bits)
 
-    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+    @override
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:
         grid = self.grid
         codes = unpack(self.codes, self.bits, self.shape).float()
         if self.group_index is not None:

@@ -9,6 +9,7 @@ from typing import Literal, final
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from typing_extensions import override
 
 from ..core.statistics import InputStatistics
 from ..errors import ConfigurationError, NumericalError, check_choice
@@ -43,13 +44,16 @@ class HQQWeight(QuantizedWeight):
     dtype: torch.dtype
 
     @property
-    def shape(self) -> tuple[int, int]:  # noqa: D102
+    @override
+    def shape(self) -> tuple[int, int]:
         return self.size
 
-    def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
+    @override
+    def tensors(self) -> Mapping[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
 
-    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+    @override
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:
         codes = unpack(self.codes, self.bits, self.matrix).float()
         levels = (codes - self.zero_point.float()) * self.scale.float()
         return levels.view(self.size[0], -1)[:, : self.size[1]].to(self.dtype)
@@ -75,7 +79,8 @@ class HQQ(Quantizer):
         check_choice("a number of bits", self.bits, (1, 2, 3, 4, 5, 6, 8))
         check_group_size(self.group_size)
 
-    def encode(  # noqa: D102
+    @override
+    def encode(
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
     ) -> HQQWeight:
         del statistics
@@ -103,5 +108,6 @@ class HQQ(Quantizer):
         matrix, size = (len(groups), self.group_size), (weight.shape[0], weight.shape[1])
         return HQQWeight(packed, scale, zero_point, self.bits, matrix, size, weight.dtype)
 
-    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+    @override
+    def stock_config(self) -> dict[str, object] | None:
         return None

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from jaxtyping import Int8 as Int8Array
 from torch import Tensor
+from typing_extensions import override
 
 from ..core.statistics import InputStatistics
 from .base import QuantizedWeight, Quantizer
@@ -31,17 +32,20 @@ class Int8Weight(QuantizedWeight):
     dtype: torch.dtype
 
     @property
-    def shape(self) -> tuple[int, int]:  # noqa: D102
+    @override
+    def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
-    def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
+    @override
+    def tensors(self) -> Mapping[str, Tensor]:
         return {"codes": self.codes, "absmax": self.absmax}
 
     def packed(self) -> Mapping[str, Tensor]:
         """Return bitsandbytes' own tensors; the last one says that codes are stored row after row."""
         return {"weight": self.codes, "SCB": self.absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
-    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+    @override
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         weight: Tensor = int8_vectorwise_dequant(self.codes, self.absmax)
@@ -58,7 +62,8 @@ class Int8(Quantizer):
     here. Idempotent.
     """
 
-    def encode(  # noqa: D102
+    @override
+    def encode(
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
     ) -> Int8Weight:
         del statistics
@@ -67,5 +72,6 @@ class Int8(Quantizer):
         codes, absmax, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         return Int8Weight(codes, absmax, weight.dtype)
 
-    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+    @override
+    def stock_config(self) -> dict[str, object] | None:
         return {"load_in_8bit": True}

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from ..core.metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
 from ..core.statistics import InputStatistics
@@ -53,7 +54,7 @@ class NF4GPTQ(Quantizer):
     mse: bool = False
     shrinkage: float = SHRINKAGE
 
-    calibrated: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
@@ -61,7 +62,8 @@ class NF4GPTQ(Quantizer):
         check_damping(self.damping)
         check_shrinkage(self.shrinkage)
 
-    def encode(  # noqa: D102
+    @override
+    def encode(
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
     ) -> FourBitWeight:
         assert statistics is not None  # `quantize` has checked it
@@ -80,5 +82,6 @@ class NF4GPTQ(Quantizer):
         energies = [metric.energy(full - each.dequantize().float()) for each in (swept, nearest)]
         return swept if energies[0] < (1 - _TIE) * energies[1] else nearest
 
-    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+    @override
+    def stock_config(self) -> dict[str, object] | None:
         return None

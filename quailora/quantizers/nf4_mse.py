@@ -7,6 +7,7 @@ from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from ..core.statistics import InputStatistics
 from .base import Quantizer
@@ -32,11 +33,13 @@ class NF4MSE(Quantizer):
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
 
-    def encode(  # noqa: D102
+    @override
+    def encode(
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
     ) -> FourBitWeight:
         del statistics
         return with_least_error(encode_four_bit(weight, "nf4", self.block_size, self.double_quantization), weight)
 
-    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+    @override
+    def stock_config(self) -> dict[str, object] | None:
         return None

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from ..core.statistics import InputStatistics
 from ..errors import ConfigurationError
@@ -33,13 +34,16 @@ class TorchaoWeight(QuantizedWeight):
     dtype: torch.dtype
 
     @property
-    def shape(self) -> tuple[int, int]:  # noqa: D102
+    @override
+    def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
-    def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
+    @override
+    def tensors(self) -> Mapping[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale}
 
-    def dequantize(self) -> Float[Tensor, "out_features in_features"]:  # noqa: D102
+    @override
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:
         grouped = self.codes.view(*self.scale.shape, -1).to(self.scale.dtype)
         return (grouped * self.scale[:, :, None]).flatten(1).to(self.dtype)
 
@@ -53,7 +57,8 @@ class TorchaoInt8(Quantizer):
     they are.
     """
 
-    def encode(  # noqa: D102
+    @override
+    def encode(
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
     ) -> TorchaoWeight:
         del statistics
@@ -73,5 +78,6 @@ class TorchaoInt8(Quantizer):
         stored: Any = module.weight
         return TorchaoWeight(stored.qdata[:, :columns].contiguous(), stored.scale, weight.dtype)
 
-    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+    @override
+    def stock_config(self) -> dict[str, object] | None:
         return None

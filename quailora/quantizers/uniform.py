@@ -7,6 +7,7 @@ from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from ..core.statistics import InputStatistics
 from .base import Quantizer
@@ -36,7 +37,8 @@ class Uniform(Quantizer):
     def __post_init__(self) -> None:
         check_bits_and_group(self.bits, self.group_size)
 
-    def encode(  # noqa: D102
+    @override
+    def encode(
         self, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics | None
     ) -> GridWeight:
         del statistics
@@ -44,7 +46,8 @@ class Uniform(Quantizer):
         codes, grid = nearest(weight.float(), self.bits, self.symmetric, group_size, self.mse)
         return GridWeight.store(codes, grid, group_size=group_size, dtype=weight.dtype)
 
-    def stock_config(self) -> dict[str, object] | None:  # noqa: D102
+    @override
+    def stock_config(self) -> dict[str, object] | None:
         return None
 
 

@@ -8,7 +8,7 @@ from .alternate import Alternate as Alternate
 from .base import Schedule as Schedule
 from .base import Solve as Solve
 from .held_out import HeldOut as HeldOut
+from .magr import MagR as MagR
 from .once import Once as Once
-from .preserve import Preserve as Preserve
-from .project import Project as Project
-from .reduce_magnitude import ReduceMagnitude as ReduceMagnitude
+from .projq import ProjQ as ProjQ
+from .srr import SRR as SRR

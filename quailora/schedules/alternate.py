@@ -8,6 +8,7 @@ from typing import Literal, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import ConfigurationError, check_choice
 from ..solvers import LowRank
@@ -35,10 +36,12 @@ class Alternate(Schedule):
         check_choice("a start", self.start, ("quantize", "low-rank", "outliers"))
 
     @property
-    def solutions(self) -> int:  # noqa: D102
+    @override
+    def solutions(self) -> int:
         return self.rounds + 2
 
-    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
+    @override
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
         if self.start == "quantize":
             return best_iterate(layer, solve, self.rounds, without_correction)
         low_rank = self.start == "low-rank"

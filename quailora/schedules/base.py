@@ -30,8 +30,8 @@ class Schedule(ABC):
 
     changes_base: ClassVar[bool] = True
     """Whether the quantized weight differs from what quantizing the model alone gives, so that it has to be saved."""
-    judged: ClassVar[bool] = False
-    """Whether it looks at held-out tokens: see `QuantizedLayer.trial`."""
+    needs_validation: ClassVar[bool] = False
+    """Whether the schedule compares errors on held-out tokens; see `QuantizedLayer.validation`."""
 
     @property
     def solutions(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
+from typing_extensions import override
+
 from ..core.metrics import check_damping
 from ..errors import ConfigurationError
 from ..quantizers import Quantizer
@@ -19,17 +21,18 @@ DAMPINGS: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
 @final
 @dataclass(frozen=True)
 class HeldOut(Schedule):
-    """Round in the way that has the least error on held-out tokens.
+    """Quantize with the rounding that has the least error on held-out tokens.
 
-    The ways are that of the quantizer itself; to the nearest level, with scales of the least squared error; and with
-    error feedback of different damping to the same levels: little damping trusts most what it has seen of the inputs,
-    and much of it ends at nearest rounding. Each is fitted to some tokens and judged by the others, with its
-    correction; the winner goes into the schedule, fitted to all. On their own tokens the least damped would nearly
-    always win.
+    The candidates are the quantizer itself; rounding to the nearest level, with the scales of the least squared error;
+    and error feedback onto the same levels, once for each damping. Feedback with little damping follows the observed
+    inputs most closely, and feedback with much damping approaches rounding to nearest. Each candidate is fitted to one
+    part of the tokens, corrected, and compared by its error on the other part. The best one is then fitted to all
+    tokens, and the wrapped schedule works with it. Compared on the tokens that they were fitted to, the candidate with
+    the least damping would nearly always win.
 
     Attributes:
-        schedule: what the way is used in.
-        dampings: to choose from.
+        schedule: the schedule that works with the chosen rounding.
+        dampings: dampings of the error feedback to choose from.
     """
 
     schedule: Schedule
@@ -39,31 +42,34 @@ class HeldOut(Schedule):
         for damping in self.dampings:
             check_damping(damping)
 
-    judged: ClassVar[bool] = True
+    needs_validation: ClassVar[bool] = True
 
     @property
-    def solutions(self) -> int:  # noqa: D102
+    @override
+    def solutions(self) -> int:
         return 2 + len(self.dampings) + self.schedule.solutions
 
-    def check(self, quantizer: Quantizer) -> None:  # noqa: D102
-        self._ways(quantizer)
+    @override
+    def check(self, quantizer: Quantizer) -> None:
+        self._candidates(quantizer)
         self.schedule.check(quantizer)
 
-    def _ways(self, quantizer: Quantizer) -> tuple[Quantizer, ...]:
+    def _candidates(self, quantizer: Quantizer) -> tuple[Quantizer, ...]:
         nearest = with_least_error(quantizer)
         return (quantizer, nearest, *(with_feedback(nearest, damping) for damping in self.dampings))
 
-    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
-        trial = layer.trial
-        if trial is None:
+    @override
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
+        validation = layer.validation
+        if validation is None:
             raise ConfigurationError("This schedule needs held-out tokens, which asymmetric inputs have.")
 
-        def rounded(layer: QuantizedLayer, way: Quantizer) -> QuantizedLayer:
-            return replace(layer, quantizer=way).requantized(layer.weight)
+        def rounded(layer: QuantizedLayer, rounding: Quantizer) -> QuantizedLayer:
+            return replace(layer, quantizer=rounding).requantized(layer.weight)
 
-        def on_held_out(way: Quantizer) -> float:
-            fitted = rounded(trial.layer, way)
-            return trial.judge(fitted.quantized.dequantize() + solve(fitted.objective).dense())
+        def validation_error(rounding: Quantizer) -> float:
+            fitted = rounded(validation.layer, rounding)
+            return validation.validation_error(fitted.quantized.dequantize() + solve(fitted.objective).dense())
 
-        way = min(self._ways(layer.quantizer), key=on_held_out)
-        return self.schedule.choose(rounded(layer, way), solve, rank)
+        rounding = min(self._candidates(layer.quantizer), key=validation_error)
+        return self.schedule.choose(rounded(layer, rounding), solve, rank)

@@ -30,7 +30,7 @@ class QuantizedLayer:
         statistics: second moment of the layer's inputs, if there was calibration.
         dtype: dtype of `W`, which is what gets quantized.
         sensitivity: weights of outputs and inputs, for methods in the metric "fisher".
-        trial: the layer fitted to a part of the tokens, where some are held out.
+        validation: the layer fitted to a part of the tokens, and its error on the others, where some are held out.
     """
 
     weight: Tensor
@@ -41,7 +41,7 @@ class QuantizedLayer:
     statistics: InputStatistics | None
     dtype: torch.dtype
     sensitivity: Sensitivity | None = None
-    trial: Trial | None = None
+    validation: Validation | None = None
 
     @classmethod
     def of(
@@ -67,12 +67,12 @@ class QuantizedLayer:
         weight = weight.detach()
         if statistics is not None:
             statistics = statistics.to(weight.device)
-        judge = Identity() if statistics is None else METRICS["gram"](statistics)
+        metric = Identity() if statistics is None else METRICS["gram"](statistics)
         quantized = quantizer.quantize(weight, statistics)
-        aim = weight if target is None else target
-        objective = Objective(difference(aim, quantized), judge)
-        energy = judge.energy(weight)
-        return cls(aim, quantizer, quantized, objective, energy, statistics, weight.dtype, sensitivity)
+        target = weight if target is None else target
+        objective = Objective(difference(target, quantized), metric)
+        energy = metric.energy(weight)
+        return cls(target, quantizer, quantized, objective, energy, statistics, weight.dtype, sensitivity)
 
     def objective_of(self, matrix: Tensor) -> Objective:
         """Return the objective of another matrix in place of `W - Q`, in the same metric."""
@@ -92,16 +92,16 @@ class QuantizedLayer:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Trial:
-    """A layer that knows a part of the tokens, and a judge that knows the others.
+class Validation:
+    """A layer that was fitted to a part of the tokens, with the error on the tokens that were held out.
 
     Attributes:
-        layer: fitted to the part.
-        judge: error of the outputs of a weight `Q + C` on the others, up to a constant.
+        layer: fitted to the tokens that are not held out.
+        validation_error: maps a weight `Q + C` to the error of its outputs on the held-out tokens, up to a constant.
     """
 
     layer: QuantizedLayer
-    judge: Callable[[Tensor], float]
+    validation_error: Callable[[Tensor], float]
 
 
 def difference(weight: Tensor, quantized: QuantizedWeight) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from typing_extensions import override
+
 from .base import Schedule, Solve
 from .layer import QuantizedLayer
 
@@ -16,6 +18,7 @@ class Once(Schedule):
 
     changes_base: ClassVar[bool] = False
 
-    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
+    @override
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
         del solve, rank
         return layer

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
+from typing_extensions import override
 
 from ..core.metrics import Identity, check_damping
-from ..core.objective import Objective
+from ..core.objective import Factors, Objective
 from ..errors import ConfigurationError
 from .base import LowRank, Solver, finish
 
@@ -42,19 +43,20 @@ class AlternatingLeastSquares(Solver):
     iterations: int = 20
     damping: float = 0.0
 
-    calibrated: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
         if self.iterations < 0:
             raise ConfigurationError(f"Expected a number of iterations of at least 0, got {self.iterations}.")
 
-    def minimise(self, objective: Objective, rank: int) -> LowRank:  # noqa: D102
+    @override
+    def minimise(self, objective: Objective, rank: int) -> LowRank:
         error = objective.error.to(torch.promote_types(objective.error.dtype, torch.float32))
         metric = objective.metric.damped(self.damping)
         start = best = objective.projection(objective.subspace(rank, Identity()))
         gains = [objective.measure(*start)[0]]
-        lora_A, most = start[1].to(error.dtype), gains[0]
+        lora_A, most = start.lora_A.to(error.dtype), gains[0]
         blur = 0.0 if self.damping else _ROUNDING * torch.finfo(error.dtype).eps
         for _ in range(self.iterations):
             lora_B = torch.linalg.qr(error @ metric.product(lora_A).T).Q
@@ -66,7 +68,7 @@ class AlternatingLeastSquares(Solver):
             else:
                 gains.append(objective.gain_of_projection(lora_A))
             if gains[-1] >= most - blur * abs(most):
-                best, most = (lora_B, lora_A), max(most, gains[-1])
+                best, most = Factors(lora_B, lora_A), max(most, gains[-1])
         if objective.measure(*best)[0] < gains[0]:
             best = start
         return finish(objective, best, iterations=self.iterations, gains=tuple(gains))

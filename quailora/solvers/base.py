@@ -67,6 +67,11 @@ class LowRank:
         return tuple(max(0.0, self.total.value - gain) for gain in self.gains)
 
     @property
+    def factors(self) -> Factors:
+        """Both factors."""
+        return Factors(self.lora_B, self.lora_A)
+
+    @property
     def rank(self) -> int:
         """Rank of the adapter, trainable directions included."""
         return len(self.lora_A)
@@ -97,6 +102,11 @@ class Correction:
         return cls(found.lora_A, found.lora_B, found.energies)
 
     @property
+    def factors(self) -> Factors:
+        """Both factors."""
+        return Factors(self.lora_B, self.lora_A)
+
+    @property
     def rank(self) -> int:
         """Rank of the adapter."""
         return len(self.lora_A)
@@ -112,14 +122,14 @@ class Solver(ABC):
     Laws, for every error, metric and rank:
 
     - `C = 0` is never better than the result, in the metric that was given.
-    - A solver with `calibrated = True` is never worse than the uncalibrated SVD, in the metric that was given. If
-      its algorithm cannot promise that, it compares and keeps the better.
+    - A solver with `needs_calibration = True` is never worse than the uncalibrated SVD, in the metric that was given.
+      If its algorithm cannot promise that, it compares both and keeps the better one.
     - The error does not increase with the rank, is zero at full rank, and is never below the optimum.
 
     A solver is either this class or final. Its hyper-parameters are the fields of a frozen dataclass.
     """
 
-    calibrated: ClassVar[bool]
+    needs_calibration: ClassVar[bool]
     """Whether the solver uses the metric, and so needs calibration data."""
 
     @final
@@ -168,19 +178,19 @@ def finish(
 
     Args:
         objective: the problem that was solved.
-        factors: `(lora_B, lora_A)`, any float dtype.
+        factors: of the solution, any float dtype.
         slack: how far the error may be above the optimum, where that is known.
         iterations: passed on.
         gains: passed on.
     """
     dtype = torch.promote_types(objective.error.dtype, torch.float32)
-    left, singular, right = product_svd(factors[0].double(), factors[1].double())
+    left, singular, right = product_svd(factors.lora_B.double(), factors.lora_A.double())
     root = singular.sqrt()
     lora_B, lora_A = (left * root).to(dtype), (root[:, None] * right).to(dtype)
 
     # Below the resolution of the factors a direction carries rounding only, unless it meets a massive input channel.
     # Plain LoRA's start keeps it trainable.
-    resolution = 8 * torch.finfo(factors[0].dtype).eps
+    resolution = 8 * torch.finfo(factors.lora_B.dtype).eps
     spent = singular <= resolution * singular[0]
     if spent.any():
         rows = singular[spent, None] * right[spent]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.metrics import Diagonal
-from ..core.objective import Objective
+from ..core.objective import Factors, Objective
 from . import LowRank, Solver
 from .base import finish
 
@@ -47,5 +47,5 @@ class Sensitivity:
             scale = torch.ones_like(scale)
         weighted = Objective(scale * objective.error, Diagonal(self.columns.to(device)))
         found = solver.minimise(weighted, rank)
-        unscaled = finish(objective, (found.lora_B / scale, found.lora_A))
+        unscaled = finish(objective, Factors(found.lora_B / scale, found.lora_A))
         return replace(unscaled, gain=found.gain, total=found.total)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from typing_extensions import override
+
 from ..core.metrics import check_damping
 from ..core.objective import TOLERANCE, Objective, check_tolerance
 from .base import LowRank, Solver, finish
@@ -32,13 +34,14 @@ class Optimal(Solver):
     damping: float = 0.0
     tolerance: float = TOLERANCE
 
-    calibrated: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
         check_tolerance(self.tolerance)
 
-    def minimise(self, objective: Objective, rank: int) -> LowRank:  # noqa: D102
+    @override
+    def minimise(self, objective: Objective, rank: int) -> LowRank:
         found = objective.subspace(rank, objective.metric.damped(self.damping), self.tolerance)
         if not self.damping:
             return finish(objective, objective.projection(found), slack=found.slack)

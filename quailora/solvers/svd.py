@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from typing_extensions import override
+
 from ..core.metrics import Identity
 from ..core.objective import TOLERANCE, Objective, check_tolerance
 from .base import LowRank, Solver, finish
@@ -27,11 +29,12 @@ class SVD(Solver):
 
     tolerance: float = TOLERANCE
 
-    calibrated: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_tolerance(self.tolerance)
 
-    def minimise(self, objective: Objective, rank: int) -> LowRank:  # noqa: D102
+    @override
+    def minimise(self, objective: Objective, rank: int) -> LowRank:
         found = objective.subspace(rank, Identity(), self.tolerance)
         return finish(objective, objective.projection(found))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from ..core.objective import Objective
+from typing_extensions import override
+
+from ..core.objective import Factors, Objective
 from .base import LowRank, Solver, finish
 
 
@@ -17,8 +19,9 @@ class Zero(Solver):
     Equivalent to PEFT's `init_lora_weights=True`. Source: Dettmers et al., QLoRA, 2023, arXiv 2305.14314.
     """
 
-    calibrated: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
 
-    def minimise(self, objective: Objective, rank: int) -> LowRank:  # noqa: D102
+    @override
+    def minimise(self, objective: Objective, rank: int) -> LowRank:
         error = objective.error
-        return finish(objective, (error.new_zeros(error.shape[0], rank), error.new_zeros(rank, error.shape[1])))
+        return finish(objective, Factors(error.new_zeros(error.shape[0], rank), error.new_zeros(rank, error.shape[1])))

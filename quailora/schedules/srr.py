@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from typing_extensions import override
 
 from ..core.linalg import uniform
 from ..core.objective import Objective
@@ -15,7 +16,7 @@ from .layer import QuantizedLayer
 
 @final
 @dataclass(frozen=True)
-class Preserve(Schedule):
+class SRR(Schedule):
     """Take the leading `k` directions of the weight off before quantizing (SRR, Preserve-then-quantize).
 
     `k` has the least `rho_k(W) rho_(r-k)(N)`, where `rho_p(M)` is the share of the energy of `M` outside of its `p`
@@ -23,10 +24,12 @@ class Preserve(Schedule):
     """
 
     @property
-    def solutions(self) -> int:  # noqa: D102
+    @override
+    def solutions(self) -> int:
         return 5  # subspaces of the weight and of the noise, both bases, and the better one
 
-    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
+    @override
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
         weight = layer.objective_of(layer.weight)
         noise = uniform(layer.weight.shape, layer.objective.error, seed=0)
         kept = preserved_rank(weight, layer.objective_of(noise), rank)
@@ -37,7 +40,7 @@ class Preserve(Schedule):
 
 
 def preserved_rank(weight: Objective, noise: Objective, rank: int) -> int:
-    """Return how many directions of the weight to take off; see `Preserve`."""
+    """Return how many directions of the weight to take off; see `SRR`."""
     tails = []
     for objective in (weight, noise):
         total, energies = objective.value_at_zero, objective.subspace(rank).energies

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from ..core.metrics import Metric
 from ..errors import ConfigurationError
@@ -20,7 +21,7 @@ Matrix = Float[Tensor, "out_features in_features"]
 
 @final
 @dataclass(frozen=True)
-class ReduceMagnitude(Schedule):
+class MagR(Schedule):
     """Shrink each output's largest weight, as far as its output barely changes, before rounding (MagR, in CLoQ).
 
     Attributes:
@@ -37,7 +38,8 @@ class ReduceMagnitude(Schedule):
                 f"Expected an alpha of at least 0 and at least 1 iteration, got {self.alpha} and {self.iterations}."
             )
 
-    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
+    @override
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
         del solve, rank
         if layer.statistics is None:
             raise ConfigurationError("This schedule needs calibration.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from typing_extensions import override
 
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
@@ -17,7 +18,7 @@ from .layer import QuantizedLayer
 
 @final
 @dataclass(frozen=True)
-class Project(Schedule):
+class ProjQ(Schedule):
     """Round with error feedback that does not see what the correction will repair (ProjQ).
 
     With `U` the output directions of the correction so far, an error `E` leaves `E H E^T` outside of `U`. Its part
@@ -33,12 +34,14 @@ class Project(Schedule):
         check_rounds(self.rounds)
 
     @property
-    def solutions(self) -> int:  # noqa: D102
+    @override
+    def solutions(self) -> int:
         return self.rounds + 2
 
-    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:  # noqa: D102
+    @override
+    def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
         del rank
-        if layer.statistics is None or not layer.quantizer.calibrated:
+        if layer.statistics is None or not layer.quantizer.needs_calibration:
             raise ConfigurationError("This schedule needs a quantizer with error feedback, and calibration.")
 
         def projected(layer: QuantizedLayer, found: LowRank) -> QuantizedLayer:

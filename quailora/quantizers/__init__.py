@@ -14,15 +14,6 @@ from .torchao_int8 import TorchaoInt8 as TorchaoInt8
 from .uniform import Uniform as Uniform
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
-    "nf4": NF4,
-    "fp4": FP4,
-    "int8": Int8,
-    "uniform": Uniform,
-    "gptq": GPTQ,
-    "nf4_gptq": NF4GPTQ,
-    "nf4_mse": NF4MSE,
-    "hqq": HQQ,
-    "torchao_int8": TorchaoInt8,
-    "auto_gptq": AutoGPTQ,
+    cls.name: cls for cls in (NF4, FP4, Int8, Uniform, GPTQ, NF4GPTQ, NF4MSE, HQQ, TorchaoInt8, AutoGPTQ)
 }
-"""The short names that the command line knows."""
+"""The quantizers of quailora by their short names, in the order that `quailora list` shows them."""

@@ -33,6 +33,8 @@ class AutoGPTQ(Quantizer):
         damping: added to the diagonal of `H`, relative to its mean.
     """
 
+    name: ClassVar[str] = "auto_gptq"
+
     bits: int = 4
     group_size: int | None = 128
     symmetric: bool = True

@@ -96,6 +96,8 @@ class Quantizer(ABC):
     A quantizer is either this class or final. Its hyper-parameters are the fields of a frozen dataclass.
     """
 
+    name: ClassVar[str] = ""
+    """Short name on the command line and in files; a class without one is named by its import path."""
     needs_calibration: ClassVar[bool] = False
     """Whether `quantize` needs the statistics of the layer's inputs."""
 

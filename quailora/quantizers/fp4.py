@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,6 +27,8 @@ class FP4(Quantizer):
         double_quantization: store the scales in 8 bits (`bnb_4bit_use_double_quant`): 4.13 instead of 4.5 bits per
             weight at block size 64.
     """
+
+    name: ClassVar[str] = "fp4"
 
     block_size: BlockSize = 64
     double_quantization: bool = True

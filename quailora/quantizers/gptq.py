@@ -51,6 +51,8 @@ class GPTQ(Quantizer):
         shrinkage: share of the correlations between input channels that is taken off `H`, from 0 to below 1.
     """
 
+    name: ClassVar[str] = "gptq"
+
     bits: int = 4
     group_size: int | None = 64
     symmetric: bool = False

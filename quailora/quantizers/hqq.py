@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, UInt8
@@ -71,6 +71,8 @@ class HQQ(Quantizer):
         bits: width of a code.
         group_size: consecutive input columns that share a scale.
     """
+
+    name: ClassVar[str] = "hqq"
 
     bits: Literal[1, 2, 3, 4, 5, 6, 8] = 4
     group_size: int = 64

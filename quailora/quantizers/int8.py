@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -61,6 +61,8 @@ class Int8(Quantizer):
     time that layer also quantizes its inputs to 8 bits, which no static adapter can undo and which is not modelled
     here. Idempotent.
     """
+
+    name: ClassVar[str] = "int8"
 
     @override
     def encode(

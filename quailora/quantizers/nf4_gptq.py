@@ -47,6 +47,8 @@ class NF4GPTQ(Quantizer):
         shrinkage: share of the correlations between input channels that is taken off `H`; see `GPTQ`.
     """
 
+    name: ClassVar[str] = "nf4_gptq"
+
     block_size: BlockSize = 64
     double_quantization: bool = True
     damping: float = 0.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -26,6 +26,8 @@ class NF4MSE(Quantizer):
         block_size: weights that share a scale.
         double_quantization: store the scales in 8 bits (`bnb_4bit_use_double_quant`).
     """
+
+    name: ClassVar[str] = "nf4_mse"
 
     block_size: BlockSize = 64
     double_quantization: bool = True

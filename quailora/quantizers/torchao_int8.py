@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float, Int8
@@ -56,6 +56,8 @@ class TorchaoInt8(Quantizer):
     Needs the package torchao. Unlike bitsandbytes' `Int8`, weights are not rounded to float16 first, and inputs stay as
     they are.
     """
+
+    name: ClassVar[str] = "torchao_int8"
 
     @override
     def encode(

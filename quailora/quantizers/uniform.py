@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +28,8 @@ class Uniform(Quantizer):
         symmetric: fixed zero point `2^(bits-1)` instead of a stored one.
         mse: scales with the least squared error, in place of those that span the range of their group.
     """
+
+    name: ClassVar[str] = "uniform"
 
     bits: int = 4
     group_size: int | None = 64

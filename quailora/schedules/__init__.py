@@ -12,3 +12,6 @@ from .magr import MagR as MagR
 from .once import Once as Once
 from .projq import ProjQ as ProjQ
 from .srr import SRR as SRR
+
+SCHEDULES: dict[str, type[Schedule]] = {cls.name: cls for cls in (Once, Alternate, SRR, ProjQ, MagR, HeldOut)}
+"""The schedules of quailora by their short names."""

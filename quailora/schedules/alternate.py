@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,8 @@ class Alternate(Schedule):
             (QPiSSA); or the weights of the `rank` "outliers" among the input channels, those with the largest inputs
             (ODLRI), which a correction of that rank can hold exactly.
     """
+
+    name: ClassVar[str] = "alternate"
 
     rounds: int = 5
     start: Literal["quantize", "low-rank", "outliers"] = "quantize"

@@ -28,6 +28,8 @@ class Schedule(ABC):
     A schedule is either this class or final. Its hyper-parameters are the fields of a frozen dataclass.
     """
 
+    name: ClassVar[str] = ""
+    """Short name on the command line and in files; a class without one is named by its import path."""
     changes_base: ClassVar[bool] = True
     """Whether the quantized weight differs from what quantizing the model alone gives, so that it has to be saved."""
     needs_validation: ClassVar[bool] = False

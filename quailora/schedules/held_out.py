@@ -35,6 +35,8 @@ class HeldOut(Schedule):
         dampings: dampings of the error feedback to choose from.
     """
 
+    name: ClassVar[str] = "held_out"
+
     schedule: Schedule
     dampings: tuple[float, ...] = DAMPINGS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,8 @@ class MagR(Schedule):
         alpha: weight of the largest magnitude.
         iterations: steps.
     """
+
+    name: ClassVar[str] = "magr"
 
     alpha: float = 1e-3
     iterations: int = 30

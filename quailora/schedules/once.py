@@ -16,6 +16,8 @@ from .layer import QuantizedLayer
 class Once(Schedule):
     """Quantize, then correct: the base is that of quantizing alone."""
 
+    name: ClassVar[str] = "once"
+
     changes_base: ClassVar[bool] = False
 
     @override

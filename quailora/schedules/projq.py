@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from typing_extensions import override
@@ -27,6 +27,8 @@ class ProjQ(Schedule):
     Attributes:
         rounds: how often the weight is quantized again, at most.
     """
+
+    name: ClassVar[str] = "projq"
 
     rounds: int = 5
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from typing_extensions import override
@@ -22,6 +22,8 @@ class SRR(Schedule):
     `k` has the least `rho_k(W) rho_(r-k)(N)`, where `rho_p(M)` is the share of the energy of `M` outside of its `p`
     leading directions in the metric, and `N` is uniform noise in place of the rounding error that is not known yet.
     """
+
+    name: ClassVar[str] = "srr"
 
     @property
     @override

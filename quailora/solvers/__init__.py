@@ -8,10 +8,5 @@ from .optimal import Optimal as Optimal
 from .svd import SVD as SVD
 from .zero import Zero as Zero
 
-SOLVERS: dict[str, type[Solver]] = {
-    "zero": Zero,
-    "svd": SVD,
-    "quailora": AlternatingLeastSquares,
-    "optimal": Optimal,
-}
-"""The short names that the command line knows."""
+SOLVERS: dict[str, type[Solver]] = {cls.name: cls for cls in (Zero, SVD, AlternatingLeastSquares, Optimal)}
+"""The solvers of quailora by their short names, in the order that `quailora list` shows them."""

@@ -40,6 +40,8 @@ class AlternatingLeastSquares(Solver):
         damping: adds `damping * mean(diag H)` to the diagonal of `H` in eq. 5; the paper uses none.
     """
 
+    name: ClassVar[str] = "quailora"
+
     iterations: int = 20
     damping: float = 0.0
 

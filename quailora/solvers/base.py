@@ -129,6 +129,8 @@ class Solver(ABC):
     A solver is either this class or final. Its hyper-parameters are the fields of a frozen dataclass.
     """
 
+    name: ClassVar[str] = ""
+    """Short name on the command line and in files; a class without one is named by its import path."""
     needs_calibration: ClassVar[bool]
     """Whether the solver uses the metric, and so needs calibration data."""
 

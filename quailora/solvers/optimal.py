@@ -31,6 +31,8 @@ class Optimal(Solver):
             optimum and of the gain. Small problems are solved densely, to rounding.
     """
 
+    name: ClassVar[str] = "optimal"
+
     damping: float = 0.0
     tolerance: float = TOLERANCE
 

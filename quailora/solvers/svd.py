@@ -27,6 +27,8 @@ class SVD(Solver):
             optimum and of the gain. Small problems are solved densely, to rounding.
     """
 
+    name: ClassVar[str] = "svd"
+
     tolerance: float = TOLERANCE
 
     needs_calibration: ClassVar[bool] = False

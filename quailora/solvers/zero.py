@@ -19,6 +19,8 @@ class Zero(Solver):
     Equivalent to PEFT's `init_lora_weights=True`. Source: Dettmers et al., QLoRA, 2023, arXiv 2305.14314.
     """
 
+    name: ClassVar[str] = "zero"
+
     needs_calibration: ClassVar[bool] = False
 
     @override

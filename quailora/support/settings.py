@@ -1,11 +1,17 @@
-"""Components as plain data: how a quantizer or a solver is written down, and built again."""
+"""Components as plain data: how a quantizer, a solver or a schedule is written down, and built again.
+
+A component is a frozen dataclass that subclasses one of the interfaces. A class of quailora is written down by its
+short name, which is the class variable `name`, and any other class by its import path. Files of earlier versions have
+import paths for all classes; they are read, too, even where the module has moved since.
+"""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, signature
+from operator import attrgetter
 from pathlib import PurePath
 from typing import Any, TypeVar
 
@@ -13,31 +19,87 @@ from ..errors import ConfigurationError, ModelError
 
 Component = TypeVar("Component")
 
+_PACKAGE = __name__.partition(".")[0]
+
+_EARLIER = {"Preserve": "SRR", "Project": "ProjQ", "ReduceMagnitude": "MagR"}
+"""Names that classes of quailora had in earlier versions, and what they are called now."""
+
 
 def describe(value: Any) -> Any:
     """Return a value as JSON and YAML can hold it; components in the form that the command line reads.
+
+    Args:
+        value: plain data, a path, a frozen dataclass, or mappings and sequences of these.
 
     Raises:
         ConfigurationError: if it, or a part of it, is neither plain data nor a dataclass.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        cls = type(value)
         arguments = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
-        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
+        return {"class_path": written_name(type(value)), "init_args": arguments}
     if isinstance(value, Mapping):
         return {key: describe(item) for key, item in value.items()}
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
-    if isinstance(value, PurePath):
-        return str(value)
     if value is not None and not isinstance(value, (bool, int, float, str)):
         raise ConfigurationError(
             f"Expected plain data or a frozen dataclass, got {value!r} of the class {type(value).__name__}. "
             "Quantizers, solvers and schedules are dataclasses, so that they can be written down and built again."
         )
     return value
+
+
+def class_path(cls: type) -> str:
+    """Return the path that imports a class, such as `quailora.quantizers.nf4.NF4`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def short_name(cls: type) -> str:
+    """Return the short name that a class gives to itself, such as `nf4`; an empty string where it gives none."""
+    name = cls.__dict__.get("name", "")  # a subclass does not inherit the name
+    return name if isinstance(name, str) else ""
+
+
+def written_name(cls: type) -> str:
+    """Return what files have for a class.
+
+    That is the short name of a class of quailora, or its plain name where it has no short one, and the import path of
+    any other class.
+    """
+    return short_name(cls) or cls.__name__ if is_own(cls) else class_path(cls)
+
+
+def is_own(cls: type) -> bool:
+    """Return whether a class belongs to quailora."""
+    return cls.__module__.partition(".")[0] == _PACKAGE
+
+
+def subclasses(interface: type[Component]) -> list[type[Component]]:
+    """Return all imported classes that implement an interface, those of quailora first."""
+    found = [cls for child in interface.__subclasses__() for cls in (child, *subclasses(child))]
+    return sorted(dict.fromkeys(found), key=lambda cls: not is_own(cls))
+
+
+def find_class(interface: type[Component], name: str) -> type[Component] | None:
+    """Return the imported class that a name stands for; None if there is none. Nothing is imported.
+
+    Args:
+        interface: `Quantizer`, `Solver` or `Schedule`.
+        name: a short name, the name of a class, or its import path; for classes of quailora also the import path that
+            an earlier version had.
+    """
+    known = subclasses(interface)
+    spellings: tuple[Callable[[type], str], ...] = (class_path, short_name, attrgetter("__name__"))
+    for spelled in spellings if name else ():
+        for cls in known:
+            if spelled(cls) == name:
+                return cls
+    package, _, rest = name.partition(".")
+    own = {cls.__name__: cls for cls in known if is_own(cls)}
+    plain = rest.rpartition(".")[2]
+    return own.get(_EARLIER.get(plain, plain)) if package == _PACKAGE else None
 
 
 def as_command(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
@@ -61,7 +123,7 @@ def _as_option(option: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [option]
     if is_dataclass(value):
-        words = [option, type(value).__name__]
+        words = [option, written_name(type(value))]
         for field in fields(value):
             own = getattr(value, field.name)
             if own != field.default:
@@ -87,14 +149,10 @@ def build(base: type[Component], description: Mapping[str, Any]) -> Component:
     given = description.get("init_args", {}) if isinstance(description, Mapping) else None
     if not isinstance(given, Mapping):
         raise ModelError(f"Expected class_path and init_args of a {base.__name__}, got {description!r:.80}.")
-    known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _subclasses(base)}
     path = str(description.get("class_path", ""))
-    if path not in known:
-        raise ModelError(
-            f"Expected one of {', '.join(sorted(known))}, got {path!r}. "
-            f"If it is your own {base.__name__}, import its module first."
-        )
-    cls = known[path]
+    cls = find_class(base, path)
+    if cls is None:
+        raise ModelError(_unknown(base, path))
     arguments = {name: _built(base, value) for name, value in given.items()}
     unknown = set(arguments) - {field.name for field in fields(cls)}  # type: ignore[arg-type] # components are dataclasses
     if unknown:
@@ -112,7 +170,11 @@ def _built(base: type[Component], value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _subclasses(base: type[Component]) -> Iterator[type[Component]]:
-    for cls in base.__subclasses__():
-        yield cls
-        yield from _subclasses(cls)
+def _unknown(base: type[Component], path: str) -> str:
+    """Return the message for a name that stands for no imported class."""
+    names = ", ".join(written_name(cls) for cls in subclasses(base) if short_name(cls))
+    module = path.rpartition(".")[0]
+    told = f"Expected one of {names}, got {path!r}."
+    if not module or module.partition(".")[0] == _PACKAGE:
+        return f"{told} It was written by another version of quailora."
+    return f"{told} It is a {base.__name__} of the module {module}: import {module} first."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import lstsq, svd
 
@@ -12,8 +12,9 @@ from quailora import GPTQ, NF4, Gram, Initializer, Optimal, Uniform
 from quailora.core.paired import PairedStatistics
 from quailora.errors import CalibrationError, ConfigurationError
 from quailora.layer import asymmetric as module
-from quailora.layer.asymmetric import RIDGES, HeldOutFit, initialize_asymmetric, shift
+from quailora.layer.asymmetric import RIDGES, TRUST, HeldOutFit, initialize_asymmetric, shift
 from quailora.schedules import HeldOut, Once
+from quailora.testing import INPUT_KINDS, make_problem, optimal_error, rounding
 
 
 def problem(seed, tokens=400, rows=12, columns=16, noise=0.3):
@@ -119,9 +120,19 @@ def test_shrinkage_follows_the_evidence(noise, tokens, low, high):
     assert low <= asymmetry <= high
     assert layer.error_optimal <= layer.error * (1 + 1e-6)
     assert layer.error <= layer.error_uncalibrated * (1 + 1e-6) <= layer.error_none * (1 + 1e-5)
-    if not noise:
-        symmetric = initializer(weight, pair[0].quantized)
-        torch.testing.assert_close(layer.low_rank.dense(), symmetric.low_rank.dense())
+
+
+@pytest.mark.parametrize("tokens", [8, 4000])
+def test_equal_inputs_give_the_symmetric_solution(tokens):
+    weight, full, quantized = problem(3, 2 * tokens, noise=0.0)
+    pair = both(full, quantized, tokens)
+    initializer = Initializer(NF4(), Optimal(), 3)
+    layer, asymmetry = initialize_asymmetric(initializer, weight, *pair, trust=1.0)
+    symmetric = initializer(weight, pair[0].quantized)
+    assert asymmetry == 0
+    assert layer.low_rank.dense().norm() > 0
+    torch.testing.assert_close(layer.low_rank.dense(), symmetric.low_rank.dense())
+    assert layer.error == pytest.approx(symmetric.error)
 
 
 def test_it_beats_the_symmetric_problem_on_new_tokens():
@@ -163,11 +174,50 @@ def test_degenerate_inputs(kind, schedule):
     assert 0 <= asymmetry <= 0.5
     assert layer.low_rank.lora_A.isfinite().all()
     assert layer.low_rank.lora_B.isfinite().all()
-    # The target is better than the weight in the outputs that it was judged by.
     floor = 1e-6 * layer.error_none
     assert layer.error_optimal <= layer.error + floor
     assert layer.error <= layer.error_uncalibrated + floor
     assert layer.error_uncalibrated <= layer.error_none + floor
+
+
+@settings(max_examples=30)
+@pytest.mark.filterwarnings("ignore:A Gram matrix was indefinite by rounding")
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+@given(seed=st.integers(0, 2**16), noise=st.sampled_from([0.0, 0.3, 3.0]), rank=st.integers(1, 12))
+def test_laws_hold_for_inputs_of_every_kind(kind, seed, noise, rank):
+    """Against float64 and SciPy, where dead channels, missing directions and massive channels stay what they are."""
+    generator = torch.Generator().manual_seed(seed)
+    case = make_problem(12, 16, kind, seed=seed)
+    weight, full = case.weight, case.inputs.repeat(4, 1)  # a single token would leave none to hold out
+    changes = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(len(full), 1), (1, 16)])
+    quantized = full * (1 + noise * next(changes)) * (1 + noise * next(changes))
+    seen = len(full) * 3 // 4
+    every, held = both(full, quantized, seen)
+    base = Uniform(3, 16)
+    layer, asymmetry = initialize_asymmetric(Initializer(base, Optimal(), rank), weight, every, held)
+    assert 0 <= asymmetry <= TRUST
+
+    fit = HeldOutFit.of(weight, every, held)
+    ridge, share = fit.choose()
+    judge = full[seen:], quantized[seen:], weight
+    before = output_error(*judge, weight)
+    after = output_error(*judge, weight + asymmetry * fit.shift(ridge))
+    assert asymmetry == TRUST * share
+    assert after <= before + 1e-6 * output_error(*judge, torch.zeros_like(weight))
+
+    moment = every.quantized.second_moment
+    stored = base.quantize(weight).dequantize()
+    torch.testing.assert_close(layer.quantized.dequantize(), stored, rtol=0, atol=0)
+    error = (weight.double() + asymmetry * shift(weight, every, ridge) - stored).float().double()
+    correction = layer.low_rank.dense().double()
+    slack = 2 * rounding(layer.error_uncalibrated, layer.error_none, torch.float32) + 1e-6 * layer.error
+    assert layer.error_none == pytest.approx((error @ moment * error).sum().item(), rel=1e-5)
+    rest = error - correction
+    assert layer.error == pytest.approx((rest @ moment * rest).sum().item(), abs=slack)
+    assert layer.error == pytest.approx(optimal_error(error, moment, rank), abs=slack)
+    assert layer.error_optimal <= layer.error + slack
+    assert layer.error <= layer.error_uncalibrated + slack
+    assert layer.error_uncalibrated <= layer.error_none + slack
 
 
 class Counted(torch.utils._python_dispatch.TorchDispatchMode):

@@ -21,9 +21,9 @@ from quailora.adapters.lora import LoraScaling
 from quailora.calibration.text import TextSource
 from quailora.calibration.windows import Calibration
 from quailora.comparison.compare import evaluation_sources, evaluation_texts
-from quailora.comparison.runner import FULL_PRECISION, Contest
-from quailora.comparison.store import Scoreboard
-from quailora.comparison.variants import Contender
+from quailora.comparison.runner import FULL_PRECISION, ComparisonRunner
+from quailora.comparison.store import RowStore
+from quailora.comparison.variants import Variant
 from quailora.evaluation.tasks import Tasks
 from quailora.methods.recipes import RECIPES
 from quailora.models.layers import linear_layers
@@ -88,33 +88,33 @@ def main(
     texts = dict(evaluation_texts(loaded, evaluation_sources([text]), windows, 2048))
     work = Path(out) / "work"
     work.mkdir(parents=True, exist_ok=True)
-    board = Scoreboard(Path(out) / "rows", fingerprint({"windows": windows}, loaded, seen), fresh=False)
-    board.open()
-    contest = Contest(loaded, layers, source, seen, texts, Tasks(), work, board, seed=0)
+    store = RowStore(Path(out) / "rows", fingerprint({"windows": windows}, loaded, seen), fresh=False)
+    store.open()
+    runner = ComparisonRunner(loaded, layers, layers, source, seen, texts, Tasks(), work, store, seed=0)
     table = []
     for bits in BITS:
         found = quantizers(bits)
-        contest.measure([
-            contender(f"{name} {bits} {column}", found[name], column, rank) for name in found for column in COLUMNS
+        runner.measure([
+            variant(f"{name} {bits} {column}", found[name], column, rank) for name in found for column in COLUMNS
         ])
-        rows = board.rows()
+        rows = store.rows()
         for name in found:
             cells = [rows[f"{name} {bits} {column}"] for column in COLUMNS]
             perplexities = [f"{row.scores[Path(text).stem].perplexity:.2f}" for row in cells]
             table.append([f"`{name}`", str(bits), f"{cells[0].bits_per_weight:.2f}", *perplexities])
-    full = board.rows()[FULL_PRECISION].scores[Path(text).stem].perplexity
+    full = store.rows()[FULL_PRECISION].scores[Path(text).stem].perplexity
     adapter = 16 * rank * sum(sum(layer.shape) for layer in layers.values())
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
     print(f"Full precision {full:.2f}; adapters take {adapter / weights:.2f} bits for each weight of the base.\n")
     print(markdown_table(["quantizer", "bits", "bits a weight", *COLUMNS], table))
 
 
-def contender(name: str, quantizer: Quantizer, column: str, rank: int) -> Contender:
+def variant(name: str, quantizer: Quantizer, column: str, rank: int) -> Variant:
     """Return a row: a base alone or with an adapter."""
     recipe = COLUMNS[column]
     if recipe is None:
-        return Contender.alone(name, quantizer)
-    return Contender(name, RECIPES[recipe].method(quantizer, LoraScaling(rank)), recipe)
+        return Variant.alone(name, quantizer)
+    return Variant(name, RECIPES[recipe].method(quantizer, LoraScaling(rank)), recipe)
 
 
 if __name__ == "__main__":

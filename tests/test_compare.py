@@ -23,7 +23,7 @@ from quailora.calibration.text import shipped_text
 from quailora.calibration.windows import evaluation_windows
 from quailora.comparison.compare import compare
 from quailora.comparison.html import html_table, report
-from quailora.comparison.store import Scoreboard
+from quailora.comparison.store import RowStore
 from quailora.errors import ConfigurationError, ModelError, ResumeError
 from quailora.evaluation.evaluate import evaluate
 from quailora.evaluation.scores import Difference, Scores, log_probabilities, score
@@ -149,8 +149,8 @@ class WellFormed(HTMLParser):
 def test_finished_rows_are_kept_and_others_added(tiny_llama, tmp_path, monkeypatch):
     """An interrupted comparison goes on; other settings are refused, and told apart."""
     added = []
-    plain = Scoreboard.add
-    monkeypatch.setattr(Scoreboard, "add", lambda self, row: (added.append(row.name), plain(self, row)))
+    plain = RowStore.add
+    monkeypatch.setattr(RowStore, "add", lambda self, row: (added.append(row.name), plain(self, row)))
     options = {"out": str(tmp_path), "ranks": (2,), **SMALL}
     first = compare(str(tiny_llama), recipes=["qera-exact"], **options)
     assert added[-2:] == ["quailora r2", "qera-exact r2"]

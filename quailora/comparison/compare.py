@@ -1,4 +1,4 @@
-"""Methods side by side: one calibration, one evaluation, one board."""
+"""Methods side by side, on the same calibration and the same evaluation."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from ..quantizers import NF4, Int8, Quantizer, Uniform
 from ..support.files import check_writable, folder_of
 from ..support.machine import within_memory
 from ..support.settings import as_command, describe
-from .runner import FULL_PRECISION, Contest
-from .store import Scoreboard, write_comparison
+from .runner import FULL_PRECISION, ComparisonRunner
+from .store import RowStore, write_comparison
 from .table import Comparison, Row
-from .variants import Contender
+from .variants import Variant
 
 logger = logging.getLogger("quailora")
 
@@ -129,19 +129,19 @@ def compare(
     """
     command = as_command(compare, dict(locals()))
     names = list(RECIPES) if "all" in recipes else [*recipes]
-    rows = {name: find_recipe(name) for name in dict.fromkeys((against, *names))}
-    contenders = [Contender.alone("base alone", quantizer), *map(baseline, baselines)]
-    contenders += [Contender.of(name, row, quantizer, rank) for rank in ranks for name, row in rows.items()]
+    chosen = {name: find_recipe(name) for name in dict.fromkeys((against, *names))}
+    variants = [Variant.alone("base alone", quantizer), *map(baseline, baselines)]
+    variants += [Variant.of(name, recipe, quantizer, rank) for rank in ranks for name, recipe in chosen.items()]
     calibrate_on = TextSource(calibration, tuple(calibration_fields), calibration_split)
     scored_on = Tasks(tuple(tasks), task_folder, task_limit)
     scored_on.check()
     evaluate_on = evaluation_sources(text, text_fields)
-    for each in (calibrate_on, *evaluate_on.values()):
-        each.check()
+    for text_source in (calibrate_on, *evaluate_on.values()):
+        text_source.check()
     folder = folder_of(out)
     check_writable(folder)
-    for contender in contenders:
-        check_request(seed, device, contender.method, contender.inputs)
+    for variant in variants:
+        check_request(seed, device, variant.method, variant.inputs)
 
     loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     length = fitting_length(loaded.model, sequence_length, DEFAULT_LENGTH)
@@ -156,17 +156,17 @@ def compare(
     settings |= {f"text {name}": digest(ids) for name, ids in texts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "work"):
-        board = Scoreboard(folder / "rows", fingerprint(settings, loaded, seen), fresh)
-        board.open()
-        Contest(loaded, layers, targets, source, seen, texts, scored_on, folder / "work", board, seed).measure(
-            contenders
+        store = RowStore(folder / "rows", fingerprint(settings, loaded, seen), fresh)
+        store.open()
+        ComparisonRunner(loaded, layers, targets, source, seen, texts, scored_on, folder / "work", store, seed).measure(
+            variants
         )
     comparison = Comparison(
         title=f"{model}, {quantizer!r}",
         reference=against,
         texts=tuple(texts),
         tasks=tuple(tasks),
-        rows=tuple(standing(board.rows(), quantizer)),
+        rows=tuple(current_rows(store.rows(), quantizer)),
         origin={"command": command, "date": datetime.now(UTC).date().isoformat(), "versions": versions_in_words()},
     )
     write_comparison(comparison, folder)
@@ -192,27 +192,34 @@ def compared_layers(
     return layers, targets
 
 
-def standing(kept: Mapping[str, Row], quantizer: Quantizer) -> Iterator[Row]:
-    """Yield full precision and every row that holds still, those of earlier comparisons in the folder among them."""
-    possible = [Contender.alone("base alone", quantizer), *map(baseline, BASELINES)]
-    found = {row.recipe for row in kept.values()}
+def current_rows(kept: Mapping[str, Row], quantizer: Quantizer) -> Iterator[Row]:
+    """Yield the full-precision row, then every stored row whose method is defined as it is today.
+
+    Rows of earlier comparisons in the same folder are among them.
+
+    Args:
+        kept: stored rows by name.
+        quantizer: of the base of the recipes.
+    """
+    possible = [Variant.alone("base alone", quantizer), *map(baseline, BASELINES)]
+    recipes = {row.recipe for row in kept.values()}
     for rank in sorted({row.rank for row in kept.values() if row.recipe}):
-        possible += [Contender.of(name, row, quantizer, rank) for name, row in RECIPES.items() if name in found]
+        possible += [Variant.of(name, recipe, quantizer, rank) for name, recipe in RECIPES.items() if name in recipes]
     yield kept[FULL_PRECISION]
-    for contender in possible:
-        if contender.name in kept and kept[contender.name].method == contender.definition:
-            yield kept[contender.name]
+    for variant in possible:
+        if variant.name in kept and kept[variant.name].method == variant.definition:
+            yield kept[variant.name]
 
 
-def baseline(name: str) -> Contender:
-    """Return one of `BASELINES`.
+def baseline(name: str) -> Variant:
+    """Return the variant of one of `BASELINES`.
 
     Raises:
         ConfigurationError: if there is none of this name.
     """
     if name not in BASELINES:
         raise ConfigurationError(f"Unknown baseline {name!r}. Expected some of {', '.join(BASELINES)}.")
-    return Contender.alone(name, BASELINES[name])
+    return Variant.alone(name, BASELINES[name])
 
 
 def evaluation_texts(
@@ -246,6 +253,6 @@ def distinct_names(paths: Sequence[str]) -> dict[str, str]:
     parts = {path: Path(path).parts for path in paths}
     longest = max(map(len, parts.values()), default=0)
     choices = [[Path(path).stem for path in parts]]
-    choices += [["/".join(each[-count:]) for each in parts.values()] for count in range(1, longest + 1)]
-    names = next((each for each in choices if len(set(each)) == len(parts)), list(parts))
+    choices += [["/".join(folders[-count:]) for folders in parts.values()] for count in range(1, longest + 1)]
+    names = next((choice for choice in choices if len(set(choice)) == len(parts)), list(parts))
     return dict(zip(names, parts, strict=True))

@@ -25,9 +25,9 @@ from ..pipeline.checkpoint import open_checkpoint
 from ..pipeline.fingerprint import digest
 from ..pipeline.run import Run
 from ..solvers.fisher import Sensitivity
-from .store import Scoreboard
+from .store import RowStore
 from .table import Row
-from .variants import Contender, Entry, groups
+from .variants import Variant, VariantResult, groups
 
 logger = logging.getLogger("quailora")
 
@@ -36,19 +36,19 @@ FULL_PRECISION = "full precision"
 
 @final
 @dataclass(frozen=True, eq=False)
-class Contest:
-    """Measures contenders and writes their rows down.
+class ComparisonRunner:
+    """Measures variants of a model and keeps their rows.
 
     Attributes:
         loaded: the model, in memory.
         layers: its layers that are quantized.
         targets: those of them that are corrected.
-        source: what is calibrated on.
-        seen: its windows.
+        source: the calibration text and how it is cut.
+        seen: calibration windows.
         texts: windows to evaluate on, by name of the text.
         tasks: to score on.
-        work: folder for unfinished groups.
-        board: gets the rows.
+        work: folder for groups of variants that are not finished.
+        store: keeps finished rows.
         seed: seed of untrained directions.
     """
 
@@ -60,77 +60,89 @@ class Contest:
     texts: Mapping[str, Int[Tensor, "windows window_length"]]
     tasks: Tasks
     work: Path
-    board: Scoreboard
+    store: RowStore
     seed: int
 
-    def measure(self, contenders: Sequence[Contender]) -> None:
-        """Measure full precision and all contenders that have no row yet."""
-        there = self.board.rows()
-        if FULL_PRECISION not in there:
-            itself: dict[str, Mapping[str, Tensor]] = {FULL_PRECISION: {}}
-            scores, accuracies = self._scores(itself), self._accuracies(itself)
-            self.board.add(Row(FULL_PRECISION, scores[FULL_PRECISION], tasks=accuracies[FULL_PRECISION]))
-        missing = [each for each in contenders if each.name not in there or there[each.name].method != each.definition]
+    def measure(self, variants: Sequence[Variant]) -> None:
+        """Measure full precision and all variants that have no row yet."""
+        finished = self.store.rows()
+        if FULL_PRECISION not in finished:
+            unchanged: dict[str, Mapping[str, Tensor]] = {FULL_PRECISION: {}}
+            scores, accuracies = self._scores(unchanged), self._accuracies(unchanged)
+            self.store.add(Row(FULL_PRECISION, scores[FULL_PRECISION], tasks=accuracies[FULL_PRECISION]))
+        missing = [
+            variant
+            for variant in variants
+            if variant.name not in finished or finished[variant.name].method != variant.definition
+        ]
         for group in groups(missing):
-            logger.info("Rows: %s.", ", ".join(contender.name for contender in group))
+            logger.info("Rows: %s.", ", ".join(variant.name for variant in group))
             run = self._run(group)
-            training = {contender.name: self._train(run, contender) for contender in group}
-            entries = [Entry(each, run.outcomes(each.walked, each.method.polish)) for each in group]
-            variants = self._variants(entries)
-            scores, accuracies = self._scores(variants), self._accuracies(variants)
-            solving = {entry.contender.walked: entry.seconds for entry in entries}
-            walking = max(0.0, sum(run.seconds.values()) - sum(solving.values()))  # of this process, if it went on
-            for entry in entries:
-                name, method = entry.contender.name, entry.contender.method
-                seconds = entry.seconds + walking + training[name]
+            training = {variant.name: self._train(run, variant) for variant in group}
+            results = [
+                VariantResult(variant, run.outcomes(variant.run_key, variant.method.polish)) for variant in group
+            ]
+            weights = self._weights(results)
+            scores, accuracies = self._scores(weights), self._accuracies(weights)
+            solving = {result.variant.run_key: result.seconds for result in results}
+            walking = max(
+                0.0, sum(run.seconds.values()) - sum(solving.values())
+            )  # by this process only: a resumed run has been walking before, too
+            for result in results:
+                name, method = result.variant.name, result.variant.method
+                seconds = result.seconds + walking + training[name]
                 if method.initializer.metric == "fisher":
                     seconds += self.sensitivities[1]
-                self.board.add(entry.row(scores[name], accuracies[name], seconds))
+                self.store.add(result.row(scores[name], accuracies[name], seconds))
             run.checkpoint.remove()
 
     @cached_property
     def sensitivities(self) -> tuple[Mapping[str, Sensitivity], float]:
         """The sensitivity of each layer, and the seconds that finding them took."""
         start = time.perf_counter()
-        found = find_sensitivities(self.loaded.model, self.layers, self.seen, self.source.dtype)
-        return found, time.perf_counter() - start
+        sensitivities = find_sensitivities(self.loaded.model, self.layers, self.seen, self.source.dtype)
+        return sensitivities, time.perf_counter() - start
 
-    def _train(self, run: Run, contender: Contender) -> float:
-        """Train a contender that asks for it; return the seconds."""
+    def _train(self, run: Run, variant: Variant) -> float:
+        """Distil a variant whose method asks for it; return how many seconds that took."""
         start = time.perf_counter()
-        run.polish(contender.walked, contender.method.polish, self.source, self.loaded.tokenizer)
+        run.polish(variant.run_key, variant.method.polish, self.source, self.loaded.tokenizer)
         return time.perf_counter() - start
 
-    def _variants(self, entries: Sequence[Entry]) -> dict[str, Mapping[str, Tensor]]:
-        """Return what the layers of each entry compute with."""
-        bases = {entry.contender.base: entry.quantized for entry in entries if entry.quantized}
+    def _weights(self, results: Sequence[VariantResult]) -> dict[str, Mapping[str, Tensor]]:
+        """Return the weights that the layers of each variant compute with, by name of the variant."""
+        bases = {result.variant.base_key: result.quantized for result in results if result.quantized}
         device = self.loaded.model.device
-        return {each.contender.name: Corrected(bases[each.contender.base], each.factors, device) for each in entries}
+        return {
+            result.variant.name: Corrected(bases[result.variant.base_key], result.factors, device) for result in results
+        }
 
-    def _accuracies(self, variants: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
+    def _accuracies(self, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
         """Return the score of each variant on each task."""
-        found: dict[str, dict[str, float]] = {}
-        for name, weights in variants.items():
-            with replaced(self.layers, weights if self.tasks.names else {}):
-                found[name] = self.tasks.scores(self.loaded.model, self.loaded.tokenizer)
+        accuracies: dict[str, dict[str, float]] = {}
+        for name, layer_weights in weights.items():
+            with replaced(self.layers, layer_weights if self.tasks.names else {}):
+                accuracies[name] = self.tasks.scores(self.loaded.model, self.loaded.tokenizer)
             if self.tasks.names:
-                logger.info("%s: %s.", name, ", ".join(f"{task} {score:.3f}" for task, score in found[name].items()))
-        return found
+                logger.info(
+                    "%s: %s.", name, ", ".join(f"{task} {score:.3f}" for task, score in accuracies[name].items())
+                )
+        return accuracies
 
-    def _scores(self, variants: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Scores]]:
+    def _scores(self, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Scores]]:
         """Return the scores of each variant on each text."""
-        scores: dict[str, dict[str, Scores]] = {name: {} for name in variants}
+        scores: dict[str, dict[str, Scores]] = {name: {} for name in weights}
         given = given_tokens(self.loaded.tokenizer, self.source.bos)
         for text, ids in self.texts.items():
-            found = measure(self.loaded.model, self.layers, variants, ids, f"Evaluating on {text}", given)
-            for name, score in found.items():
+            of_text = measure(self.loaded.model, self.layers, weights, ids, f"Evaluating on {text}", given)
+            for name, score in of_text.items():
                 scores[name][text] = score
         return scores
 
-    def _run(self, group: Sequence[Contender]) -> Run:
-        place = self.work / digest([contender.definition for contender in group])
-        place.mkdir(exist_ok=True)
-        checkpoint = open_checkpoint(place, self.board.fingerprint, fresh=False)
+    def _run(self, group: Sequence[Variant]) -> Run:
+        folder = self.work / digest([variant.definition for variant in group])
+        folder.mkdir(exist_ok=True)
+        checkpoint = open_checkpoint(folder, self.store.fingerprint, fresh=False)
         walk = Walk(
             self.loaded.model,
             self.layers,
@@ -141,13 +153,13 @@ class Contest:
             start=checkpoint.blocks_done,
             on_done=checkpoint.set_blocks_done,
         )
-        methods = {each.walked: replace(each.method, polish=None) for each in group}
-        kept = {each.base: each.walked for each in group}.values()
-        trained = [each.walked for each in group if each.method.polish]
-        weighted = any(each.method.initializer.metric == "fisher" for each in group)
+        methods = {variant.run_key: replace(variant.method, polish=None) for variant in group}
+        keepers = {variant.base_key: variant.run_key for variant in group}.values()
+        distilled = [variant.run_key for variant in group if variant.method.polish]
+        weighted = any(variant.method.initializer.metric == "fisher" for variant in group)
         sensitivities = self.sensitivities[0] if weighted else {}
         run = Run(
-            walk, self.targets, methods, checkpoint, {*kept, *trained}, seed=self.seed, sensitivities=sensitivities
+            walk, self.targets, methods, checkpoint, {*keepers, *distilled}, seed=self.seed, sensitivities=sensitivities
         )
         run.finish()
         return run

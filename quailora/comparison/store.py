@@ -23,13 +23,13 @@ logger = logging.getLogger("quailora")
 
 @final
 @dataclass(frozen=True)
-class Scoreboard:
-    """The finished rows of a comparison, one file each, and what they depend on.
+class RowStore:
+    """A folder of finished rows, one file for each, with a manifest of what they depend on.
 
     Attributes:
-        folder: where they are.
-        fingerprint: what they depend on, item by item.
-        fresh: whether to forget what is there.
+        folder: the folder.
+        fingerprint: everything that the rows depend on, item by item.
+        fresh: whether to delete earlier rows in the folder.
     """
 
     folder: Path
@@ -37,10 +37,10 @@ class Scoreboard:
     fresh: bool
 
     def open(self) -> None:
-        """Make the folder, or check that what is in it belongs to this comparison.
+        """Make the folder, or check that the rows in it belong to this comparison.
 
         Raises:
-            ResumeError: if it does not; the message says what differs.
+            ResumeError: if they do not; the message says what differs.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / "manifest.json"
@@ -62,17 +62,17 @@ class Scoreboard:
 
     def rows(self) -> dict[str, Row]:
         """Return the finished rows by name."""
-        found = [self._read(file) for file in self._files()]
-        return {row.name: row for row in found if row is not None}
+        rows = [self._read(file) for file in self._files()]
+        return {row.name: row for row in rows if row is not None}
 
     def _files(self) -> list[Path]:
         return sorted(file for file in self.folder.glob("*.json") if file.name != "manifest.json")
 
     def _manifest(self) -> dict[str, str]:
-        """Return what is written down of earlier rows; nothing where there are none.
+        """Return what the rows in the folder depend on; nothing where there are no rows.
 
         Raises:
-            ResumeError: if there are rows, and it is missing or damaged.
+            ResumeError: if there are rows, but their manifest is missing or damaged.
         """
         file = self.folder / "manifest.json"
         try:

@@ -1,4 +1,4 @@
-"""What a comparison measures: contenders before their run, and entries after it."""
+"""What a comparison measures: variants of a model, and what their runs made."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .table import Row
 
 @final
 @dataclass(frozen=True)
-class Contender:
-    """One row to be measured.
+class Variant:
+    """A variant of the model to be measured: a base alone, or with an adapter.
 
     Attributes:
         name: of the row.
@@ -43,14 +43,14 @@ class Contender:
     changes_base: bool = False
 
     @classmethod
-    def of(cls, name: str, row: Recipe, quantizer: Quantizer, rank: int) -> Contender:
-        """Return a recipe at a rank."""
-        method = row.method(quantizer, LoraScaling(rank))
-        return cls(f"{name} r{rank}", method, name, row.inputs, row.changes_base)
+    def of(cls, name: str, recipe: Recipe, quantizer: Quantizer, rank: int) -> Variant:
+        """Return the variant of a recipe at a rank."""
+        method = recipe.method(quantizer, LoraScaling(rank))
+        return cls(f"{name} r{rank}", method, name, recipe.inputs, recipe.changes_base)
 
     @classmethod
-    def alone(cls, name: str, quantizer: Quantizer) -> Contender:
-        """Return a base without an adapter."""
+    def alone(cls, name: str, quantizer: Quantizer) -> Variant:
+        """Return the variant of a base without an adapter."""
         return cls(name, Method(Initializer(quantizer, Zero(), 1, "identity"), LoraScaling(1)))
 
     @property
@@ -59,55 +59,56 @@ class Contender:
         return f"{self.method} on {self.inputs} inputs"
 
     @property
-    def walked(self) -> str:
-        """Names what it is after the walk through the model, before any training."""
+    def run_key(self) -> str:
+        """Key of the result before distillation: variants that differ only in distillation share it."""
         return digest([replace(self, method=replace(self.method, polish=None)).definition])
 
     @property
-    def base(self) -> str:
-        """Names the weights that its correction is added to; the same name, the same weights."""
-        return self.walked if self.changes_base else repr(self.method.initializer.quantizer)
+    def base_key(self) -> str:
+        """Key of the quantized weights that the correction is added to: equal keys mean equal weights."""
+        return self.run_key if self.changes_base else repr(self.method.initializer.quantizer)
 
 
-def groups(contenders: Sequence[Contender]) -> list[list[Contender]]:
-    """Return contenders in groups that can share one walk.
+def groups(variants: Sequence[Variant]) -> list[list[Variant]]:
+    """Return variants in groups that can share one walk.
 
-    All on full-precision inputs can; on other inputs those that are the same but for a training that follows.
+    Variants on full-precision inputs can. On other inputs only those can that differ in nothing but the distillation.
     """
-    found: dict[str, list[Contender]] = {}
-    for contender in contenders:
-        found.setdefault("full" if contender.inputs == "full" else contender.walked, []).append(contender)
-    return list(found.values())
+    grouped: dict[str, list[Variant]] = {}
+    for variant in variants:
+        grouped.setdefault("full" if variant.inputs == "full" else variant.run_key, []).append(variant)
+    return list(grouped.values())
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """A contender after its run.
+class VariantResult:
+    """What the run of a variant made.
 
     Attributes:
-        contender: which.
-        outcomes: what became of each layer; tensors are memory-mapped.
+        variant: the variant.
+        layers: what the run made of each layer; tensors are memory-mapped.
     """
 
-    contender: Contender
-    outcomes: Mapping[str, Outcome]
+    variant: Variant
+    layers: Mapping[str, Outcome]
 
     @property
     def quantized(self) -> dict[str, Tensor]:
         """`Q` of each layer, where it was kept."""
-        return {name: one.dequantized for name, one in self.outcomes.items() if one.dequantized is not None}
+        return {name: layer.dequantized for name, layer in self.layers.items() if layer.dequantized is not None}
 
     @property
     def factors(self) -> dict[str, Factors]:
         """Factors of each layer, before PEFT's scaling; none for a base alone."""
-        found = {name: one.correction for name, one in self.outcomes.items() if one.correction is not None}
-        return {name: low.factors for name, low in found.items()} if self.contender.recipe else {}
+        if not self.variant.recipe:
+            return {}
+        return {name: layer.correction.factors for name, layer in self.layers.items() if layer.correction is not None}
 
     @property
     def seconds(self) -> float:
-        """What quantizing and correcting all layers took."""
-        return sum(one.record.seconds for one in self.outcomes.values() if one.record)
+        """Seconds that quantizing and correcting all layers took."""
+        return sum(layer.record.seconds for layer in self.layers.values() if layer.record)
 
     @property
     def spectrum(self) -> tuple[float, ...]:
@@ -115,27 +116,33 @@ class Entry:
 
         Empty where the solver does not minimise the output error, and for a base alone.
         """
-        if self.contender.method.initializer.metric != "gram" or not self.contender.recipe:
+        if self.variant.method.initializer.metric != "gram" or not self.variant.recipe:
             return ()
         shares = [
-            one.correction.energies.cumsum(0) / one.record.error_none
-            for one in self.outcomes.values()
-            if one.correction and one.record and one.record.error_none > 0
+            layer.correction.energies.cumsum(0) / layer.record.error_none
+            for layer in self.layers.values()
+            if layer.correction and layer.record and layer.record.error_none > 0
         ]
         return tuple(torch.stack(shares).mean(0).tolist()) if shares else ()
 
     def row(self, scores: Mapping[str, Scores], tasks: Mapping[str, float], seconds: float) -> Row:
-        """Return the row of these scores by text and by task, which took so long."""
-        contender = self.contender
+        """Return the row of the variant.
+
+        Args:
+            scores: by text.
+            tasks: accuracy by task.
+            seconds: what calibration and initialization took.
+        """
+        variant = self.variant
         return Row(
-            contender.name,
+            variant.name,
             scores,
             tasks=tasks,
-            recipe=contender.recipe,
-            rank=contender.method.scaling.rank if contender.recipe else 0,
-            changes_base=contender.changes_base,
+            recipe=variant.recipe,
+            rank=variant.method.scaling.rank if variant.recipe else 0,
+            changes_base=variant.changes_base,
             seconds=round(seconds, 2),
-            layers=[one.record for one in self.outcomes.values() if one.record],
+            layers=[layer.record for layer in self.layers.values() if layer.record],
             spectrum=self.spectrum,
-            method=contender.definition,
+            method=variant.definition,
         )

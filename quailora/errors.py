@@ -48,6 +48,14 @@ class ModelError(QuailoraError, OSError):
     """A model, a tokenizer or a saved adapter cannot be found or read."""
 
 
+class WeightsNotFoundError(ModelError, FileNotFoundError):
+    """The files with the weights of a model are not where they were looked for."""
+
+
+class ArgumentTypeError(QuailoraError, TypeError, ValueError):
+    """An argument is an object of another kind than the function works on."""
+
+
 class OutputExistsError(QuailoraError, FileExistsError):
     """The output folder already holds a result, and overwriting was not asked for."""
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -14,6 +17,7 @@ from quailora import NF4, Uniform
 from quailora.models.layers import linear_layers
 from quailora.quantizers.packing import unpack_words
 
+EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
 KINDS = ("bitsandbytes-4", "bitsandbytes-8", "gptq", "hqq", "torchao")
 
 
@@ -31,7 +35,7 @@ class PackedLinear(nn.Module):
         self.bits, self.version = bits, version
         for name, tensor in packed.items():
             self.register_buffer(name, tensor.clone())
-        self.in_features, self.out_features = len(self.g_idx), self.scales.shape[1]
+        self.infeatures, self.outfeatures = len(self.g_idx), self.scales.shape[1]
         if version == 1:
             self.qzeros -= sum(1 << bits * place for place in range(32 // bits))
 
@@ -91,3 +95,14 @@ def own_weight(kind: str, module: nn.Module) -> Tensor:
     if kind == "gptq":
         return module.dequantize_weight().T
     return module.dequantize() if kind == "hqq" else module.weight.dequantize()
+
+
+def adapted(folder: Path, kind: str = "bitsandbytes-4", model: nn.Module | None = None, **options: Any) -> PeftModel:
+    """Return a quantized model with a fresh adapter, as a training script makes it.
+
+    PEFT's layer for GPTQ is asked for by hand, since it looks for layers of gptqmodel.
+    """
+    torch.manual_seed(0)
+    config = LoraConfig(**{"r": 8, "target_modules": EVERY, "task_type": "CAUSAL_LM"} | options)
+    config._register_custom_module({PackedLinear: GPTQLoraLinear})
+    return get_peft_model(live_model(kind, folder) if model is None else model, config)

@@ -200,11 +200,18 @@ def scaled_factors(name: str, correction: LowRank | Correction, scaling: LoraSca
     """
     if correction.rank != scaling.rank_of(name):
         raise ValueError(f"Expected rank {scaling.rank_of(name)} in {name}, got {correction.rank}.")
-    root = math.sqrt(scaling.scale_of(name))
-    lora_B, lora_A = (
-        (factor.double() / root).to(torch.float32).cpu().contiguous()
-        for factor in (correction.lora_B, correction.lora_A)
-    )
+    return divided(correction.factors, scaling.scale_of(name))
+
+
+def divided(factors: Factors, scale: float) -> Factors:
+    """Return the factors of a correction as PEFT stores them, in float32 on the CPU.
+
+    Args:
+        factors: of the correction, before PEFT's scaling.
+        scale: what PEFT multiplies `lora_B @ lora_A` with; each factor is divided by its root, so they stay balanced.
+    """
+    root = math.sqrt(scale)
+    lora_B, lora_A = ((factor.double() / root).to(torch.float32).cpu().contiguous() for factor in factors)
     return Factors(lora_B, lora_A)
 
 

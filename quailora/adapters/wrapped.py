@@ -1,0 +1,209 @@
+"""The LoRA layers of a `PeftModel` in memory: which there are, how PEFT scales them, and new factors for them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..core.objective import Factors
+from ..errors import ArgumentTypeError, ConfigurationError, NumericalWarning, TargetError
+from .lora import divided
+
+CHANGED_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+"""Beginnings of PEFT's `init_lora_weights` that take the start of the adapter out of the weights of the base."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class WrappedLayer:
+    """A linear layer with a LoRA adapter, as PEFT has put it into a model.
+
+    Attributes:
+        name: of the layer in the model without an adapter.
+        module: PEFT's layer around it.
+        adapter: name of the adapter.
+    """
+
+    name: str
+    module: Any
+    adapter: str
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer inside, quantized or not."""
+        base: nn.Module = self.module.get_base_layer()
+        return base
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter in this layer."""
+        return int(self.module.r[self.adapter])
+
+    @property
+    def scale(self) -> float:
+        """What PEFT multiplies `lora_B @ lora_A` with, patterns and rank-stabilised scaling included."""
+        return float(self.module.scaling[self.adapter])
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha` of this layer."""
+        return float(self.module.lora_alpha[self.adapter])
+
+    @property
+    def parameters(self) -> Factors:
+        """The trainable factors themselves, `lora_B` of shape (out_features, rank), `lora_A` (rank, in_features)."""
+        return Factors(self.module.lora_B[self.adapter].weight, self.module.lora_A[self.adapter].weight)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)` by the factors, which also packed layers have."""
+        lora_B, lora_A = self.parameters
+        return len(lora_B), lora_A.shape[1]
+
+    @torch.no_grad()
+    def kept(self) -> Factors:
+        """Return a copy of the factors, to go back to."""
+        return Factors(*(factor.detach().clone() for factor in self.parameters))
+
+    @torch.no_grad()
+    def restore(self, factors: Factors) -> None:
+        """Put factors in place of those that are there, as PEFT stores them.
+
+        The parameters stay the same objects with the same shapes, dtypes and devices, so that an optimizer that holds
+        them already goes on with the new values.
+        """
+        for parameter, factor in zip(self.parameters, factors, strict=True):
+            parameter.copy_(factor)
+
+    def correct(self, correction: Factors) -> None:
+        """Let the adapter add a correction to the output of the layer.
+
+        Args:
+            correction: `(lora_B, lora_A)` before PEFT's scaling, of the rank of this layer.
+
+        Raises:
+            ValueError: if the shapes are not those of this layer.
+        """
+        shapes = [tuple(factor.shape) for factor in correction]
+        expected = [tuple(parameter.shape) for parameter in self.parameters]
+        if shapes != expected:
+            raise ValueError(f"Expected factors of shapes {expected} in {self.name}, got {shapes}.")
+        self.restore(divided(correction, self.scale))
+
+
+def wrapped_layers(model: Any, adapter: str) -> dict[str, WrappedLayer]:
+    """Return every linear layer of a model that has a LoRA adapter, in the order of the model.
+
+    Args:
+        model: a `PeftModel`.
+        adapter: name of the adapter.
+
+    Raises:
+        ArgumentTypeError: if the model is no `PeftModel`.
+        ConfigurationError: if it has no such adapter, one that is not LoRA, or one that PEFT has merged into its base,
+            has taken out of its base, or applies in another way than `W x + s * lora_B @ lora_A x`.
+        TargetError: if the adapter is in fused parameters, or in no linear layer.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    config = lora_config_of(model, adapter)
+    plain = model.get_base_model()
+    found, others = {}, []
+    for name, module in plain.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter not in module.lora_A:
+            others += [name] * (adapter in module.lora_embedding_A)
+            continue
+        layer = WrappedLayer(name, module, adapter)
+        check_plain(layer)
+        if module.lora_A[adapter].weight.ndim != 2 or hasattr(module, "parameter_name"):
+            raise TargetError(
+                f"Expected an adapter of linear layers, got one in {name}, which is a convolution or a fused parameter "
+                "of experts. Leave it out of target_modules and target_parameters."
+            )
+        found[name] = layer
+    if not found:
+        raise TargetError(
+            f"Expected linear layers with the adapter {adapter!r}, and there are none. Its target_modules are "
+            f"{config.target_modules}."
+        )
+    if others:
+        warnings.warn(f"Adapters of embeddings stay as they are: {', '.join(others)}.", NumericalWarning, stacklevel=3)
+    return found
+
+
+def lora_config_of(model: Any, adapter: str) -> Any:
+    """Return PEFT's configuration of a LoRA adapter; raises as `wrapped_layers` does."""
+    from peft import LoraConfig, PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ArgumentTypeError(
+            f"Expected a PeftModel, got {type(model).__name__}. Put the adapter into the model first: "
+            "peft.get_peft_model(model, LoraConfig(...))."
+        )
+    if adapter not in model.peft_config:
+        raise ConfigurationError(
+            f"Expected the name of an adapter of this model, got {adapter!r}. It has {', '.join(model.peft_config)}."
+        )
+    config = model.peft_config[adapter]
+    if not isinstance(config, LoraConfig):
+        raise ConfigurationError(
+            f"Expected a LoRA adapter, got {adapter!r} of the type {getattr(config, 'peft_type', type(config))}."
+        )
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(CHANGED_THE_BASE):
+        raise ConfigurationError(
+            f"Expected an adapter that leaves the weights of its base as they are, got init_lora_weights={start!r}, "
+            "which has changed them. Make the adapter with init_lora_weights=True."
+        )
+    return config
+
+
+def check_plain(layer: WrappedLayer) -> None:
+    """Raise a `ConfigurationError` unless a layer computes `W x + s * lora_B @ lora_A x` with factors of its own."""
+    module, adapter = layer.module, layer.adapter
+    variant = module.lora_variant.get(adapter)
+    if variant is not None:
+        raise ConfigurationError(
+            f"Expected plain LoRA in {layer.name}, got {type(variant).__name__}, in which a correction of the base "
+            "would not be a correction of the output. Make the adapter without it, such as with use_dora=False."
+        )
+    if module.merged:
+        raise ConfigurationError(
+            f"Expected adapters beside the weights, but {', '.join(module.merged_adapters)} is merged into "
+            f"{layer.name}. Call unmerge_adapter() first."
+        )
+    for factor in layer.parameters:
+        if factor.is_meta or factor.numel() == 0:
+            raise ConfigurationError(
+                f"Expected the factors of {layer.name} in memory, got some without data or split over processes. "
+                "Initialize the adapter before the trainer prepares the model for sharding."
+            )
+
+
+def warn_of_rounding(layers: Mapping[str, WrappedLayer]) -> None:
+    """Warn if the factors are to be kept in 16 bits, in which their rounding alone can be a visible error."""
+    kinds = {factor.dtype for layer in layers.values() for factor in layer.parameters}
+    rough = sorted(str(kind).removeprefix("torch.") for kind in kinds if torch.finfo(kind).bits < 32)
+    if rough:
+        warnings.warn(
+            f"The factors of this adapter are {' and '.join(rough)}, whose rounding takes away a part of the "
+            "correction. PEFT makes them float32 unless autocast_adapter_dtype=False.",
+            NumericalWarning,
+            stacklevel=3,
+        )
+
+
+def trained(layers: Mapping[str, WrappedLayer]) -> list[str]:
+    """Return the names of the layers whose adapter does something already: their `lora_B` is not zero."""
+    return [name for name, layer in layers.items() if bool(_any(layer.parameters.lora_B))]
+
+
+def _any(factor: Tensor) -> Tensor:
+    return factor.detach().ne(0).any()

@@ -85,9 +85,8 @@ class ComparisonRunner:
             weights = self._weights(results)
             scores, accuracies = self._scores(weights), self._accuracies(weights)
             solving = {result.variant.run_key: result.seconds for result in results}
-            walking = max(
-                0.0, sum(run.seconds.values()) - sum(solving.values())
-            )  # by this process only: a resumed run has been walking before, too
+            # Only this process's seconds are known: a run that was interrupted has walked before, too.
+            walking = max(0.0, sum(run.seconds.values()) - sum(solving.values()))
             for result in results:
                 name, method = result.variant.name, result.variant.method
                 seconds = result.seconds + walking + training[name]

@@ -56,6 +56,8 @@ def product_svd(
     Returns:
         Left singular vectors, singular values in descending order, right singular vectors.
     """
+    # B = Q1 R1 and A^T = Q2 R2 give B A = Q1 (R1 R2^T) Q2^T. The matrix in the middle is r x r, and orthonormal factors
+    # around its decomposition U S V^T leave the singular values as they are: B A = (Q1 U) S (Q2 V)^T.
     left, left_r = torch.linalg.qr(lora_B)
     right, right_r = torch.linalg.qr(lora_A.T)
     u, s, vh = (part.to(left.device) for part in torch.linalg.svd(near(left_r @ right_r.T)))
@@ -91,6 +93,8 @@ def repaired_cholesky(matrix: Float[Tensor, "n n"], max_tries: int = 10) -> tupl
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not info:
         return factor, 0.0
+    # A sum over n products is off by up to n machine epsilons of the largest entry, so this is the size that a negative
+    # eigenvalue can have by rounding alone. More is tried since the sums may have been made in a shorter dtype.
     scale = matrix.diagonal().max().item() * torch.finfo(matrix.dtype).eps * len(matrix)
     for attempt in range(max_tries):
         jitter = scale * 10**attempt
@@ -114,6 +118,7 @@ def triangular_inverse(lower: Float[Tensor, "n n"], block: int = 256) -> Float[T
         lower: lower triangular, with no zero on the diagonal.
         block: rows at a time.
     """
+    # [[P, 0], [R, S]]^-1 = [[P^-1, 0], [-S^-1 R P^-1, S^-1]], with P what is inverted already and S the next block.
     inverse = torch.zeros_like(lower)
     for start in range(0, len(lower), block):
         stop = min(start + block, len(lower))

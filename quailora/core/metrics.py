@@ -142,6 +142,12 @@ class Gram(Metric):
         width = len(self.second_moment)
         if matrix.dtype == torch.float64 or width <= _EXACT_WIDTH:
             return symmetric_form(matrix.double(), self.second_moment.double())
+        # Split the columns of M into the loud ones, L, and the quiet ones, N, which are zero in each other's places:
+        #
+        #     tr(M H M^T) = tr(N H N^T) + 2 tr(N H L^T) + tr(L H L^T)
+        #
+        # The first term is the only one with a full product, and it has no massive channel in it: float32 will do. The
+        # other two are thin, 64 columns wide, and the last one, where the large numbers are, is in float64 throughout.
         loud = self.second_moment.diagonal().topk(_LOUD).indices
         between, among = self.single[:, loud], self.second_moment[loud][:, loud].double()
         total = 0.0
@@ -256,6 +262,8 @@ def symmetric_form(matrix: Float[Tensor, "rows columns"], symmetric: Float[Tenso
 
     `S` is symmetric, so only its blocks up to the diagonal are multiplied, and those off it count twice.
     """
+    # tr(M S M^T) = sum over blocks i, j of <M_i S_ij, M_j>. The pairs (i, j) and (j, i) are equal by symmetry, so that
+    # in each block column the blocks above the diagonal count twice, and the one on the diagonal once: twice its half.
     columns = matrix.shape[1]
     size = -(-columns // _BLOCKS)
     total = 0.0

@@ -105,6 +105,7 @@ class Objective:
         `E - C` nor the error without correction is needed. Both terms are computed in float64, where their cancellation
         costs about 1e-16 of the error without correction.
         """
+        # tr(C H C^T) = tr((B^T B) (A H A^T)) and tr(C H E^T) = tr(B^T (E H A^T)): everything is r wide.
         lora_B, lora_A = lora_B.double(), lora_A.double()
         weighted = self.metric.product(lora_A)
         gram = weighted @ lora_A.T
@@ -168,6 +169,8 @@ class Objective:
         rooted = metric.rooted(self._working)
         if rooted is not None:
             return left_singular_subspace(rooted, rank)
+        # A tall E = Q R has E H E^T = Q (R H R^T) Q^T: the smaller matrix in the middle has the same nonzero
+        # eigenvalues, and its eigenvectors v become Q v.
         exact = self.error.double()  # a spectrum that decays can fall below float32's rounding of its largest value
         if exact.shape[0] <= exact.shape[1]:
             return dense_subspace(metric.product(exact) @ exact.T, rank)

@@ -80,6 +80,8 @@ class PairedStatistics:
         for whole, own in zip(*parts, strict=True):
             if not len(own):
                 continue
+            # (x - x~) x~^T, and not x x~^T less x~ x~^T: the networks differ by little, and a difference of two large
+            # means would lose as many digits as they have in common.
             right = own.to(working)
             left = whole.to(working) - right
             product = right.new_empty(self.in_features, self.in_features)

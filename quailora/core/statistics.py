@@ -123,9 +123,12 @@ class InputStatistics:
             tokens: how many they are; none change nothing.
             magnitude: the sum of `|x|`; where it is missing, that of normal inputs with the same second moment.
         """
+        # A mean over n tokens and the sum s over k more give the mean n / (n + k) * mean + s / (n + k). A mean is kept
+        # in place of a sum because it does not grow with the number of tokens, and can be read without a copy.
         if tokens:
             self.tokens += tokens
             blend(self._mean, product, tokens / self.tokens, 1 / self.tokens)
+            # A normal number of variance v has the mean magnitude sqrt(2 v / pi); here it is summed over the tokens.
             if magnitude is None:
                 magnitude = (_NORMAL * tokens * product.diagonal().clamp(min=0)).sqrt()
             blend(self._magnitude, magnitude, tokens / self.tokens, 1 / self.tokens)
@@ -182,6 +185,7 @@ class InputStatistics:
         tokens = self.tokens - other.tokens
         if tokens <= 0:
             raise ValueError(f"Expected fewer than {self.tokens} tokens to leave out, got {other.tokens}.")
+        # mean = (k other + (n - k) left) / n, solved for what is left: n / (n - k) * mean - k / (n - k) * other.
         left = InputStatistics(self.in_features, self._mean.device)
         left.include(self)
         share = -other.tokens / tokens
@@ -196,6 +200,7 @@ class InputStatistics:
         Args:
             add_up: sums a tensor over all processes in place, and returns it.
         """
+        # Each process scales its mean by its share of all tokens; the sum of these is the mean over all of them.
         tokens = int(add_up(torch.tensor(self.tokens, device=self._mean.device)))
         for mean in (self._mean, self._magnitude):
             add_up(mean.mul_(self.tokens / max(1, tokens)))

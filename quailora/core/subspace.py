@@ -78,6 +78,8 @@ def left_singular_subspace(matrix: Float[Tensor, "rows columns"], rank: int) -> 
     """Return the leading left singular vectors of `F`, the eigenvectors of `F F^T`, by way of its shorter side."""
     if matrix.shape[0] <= matrix.shape[1]:
         return dense_subspace(matrix @ matrix.T, rank)
+    # With the singular value decomposition F = U S V^T the shorter side gives V and S, and F V = U S. Its columns are
+    # orthogonal up to rounding, so that QR only normalises them: their order and their span stay the same.
     right = dense_subspace(matrix.T @ matrix, rank)
     return Subspace(torch.linalg.qr(matrix @ right.basis).Q, right.energies, right.upper)
 
@@ -125,6 +127,14 @@ class KrylovSearch:
         Returns:
             The subspace, or None if the limit was reached.
         """
+        # Three numbers decide when to stop. The slack bounds what is still missing: with the true eigenvalues l_i,
+        #
+        #     sum_i l_i - captured <= slack,    captured = sum_i t_i over the leading Ritz values t_i <= l_i.
+        #
+        # The error of the correction is tr(M) - captured >= beyond, the energy of all other directions that were
+        # searched. So slack <= tolerance * beyond makes the error at most 1 / (1 - tolerance) times the optimum,
+        # without tr(M), which would cost as much as the search. Float32 rounds the captured energy to `rounding`, below
+        # which no slack can be told from zero.
         check, slack, rate = max(rank + 2 * self._block, 2 * rank + self._block), math.inf, _RATE
         checked = 0
         while True:
@@ -139,6 +149,8 @@ class KrylovSearch:
                 before, slack = slack, found.slack
                 if slack <= wanted or before <= slack <= 64 * rounding:
                     return found
+                # Krylov methods converge geometrically: log(slack) falls by `rate` for each block. The next check is
+                # made after as many blocks as that rate needs to bring the slack down to what is wanted.
                 if before < math.inf:
                     rate = math.log(before / slack) * self._block / (columns - checked)
                 ahead = math.ceil(math.log(slack / wanted) / rate) if rate > 0 and wanted > 0 else 1
@@ -149,6 +161,14 @@ class KrylovSearch:
 
     def _grow(self) -> None:
         """Search one more block: take the cursor into the basis, and what `M` makes of it for the next cursor."""
+        # One step of block Lanczos. With orthonormal blocks Q_1 ... Q_j the products fulfil
+        #
+        #     M Q_j = Q_(j-1) B_(j-1)^T + Q_j A_j + Q_(j+1) B_j
+        #
+        # and the overlaps with older blocks are zero in exact arithmetic. Rounding makes them grow as soon as a Ritz
+        # value has converged, and the search would then find that direction again. So all overlaps Q^T M Q_j are
+        # computed and taken off. They are also the last columns of Q^T M Q, whose eigenvalues are the Ritz values.
+        # What remains is Q_(j+1) B_j: the next block, and the coupling to it, from which `_ritz` knows the residuals.
         image = self._apply(self._cursor)
         self._basis = torch.cat([self._basis, self._cursor], 1)
         overlap = self._basis.T @ image
@@ -158,6 +178,10 @@ class KrylovSearch:
 
     def _fresh(self, cursor: Float[Tensor, "rows block"]) -> Float[Tensor, "rows block"]:
         """Orthonormalise unit columns against the basis; those with nothing new in them become random directions."""
+        # A second pass of Gram-Schmidt makes the block orthogonal to machine precision ("twice is enough"). A unit
+        # column that loses more than half of its norm consisted of rounding errors: the Krylov space has nothing new
+        # in this direction. A random direction in its place keeps the search from missing eigenvectors that are
+        # orthogonal to the start. Its coupling is zero up to rounding, as the residual bound needs it.
         cursor = cursor - self._basis @ (self._basis.T @ cursor)
         spent = cursor.norm(dim=0) < 0.5
         if spent.any():
@@ -170,9 +194,21 @@ class KrylovSearch:
     def _ritz(self, rank: int) -> Subspace:
         """Take the leading directions of the searched space, and bound the true eigenvalues from above.
 
-        In the basis of the Ritz vectors and their complement `M` is `[[T, R^T], [R, D]]`, with `T` the energies and `R`
-        the residuals. Replacing `D` by a multiple of the identity that is at least its norm can only raise eigenvalues.
+        The bound holds unless a direction orthogonal to those found has more energy than the least of them.
         """
+        # Why `upper` is a bound. Let V be the leading Ritz vectors and T the diagonal matrix of their energies. With
+        # the next block Q', M V = V T + Q' R: the residual is R = B S, where S are the last rows of the coefficients of
+        # V. In the basis of V and its complement, R being zero outside of Q',
+        #
+        #     M = [[T, R^T], [R, D]].
+        #
+        # If no direction of the complement has more energy than the least Ritz value t_r, then D <= t_r I, so that
+        #
+        #     M <= [[T, R^T], [R, t_r I]]
+        #
+        # and by Weyl's monotonicity each eigenvalue of the right side is at least that of M. Outside of V and Q' the
+        # right side is t_r I alone, so that its leading eigenvalues are those of a small matrix with one row for each
+        # Ritz vector and each column of Q'. From below, t_i <= l_i holds for all Rayleigh-Ritz values (Cauchy).
         values, vectors = torch.linalg.eigh(near(self._projected))
         leading = vectors[:, -rank:].flip(1)
         energies = values[-rank:].flip(0).clamp(min=0)

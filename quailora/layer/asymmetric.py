@@ -98,6 +98,9 @@ def shift(weight: Weight, statistics: PairedStatistics, ridge: float) -> Weight:
         statistics: `G` and `H~`.
         ridge: `l`, as a multiple of the median of `diag(H~)`.
     """
+    # W (G + l I) (H~ + l I)^-1 - W = W (G - H~) (H~ + l I)^-1. The right side needs no difference of large numbers: the
+    # statistics hold G - H~ as it was summed up. With H~ + l I = L L^T it takes two triangular solves for the
+    # transpose.
     moment = statistics.quantized.second_moment
     power = moment.diagonal().clone()
     moment.diagonal().add_(ridge * typical(power))  # in place, since a copy would take the memory of the factor
@@ -143,6 +146,10 @@ class HeldOutFit:
             statistics: of all tokens.
             held_out: of some of them.
         """
+        # A mean over all tokens is `share` times that over the held-out ones plus (1 - share) times that over the
+        # others. All three matrices of a fit are linear in the moments, so the others follow by subtraction, without a
+        # third sum while the model runs. Dividing by `power` puts the typical entry of the diagonal at one, where
+        # float32 is safe.
         share = held_out.tokens / statistics.tokens
         every, held = statistics.quantized.second_moment, held_out.quantized.second_moment
         power = typical((every.diagonal() - share * held.diagonal()) / (1 - share))
@@ -168,6 +175,7 @@ class HeldOutFit:
         Args:
             ridge: `l`, as a multiple of the median of `diag(H~)`.
         """
+        # With S = diag(M)^(-1/2), (M)^-1 = S (S M S)^-1 S: the matrix that is factored has ones on its diagonal.
         damped = self.moment.clone()
         damped.diagonal().add_(ridge)
         scale = damped.diagonal().rsqrt()
@@ -176,6 +184,10 @@ class HeldOutFit:
 
     def choose(self) -> tuple[float, float]:
         """Return the ridge, and the share of the way to its target, with the least error on held-out tokens."""
+        # On held-out tokens the error of W + t D, less that of W, is the parabola t^2 c - 2 t g with the gradient g =
+        # <W (G - H~), D> and the curvature c = tr(D H~ D^T), both of the held-out moments. Its minimum is at t = g / c,
+        # and cut to [0, 1], where it gains t (2 g - t c). A negative g says that every step in this direction is
+        # harmful.
         choices = []
         metric = METRICS["gram"](self.judge)
         for ridge in RIDGES:
@@ -183,10 +195,12 @@ class HeldOutFit:
             gradient, curvature = (self.slope * way).sum(dtype=torch.float64).item(), metric.energy(way)
             share = min(1.0, max(0.0, gradient / curvature)) if curvature > 0 else 0.0
             choices.append((share * (2 * gradient - share * curvature), ridge, share))
-        _, ridge, share = max(choices)  # by what it gains
+        _, ridge, share = max(choices)
         return ridge, share
 
     def error(self, other: Weight) -> float:
         """Return the error on held-out tokens of another weight in place of `W`, less that of `W` itself."""
+        # With V = W + D: E|W x - V x~|^2 = E|W (x - x~)|^2 - 2 <W (G - H~), D> + tr(D H~ D^T). The first term is that
+        # of W.
         away = other.float() - self.weight.float()
         return METRICS["gram"](self.judge).energy(away) - 2 * (self.slope * away).sum(dtype=torch.float64).item()

@@ -138,6 +138,9 @@ def with_least_error(stored: FourBitWeight, weight: Float[Tensor, "out_features 
         stored: the weight as bitsandbytes quantizes it.
         weight: the weight itself.
     """
+    # A smaller scale clips the largest weights of a block and puts the levels closer together for all others; where the
+    # largest weight is an outlier, that is a good trade. Codes and error of a block depend on its own scale alone, so
+    # all blocks try one share after the other together, and each keeps its best.
     table, size, full = stored.state.code.to(weight.device), stored.state.blocksize, weight.float()
     scales = scales_of(stored)
     flat = functional.pad(full.flatten(), (0, -full.numel() % size)).view(-1, size)
@@ -147,10 +150,12 @@ def with_least_error(stored: FourBitWeight, weight: Float[Tensor, "out_features 
         levels = ScaledTable(table, share * largest[:, None])
         error = (flat - levels.decode(levels.encode(flat))).square().sum(1)
         least, best = torch.minimum(error, least), torch.where(error < least, share * largest, best)
+    # Scales in 8 bits are not the ones that were chosen. The codes are found again for the scales as they are stored,
+    # and the result is compared as a whole.
     found = with_scales(stored, best)
     found = with_codes(found, ScaledTable(table, scales_of(found)).encode(full))
     errors = [(full - each.dequantize().float()).square().sum() for each in (found, stored)]
-    return found if errors[0] < errors[1] else stored  # 8 bits round scales, too
+    return found if errors[0] < errors[1] else stored
 
 
 @final
@@ -168,6 +173,7 @@ class ScaledTable:
 
     def encode(self, value: Float[Tensor, "*weights"]) -> Float[Tensor, "*weights"]:
         """Return the code of the nearest value, held in float32."""
+        # The levels ascend, so the nearest one changes in the middle between two neighbours.
         middles = (self.table[1:] + self.table[:-1]) / 2
         return torch.bucketize(value / self.scale.clamp(min=torch.finfo(value.dtype).tiny), middles).to(value.dtype)
 

@@ -85,6 +85,9 @@ class GPTQ(Quantizer):
 
         grids: list[Grid] = []
         group_index = None
+        # With static groups a grid is fitted to each run of consecutive columns before any is rounded. Otherwise it is
+        # fitted when its first column is due, to weights that all feedback so far has shifted. Groups are then runs in
+        # the order of rounding, and `group_index` says to which of them each column belongs.
         if order is not None and self.static_groups:
             grids.append(Grid.fit(split_groups(full.float(), group_size), self.bits, self.symmetric, self.mse))
             codes, loss = sweep(columns, factor, grids[0].at(order // group_size).column)
@@ -114,7 +117,14 @@ class GPTQ(Quantizer):
             group_index=group_index,
         )
 
-        # The loss is that of the damped metric. Near a tie, rounding to nearest is as good, and certain to be.
+        # The sweep knows its loss in the metric that it worked in, H' = (1 - s) H + s diag(H) + l I. With the squared
+        # errors of each column, |E_j|^2, the energy in H itself follows without another product of the size of the
+        # layer:
+        #
+        #     tr(E H E^T) = (tr(E H' E^T) - sum_j |E_j|^2 (s H_jj + l)) / (1 - s)
+        #
+        # It is a difference of two sums in float32, so the sweep has to be better than rounding to nearest by more than
+        # their rounding. Where both are nearly equal, rounding to nearest is preferred, whose energy is known exactly.
         plain, plain_grid = nearest(full.float(), self.bits, self.symmetric, group_size, self.mse)
         plain_energy = METRICS["gram"](statistics).energy(full - plain_grid.decode_groups(plain, group_size))
         errors = (full - result.dequantize()).square().sum(0, dtype=torch.float64)
@@ -160,6 +170,7 @@ def damped_factor(
     def compute() -> tuple[Int[Tensor, " in_features"] | None, float, Square]:
         moment = statistics.second_moment
         power = moment.diagonal()
+        # Channels that are always zero would pull the typical power down, and need no damping: nothing couples to them.
         live = power[power > 0]
         added = damping * (live.mean() if scale == "mean" else live.median()).item() if len(live) else 1.0
         if not activation_order:
@@ -177,6 +188,7 @@ def inverse_factor(moment: Square, damping: float, shrinkage: float) -> Square:
     `H = R R^T`, so `U = R^-1`: one Cholesky factorisation, in float64 because a massive channel makes `H` nearly
     singular against its largest entry, and one triangular inverse.
     """
+    # In place on the flipped copy: off the diagonal H shrinks by the share, on it H stays and the damping is added.
     damped = moment.flip(0, 1)
     power = damped.diagonal() + damping
     damped.mul_(1 - shrinkage).diagonal().copy_(power)
@@ -204,6 +216,19 @@ def sweep(
     Returns:
         Codes, transposed as the weight; and the loss `tr(E (U^T U)^-1 E^T)` of what rounding has done.
     """
+    # Let R = U^-1, which is upper triangular, so that H = (U^T U)^-1 = R R^T, and let E = W - Q be the error. Then
+    #
+    #     tr(E H E^T) = |E R|^2 = sum_j |e_j|^2,    e_j = sum_(i <= j) E_i R_ij
+    #
+    # where e_j depends on the columns up to j only. Columns are decided from left to right. For column j all earlier
+    # E_i are known, and |e_j| is least if Q_j is the level nearest to
+    #
+    #     W_j + sum_(i < j) E_i R_ij / R_jj  =  W_j - sum_(i < j) e_i U_ij
+    #
+    # (both sides follow from E = e U, whose column j is E_j = sum_(i <= j) e_i U_ij, with U_jj = 1 / R_jj). With w_j
+    # the right side, e_j = (w_j - Q_j) / U_jj. So once a column is rounded, its e_i times row i of U comes off all
+    # columns to its right: this is the error feedback of GPTQ, and the same as Babai's nearest plane for the lattice of
+    # levels. The sum over i can be taken in any order and in blocks. Only the columns that come next need it at once.
     count = len(columns)
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     scales = factor.diagonal().tolist()
@@ -217,7 +242,7 @@ def sweep(
                 columns[column + 1 : last].addr_(factor[column, column + 1 : last], error, alpha=-1)
             columns[last:stop].addmm_(factor[first:last, last:stop].T, errors[first:last], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    return codes, errors.square().sum(dtype=torch.float64).item()  # the errors are E U^-1
+    return codes, errors.square().sum(dtype=torch.float64).item()
 
 
 def cut(start: int, stop: int, run: int, limit: int) -> Iterator[tuple[int, int]]:

@@ -63,6 +63,8 @@ class Grid:
         best = cls.spanning(low, high, bits, symmetric)
         if not mse:
             return best
+        # A narrower grid clips the ends of a group and has finer levels in between. All groups try one share of their
+        # range after the other, and each keeps the best one, so that none ends worse than with its full range.
         least = best.over_groups().squared_error(weight)
         for share in SHARES:
             grid = cls.spanning(share * low, share * high, bits, symmetric)
@@ -82,6 +84,8 @@ class Grid:
         symmetric: bool,
     ) -> Grid:
         """Return the grid from one end to another; see `fit`."""
+        # The scale is rounded to float16 here, as it will be stored, so that codes are found for the levels that the
+        # layer will have. A group of zeros has no scale of its own and takes one, which decodes to zero all the same.
         top = 2**bits - 1
         scale = ((high - low) / top).half().float()
         if not scale.isfinite().all():
@@ -200,6 +204,8 @@ class GridWeight(QuantizedWeight):
         (rows, columns), bits = self.shape, self.bits
         if bits not in STOCK_BITS or rows * bits % 32 or columns * bits % 32:
             return {}
+        # The format packs codes down the columns: the transposed matrix of words of a row-major packing of the weight,
+        # since a row fills whole words. Zero points are packed along the outputs.
         groups = consecutive_groups(columns, self.group_size, self.scale.device).int()
         return {
             "qweight": self.codes.view(torch.int32).view(rows, -1).T.contiguous(),

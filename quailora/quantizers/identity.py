@@ -67,6 +67,8 @@ class BaseIdentity:
     @classmethod
     def together(cls, layers: Mapping[str, BaseIdentity]) -> BaseIdentity:
         """Return the identity of several layers, in which their names count and their order does not."""
+        # Sketches of different layers are independent, so their sum over the root of how many there are has the mean
+        # square of a typical layer: distances between two models come out like those between two layers.
         ordered = sorted(layers.items())
         root = math.sqrt(max(1, len(ordered)))
         sums = [sum(numbers) / root for numbers in zip(*(one.sketch for _, one in ordered), strict=True)]
@@ -98,6 +100,9 @@ class BaseIdentity:
         """Return an estimate of `|Q - Q'| / |W - Q|`: how much of the error that was corrected is another one."""
         if len(other.sketch) != len(self.sketch) or not self.sketch:
             return math.inf
+        # Each number u^T Q v / |Q| is linear in Q but for the norm, so two bases differ there by u^T (Q - Q') v / |Q|.
+        # Its mean square over random signs is |Q - Q'|^2 / |Q|^2; eight of them estimate it to about a third. The norms
+        # are compared by themselves, since scaling Q as a whole would cancel in the others.
         scale, *others = (mine - theirs for mine, theirs in zip(self.sketch, other.sketch, strict=True))
         apart = math.sqrt(sum(number**2 for number in others) / max(1, len(others)))
         return max(abs(scale), apart) / max(self.error, _LEAST_ERROR)

@@ -71,6 +71,7 @@ class Int8(Quantizer):
         del statistics
         from bitsandbytes.functional import int8_vectorwise_quant
 
+        # bitsandbytes' own layer rounds the weight to float16 before it hands it to this kernel.
         codes, absmax, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         return Int8Weight(codes, absmax, weight.dtype)
 

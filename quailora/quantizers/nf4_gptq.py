@@ -80,6 +80,9 @@ class NF4GPTQ(Quantizer):
         codes, _ = sweep(columns, factor, lambda column: ScaledTable(table, scales[:, column]))
         swept = with_codes(nearest, codes.T)
 
+        # Shifting columns can take them out of the range that their scales cover, which were chosen for the weight
+        # itself. So the sweep is compared with rounding to nearest in the metric itself, not in the damped one of the
+        # sweep.
         metric = METRICS["gram"](statistics)
         energies = [metric.energy(full - each.dequantize().float()) for each in (swept, nearest)]
         return swept if energies[0] < (1 - _TIE) * energies[1] else nearest

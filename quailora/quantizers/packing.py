@@ -13,6 +13,8 @@ def pack(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " packed"]:
 
     Eight codes at a time: they fill the lowest `bits` bytes of one little-endian 64-bit word.
     """
+    # Eight codes of b bits take 8 b bits, which are b whole bytes: the unit in which any width can be packed without
+    # gaps.
     count = codes.numel()
     eights = functional.pad(codes.flatten(), (0, -count % 8)).view(-1, 8)
     words = torch.zeros(len(eights), dtype=torch.int64, device=codes.device)

@@ -61,9 +61,11 @@ def reduced(weight: Matrix, metric: Metric, alpha: float, iterations: int) -> Ma
         alpha: weight of the largest magnitude.
         iterations: steps.
     """
+    # A gradient step of 1 / largest eigenvalue never overshoots, which power iteration is accurate enough for: an
+    # estimate from below that is a little too small makes the steps a little too long, far from the limit of 2.
     probe = torch.ones(1, weight.shape[1], device=weight.device)
     largest = 0.0
-    for _ in range(20):  # power iteration
+    for _ in range(20):
         probe = metric.product(probe)
         largest = probe.norm().item()
         if largest == 0:
@@ -72,12 +74,17 @@ def reduced(weight: Matrix, metric: Metric, alpha: float, iterations: int) -> Ma
     original, current = weight.float(), weight.float()
     for _ in range(iterations):
         stepped = current - metric.product(current - original) / largest
-        current = stepped - onto_l1_ball(stepped, alpha)  # Moreau: the proximal step of the maximum norm
+        # The proximal step of alpha * max|w|. By Moreau's decomposition v = prox_f(v) + prox_f*(v), and the conjugate
+        # f* of the maximum norm is the indicator of the 1-norm ball, whose proximal step is the projection onto it.
+        current = stepped - onto_l1_ball(stepped, alpha)
     return current.to(weight.dtype)
 
 
 def onto_l1_ball(rows: Float[Tensor, "rows columns"], radius: float) -> Float[Tensor, "rows columns"]:
     """Return the nearest point of the 1-norm ball to each row."""
+    # The projection subtracts one threshold t from all magnitudes and cuts at zero, with t such that the 1-norm of what
+    # is left is the radius. If k entries are left, they are the k largest, and t = (their sum - radius) / k. The right
+    # k is the last one whose entry still exceeds its own t (Duchi et al., 2008). Rows inside of the ball get t = 0.
     magnitude = rows.abs().sort(dim=1, descending=True).values
     excess = magnitude.cumsum(1) - radius
     count = torch.arange(1, rows.shape[1] + 1, device=rows.device)

@@ -59,12 +59,23 @@ def deflated(statistics: InputStatistics, objective: Objective, rank: int) -> In
     `H' = H - K S^-1 K^T` with `K = H E^T U` and `S = U^T E H E^T U`, which is diagonal for the leading eigenvectors
     `U`; with any root `H = L L^T` this is `L (I - V V^T) L^T`, `V` being the right singular vectors of `E L`.
     """
-    # Added twice: for the rounding of H, and for what is left if rounding is all that is.
+    # Let H = L L^T, and let E L = U S^(1/2) V^T be cut to the leading directions. For the next error E' the correction
+    # C = E' L V V^T L^-1 has the same rank and removes everything that E' L has along V. What it leaves is
+    #
+    #     tr(E' L (I - V V^T) L^T E'^T) = tr(E' H' E'^T),    H' = H - (L V) (L V)^T.
+    #
+    # So feedback in the metric H' does not spend anything on what the correction can take over. No root is needed:
+    # V = L^T E^T U S^(-1/2) gives L V = H E^T U S^(-1/2) = K S^(-1/2), and S = U^T E H E^T U is computed as K^T E^T U.
+    #
+    # The ridge is added before the deflation because H was rounded, and after it because the remainder can be rounding
+    # error only. It is as large as float32's rounding of the trace.
     moment = statistics.second_moment
     ridge = torch.finfo(torch.float32).eps * moment.trace() * torch.eye(len(moment), device=moment.device)
     moment = moment + ridge
     rows = objective.subspace(rank).basis.double().T @ objective.error.double()
     along = rows @ moment  # K^T
+    # S is diagonal for exact eigenvectors; for those of an iteration it is only nearly so, and its eigenvectors make up
+    # the difference. Directions without energy are left out, since S cannot be inverted there.
     values, vectors = torch.linalg.eigh(along @ rows.T)
     live = values > torch.finfo(torch.float32).eps * values.max()
     whitened = (vectors[:, live] / values[live].sqrt()).T @ along

@@ -43,6 +43,9 @@ class SRR(Schedule):
 
 def preserved_rank(weight: Objective, noise: Objective, rank: int) -> int:
     """Return how many directions of the weight to take off; see `SRR`."""
+    # k directions go to the weight and r - k to the rounding error that follows. Rounding what is left of the weight
+    # makes an error in proportion to its energy, rho_k(W), of which a correction of rank r - k leaves rho_(r-k)(N). The
+    # product of both is what remains in the end, as a share of the energy of W. `flip` lines k up with r - k.
     tails = []
     for objective in (weight, noise):
         total, energies = objective.value_at_zero, objective.subspace(rank).energies

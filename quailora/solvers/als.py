@@ -60,7 +60,12 @@ class AlternatingLeastSquares(Solver):
         gains = [objective.measure(*start)[0]]
         lora_A, most = start.lora_A.to(error.dtype), gains[0]
         blur = 0.0 if self.damping else _ROUNDING * torch.finfo(error.dtype).eps
+        # Eq. 5 minimises tr((E - A B^T) H (E - A B^T)^T) over A for a fixed B, and eq. 6 over B for a fixed A. The
+        # latter does not depend on H: for any H, the best rows are the projection of E onto the span of A. So each half
+        # of a round is an exact minimisation, and the error cannot rise.
         for _ in range(self.iterations):
+            # Eq. 5 up to the r x r matrix (B^T H B)^-1 on its right, which changes columns but not their span. With Q
+            # an orthonormal basis of that span, eq. 6 becomes B^T = Q^T E, since (Q^T Q)^-1 is the identity.
             lora_B = torch.linalg.qr(error @ metric.product(lora_A).T).Q
             lora_A = lora_B.T @ error
             # Without damping a later round is the better one in exact arithmetic, so rounding may hide by how much.

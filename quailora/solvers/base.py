@@ -185,6 +185,8 @@ def finish(
         iterations: passed on.
         gains: passed on.
     """
+    # B A = U S V^T = (U sqrt(S)) (sqrt(S) V^T): both factors get the same norm in every direction. Of all splits this
+    # one has the least sum of squares, and neither factor is the first to overflow or to vanish when it is rounded.
     dtype = torch.promote_types(objective.error.dtype, torch.float32)
     left, singular, right = product_svd(factors.lora_B.double(), factors.lora_A.double())
     root = singular.sqrt()
@@ -204,6 +206,8 @@ def finish(
         lora_A = torch.where(spent[:, None], fresh, lora_A)
         lora_B = torch.where(spent, 0, lora_B)
 
+    # The energies are the eigenvalues of C H C^T = B (A H A^T) B^T. With B = Q R and orthonormal Q those other than
+    # zero are the eigenvalues of R (A H A^T) R^T, which is r x r.
     gain, gram = objective.measure(lora_B, lora_A)
     left_r = torch.linalg.qr(lora_B.double()).R
     square = left_r @ gram @ left_r.T

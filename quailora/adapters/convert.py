@@ -119,6 +119,8 @@ def check_started_from(trained: SavedAdapter, before: SavedAdapter) -> None:
                 "wrote as --initial."
             )
         return
+    # Signs of singular vectors are arbitrary: two independent runs agree in half of them. Training turns rows by less
+    # than a right angle as a rule, however long it takes.
     pairs = ((trained.factors(stem).lora_A, before.factors(stem).lora_A) for stem in before.stems)
     same_side = torch.cat([(after * start).sum(1) >= 0 for after, start in pairs])
     share = same_side.float().mean().item()
@@ -140,6 +142,8 @@ def change(trained: Factors, before: Factors, rank: int) -> Factors:
         before: `B0` and `A0`.
         rank: of both.
     """
+    # B A - B0 A0 = [B, -B0] [A; A0], of rank 2 r. In a parameter of fused experts this holds for each expert, so that
+    # the factors of both are put together expert by expert: dimension 1 of both views counts the rank of one expert.
     experts = len(trained.lora_A) // rank
     stacked = [pair.lora_A.reshape(experts, rank, -1) for pair in (trained, before)]
     interleaved = [pair.lora_B.reshape(-1, rank, experts) for pair in (trained, before)]
@@ -149,6 +153,7 @@ def change(trained: Factors, before: Factors, rank: int) -> Factors:
 
 def double_rank(scaling: LoraScaling) -> LoraScaling:
     """Return the scaling with twice the ranks and the same factor `s` in every layer."""
+    # s = alpha / r, or alpha / sqrt(r) with rslora: twice the rank needs twice, or sqrt(2) times, the alpha.
     factor = math.sqrt(2) if scaling.rslora else 2
     return replace(
         scaling,

@@ -43,6 +43,8 @@ def unusable_layers(model: Any, layers: Mapping[str, Layer], scaling: LoraScalin
 
 def _settled(model: Any, layers: Mapping[str, Layer], scaling: LoraScaling, *, run: bool) -> dict[str, str]:
     """Return the layers, or fused parameters, to take away until PEFT uses all that is left."""
+    # Taking layers away changes the list of targets that PEFT is given, and with it what PEFT does. So the question is
+    # asked again until no layer is dropped.
     reasons: dict[str, str] = {}
     while left := {name: layer for name, layer in layers.items() if layer.group not in reasons}:
         try:
@@ -76,6 +78,8 @@ def dropped(model: Any, layers: Mapping[str, Layer], scaling: LoraScaling, *, ru
         Exception: what PEFT, or the model with its adapter, raises.
         ModelError: if PEFT puts adapters into other layers, too.
     """
+    # Each tensor is filled with a number of its own. After PEFT's loading, a parameter that holds the number of its own
+    # key has got its tensor; any other has not. Tensors of one entry that is expanded cost no memory.
     stacks = expert_stacks(layers)
     config = lora_config(scaling, target_modules=explicit_targets(model, layers), experts=stacks)
     shapes = lora_shapes(layers, scaling)

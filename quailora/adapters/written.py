@@ -100,6 +100,9 @@ def check_function(name: str, lora_A: Tensor, lora_B: Tensor, scale: float, corr
     """
     if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
         raise NumericalError(f"The adapter of {name} is NaN or infinite in float32. Try a lora_alpha near the rank.")
+    # Random probes find a wrong product almost surely, and cost two columns in place of a dense matrix. The limit
+    # follows the rounding of sums in float32: it is relative to the sums of magnitudes, not to a result in which they
+    # may cancel.
     inputs = torch.randn(lora_A.shape[1], _PROBES, generator=torch.Generator().manual_seed(0))
     found = scale * (lora_B.float() @ (lora_A.float() @ inputs)).double()
     exact_A, exact_B = correction.lora_A.cpu().double(), correction.lora_B.cpu().double()

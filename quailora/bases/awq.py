@@ -47,5 +47,7 @@ def read_awq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
 
 def codes_of(words: Tensor) -> Tensor:
     """Return codes in the order of the outputs, shape (rows of words, outputs)."""
+    # AutoAWQ's kernels read the even outputs of a word first. `ORDER[i]` is the place of output i among the eight
+    # codes.
     eights = unpack_words(words, 4).view(len(words), -1, 8)
     return eights[:, :, list(ORDER)].flatten(1)

@@ -93,6 +93,8 @@ def check_state(tensors: Mapping[str, Tensor], state: QuantState) -> None:
     whole = all(isinstance(size, int) and size > 0 for size in (*shape, *sizes))
     if not whole or len(shape) != 2:
         raise misfit(tensors, f"a matrix in blocks, but its description says {shape} in blocks of {sizes}")
+    # Two codes to a byte, one scale to a block; of nested scales one more to each block of them. Codes may be held in a
+    # longer dtype, where less than one element at the end can be padding.
     count = math.prod(shape)
     scales = -(-count // state.blocksize)
     stored = tensors["weight"].numel() * tensors["weight"].element_size()

@@ -40,6 +40,8 @@ def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: t
     group_index = tensors.get("g_idx")
     if group_index is not None:
         check_group_index(group_index, columns, groups)
+    # The first version of the format stores zero points less one, so that zero becomes the largest code: undone modulo
+    # 2^bits.
     zero_point = unpack_words(tensors["qzeros"], bits).T.float()
     if (config.get("checkpoint_format") or config.get("format") or "gptq") == "gptq":
         zero_point = (zero_point + 1) % 2**bits

@@ -80,6 +80,8 @@ def gptq_config(packed: Packed) -> dict[str, Any]:
     Its first version, "gptq", which everything reads, stores zero points less one and has no place for zero; "gptq_v2"
     stores them as they are.
     """
+    # One configuration stands for all layers: the group size is that of the largest group, `desc_act` is needed if any
+    # layer has its columns out of order, and `sym` holds only if every zero point of every layer is in the middle.
     first = next(iter(packed.values()))
     bits = len(first["qweight"]) * 32 // len(first["g_idx"])
     group_size, ordered, symmetric, lowest = -1, True, True, 2**bits

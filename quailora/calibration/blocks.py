@@ -159,6 +159,7 @@ def find_chain(model: Any, probe: Int[Tensor, "1 tokens"]) -> Chain:
     try:
         with resident(blocks[0]):
             calls, outputs = _probed(model, names, blocks, probe)
+        # The probe gave every stub an output of its own, so identity of objects tells where the next block receives it.
         slots = {call.slot_of(_hidden(output)) for call, output in zip(calls[1:], outputs, strict=False)}
         if len(slots) > 1 or None in slots:
             raise _no_chain(model, f"blocks in {name} do not receive what the block before them returned")
@@ -166,6 +167,8 @@ def find_chain(model: Any, probe: Int[Tensor, "1 tokens"]) -> Chain:
         assert slot is not None
         rest = map_tensors(lambda _: None, outputs[0][1:]) if isinstance(outputs[0], tuple) else None
         chain = Chain(model, names, blocks, slot, rest)
+        # Once more with zeros as outputs: if other arguments of a block change, it gets more than hidden states from
+        # earlier blocks, such as a residual stream beside them, and cannot be run from hidden states alone.
         repeated = chain.stubbed_run(probe, torch.zeros_like)
     except (ModelError, torch.OutOfMemoryError):
         raise
@@ -236,6 +239,7 @@ def _no_chain(model: Any, why: str) -> ModelError:
 
 def run_body(model: Any, ids: Int[Tensor, "samples length"]) -> None:
     """Run a model without the product with its output head, on the model's device."""
+    # The head's logits take more time and memory than all blocks of a small model, and nothing here reads them.
     device, head = execution_device(model), output_head(model)
     ids = ids if device.type == "meta" else ids.to(device)  # an empty model is run by `empty_pass`
     parameters = inspect.signature(model.forward).parameters.values()
@@ -291,6 +295,6 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 def tensors_in(call: Call) -> list[Tensor]:
     """Return the tensors among the arguments of a call."""
-    found: list[Tensor] = []
-    map_tensors(found.append, (call.arguments, call.named))
-    return found
+    tensors: list[Tensor] = []
+    map_tensors(tensors.append, (call.arguments, call.named))
+    return tensors

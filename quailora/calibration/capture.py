@@ -43,6 +43,8 @@ def captured(layers: Mapping[str, Layer], *, cut: bool = False) -> Iterator[Inpu
     versions: dict[str, list[int]] = defaultdict(list)
 
     def observe(name: str, tensor: Tensor) -> None:
+        # Inputs are kept without a copy. PyTorch counts changes in place of each tensor; the counts are compared at the
+        # end, since an input that was overwritten after its layer had used it would be measured wrongly.
         inputs[name].append(tensor)
         versions[name].append(tensor._version)  # noqa: SLF001 # counts changes in place
         if cut and len(inputs) == len(layers):
@@ -81,6 +83,8 @@ class _ExpertInputs(TorchFunctionMode):
         self._observe = observe
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Experts are rows of one fused parameter, and the loop over them is the model's own code. What identifies an
+        # expert's product, whatever that loop looks like, is the memory of the matrix on its right side.
         if func in _PRODUCTS and len(args) > 1:
             name = self._names.get(place(args[1]))
             if name is not None:

@@ -32,6 +32,10 @@ class EmptyWeights(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch 
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
+        # Three cases. Nothing without data: the operation runs as it is, on the CPU. Only weights: the result is
+        # without data, too. Weights and activations: the shape of the result is found on the device "meta", and zeros
+        # of that shape stand for it, so that whatever the model's code decides by looking at activations can be
+        # decided.
         named = dict(kwargs or {})
         given: list[Tensor] = []
         tree_map_only(Tensor, given.append, (args, named))
@@ -141,6 +145,7 @@ def _noting(plain: dict[str, bool], layer: Layer) -> Callable[[nn.Module, Any, d
 
 def _any_sibling(name: str) -> str:
     """Return a name with every number but that of its block left open."""
+    # `model.layers.3.mlp.experts.7.up_proj` -> `model.layers.3.mlp.experts.#.up_proj`: the first number is the block's.
     parts = name.split(".")
     first = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
     return ".".join(part if index <= first or not part.isdigit() else "#" for index, part in enumerate(parts))

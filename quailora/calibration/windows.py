@@ -84,6 +84,8 @@ class Calibration:
                 f"{every.tokens} from {self.text.source or 'the shipped text'}. Use a longer text, fewer samples "
                 "or a shorter sequence length."
             )
+        # Sorted, so that windows come in the order of the text whatever the draw was: with several processes, and when
+        # a run goes on, each window has the same number.
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(len(every.ids), generator=generator)[: self.samples].sort().values
         return every.ids[chosen]
@@ -170,6 +172,8 @@ def _windows(tokenizer: Any, documents: Iterable[str], needed: int, length: int,
             f"Expected windows longer than the {len(front)} special tokens that this tokenizer puts in front of each, "
             f"got {length}. Use a longer sequence length."
         )
+    # Tokenizing all of a large data set to draw a few windows would take minutes. The budget depends only on what is
+    # needed, so the same call reads the same text everywhere.
     budget = needed * length * _CHARACTERS_PER_TOKEN
     parts: list[str] = []
     for document in documents:
@@ -178,6 +182,8 @@ def _windows(tokenizer: Any, documents: Iterable[str], needed: int, length: int,
         if budget <= 0:
             break
     tokens = tokenize(tokenizer, "\n\n".join(parts), special=bos == "stream")
+    # The text is cut into pieces that leave room for the special tokens, and these are put in front of each piece. What
+    # does not fill a last window is left out, since windows of different lengths would weigh tokens differently.
     free = length - len(front)
     count = len(tokens) // free
     pieces = tokens[: count * free].view(count, free)

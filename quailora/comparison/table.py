@@ -118,6 +118,8 @@ class Comparison:
         Training on text like that of the evaluation lowers the perplexity below what full precision has, or below that
         of the closest recipe, while the model moves away from full precision.
         """
+        # Perplexity alone cannot tell a better base from a model that has learned the text. KL can: it is zero for the
+        # full-precision model only, and grows with every step away from it, to whichever side.
         closest = self.closest(text)
         if closest is None or not row.recipe or row is closest:
             return False

@@ -74,6 +74,8 @@ def groups(variants: Sequence[Variant]) -> list[list[Variant]]:
 
     Variants on full-precision inputs can. On other inputs only those can that differ in nothing but the distillation.
     """
+    # On full-precision inputs all methods see the same statistics. On inputs of the quantized network each method
+    # decides by its own results what the layers after see, so that it needs a walk of its own.
     grouped: dict[str, list[Variant]] = {}
     for variant in variants:
         grouped.setdefault("full" if variant.inputs == "full" else variant.run_key, []).append(variant)

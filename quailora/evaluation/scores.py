@@ -133,6 +133,9 @@ def measure(
         description: label of the progress bar.
         given: tokens at the start of each window that are not predicted.
     """
+    # Full precision is run first because every variant is compared with its distributions, which take `length *
+    # vocabulary` numbers a window. Putting a variant in place costs a copy of all weights, so it is done once for as
+    # many windows as fit.
     device = next(model.parameters()).device
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     with counting(description, len(windows) * len(variants)) as counter:
@@ -177,6 +180,8 @@ def score(
         logits: of the variant.
         ids: the tokens that did follow.
     """
+    # In pieces of the window: the intermediate results of a loss over a vocabulary of 150,000 take several times the
+    # logits.
     loss = apart = 0.0
     for log_p, part, following in zip(*(torch.split(each, _TOKENS) for each in (expected, logits, ids)), strict=True):
         log_q = log_probabilities(part)

@@ -108,6 +108,8 @@ def check_weights(model: str, name: str, empty: Any, allow_pickle: bool) -> None
         )
     if pickled:
         return
+    # transformers initializes tensors of other shapes at random with no more than a warning. Only names that it keeps
+    # can be compared; those that it merges or splits are left to its own checks.
     tensors = stored_tensors(name)
     check_full_precision_weights(name, tensors)
     shapes = {key: tuple(parameter.shape) for key, parameter in empty.named_parameters()}

@@ -152,6 +152,8 @@ def stored_tensors(name: str) -> dict[str, StoredTensor]:
                         f"{found[key].file} and {file.name} both have a tensor {key}, and it is not clear which one "
                         "counts. Download or copy the model again."
                     )
+                # transformers reads a tensor from the file that the index names. If it lies in another one as well, or
+                # only there, index and files belong to different uploads, and what would be read is not what was meant.
                 place = PurePosixPath(places.get(key, file.name)).parts
                 if file.parts[-len(place) :] != place:
                     raise ModelError(

@@ -74,6 +74,8 @@ def linear_layers(model: Any) -> dict[str, Layer]:
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
+    # The same rules by which transformers itself decides what to quantize, so that an adapter for "all linear layers"
+    # is one for the layers that stock code quantizes.
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001
     wrapped = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     return {
@@ -106,6 +108,7 @@ def expert_layers(model: Any) -> dict[str, Layer]:
 
     Stock transformers leaves them in full precision when it quantizes a model.
     """
+    # A fused parameter is told by its three dimensions. Convolutions have three, too, and are something else.
     found = {}
     for module_name, module in model.named_modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -202,6 +205,8 @@ def explicit_targets(model: Any, chosen: Mapping[str, Layer]) -> list[str]:
 
     That is their endings, if no other module of the model shares one; their full names otherwise.
     """
+    # PEFT takes a target for the ending of a name. Endings are short and survive a change of prefix, but they also mean
+    # every other module that ends alike: one more, and the full names are the only list that is exact.
     linear = [name for name, layer in chosen.items() if layer.expert is None]
     endings = {ending(name) for name in linear}
     every = dict(model.named_modules())

@@ -71,6 +71,9 @@ def dequantized_folder(file: Path) -> Path:
         ModelError: if transformers cannot read the file.
         StorageError: if the cache cannot be written.
     """
+    # Size and time of change stand for the content, which would take seconds to hash. Each run converts into a folder
+    # of its own that is renamed at the end: of two at the same time the faster one wins, and both find a complete
+    # folder.
     status = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_folder() / f"{file.stem}-{key}"

@@ -33,6 +33,8 @@ def resident(module: nn.Module) -> Iterator[None]:
     Where accelerate keeps them on disk, its hooks would fetch and drop each weight around every forward pass; here they
     are fetched once. Memory-mapped files need no anonymous memory as long as they need no other dtype or device.
     """
+    # accelerate's hook fetches weights in `pre_forward` and drops them in `post_forward`. With its flag `offload` off
+    # it does neither, so that the weights stay until they are dropped here.
     held = []
     try:
         for child in module.modules():
@@ -77,6 +79,7 @@ def beside(layers: Mapping[str, Layer], weights: Mapping[str, Tensor]) -> Mappin
         layers: resident layers by name.
         weights: (out_features, in_features) for some or all of them.
     """
+    # Half of what is free: the other half is for activations and for what the body of the loop needs.
     size = sum(layers[name].weight.nbytes for name in weights)
     devices = {layers[name].weight.device for name in weights}
     if devices == {torch.device("cpu")} or any(2 * size > free_memory(device) for device in devices):
@@ -95,6 +98,8 @@ def replace_for_good(layers: Mapping[str, Layer], weights: Mapping[str, Tensor],
     from safetensors.torch import load_file
 
     for (module, attribute), members in by_parameter(layers, weights).items():
+        # Weights on disk have no memory to copy into. `save_pretrained` takes them from accelerate's map, so that the
+        # map gets another file for this weight, memory-mapped like the checkpoint's own.
         weight = stored(members, weights)
         parameter = getattr(module, attribute)
         if parameter.device.type != "meta":

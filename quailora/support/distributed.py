@@ -100,6 +100,8 @@ def packed(costs: Mapping[str, float]) -> list[str]:
 
     The same everywhere, without talking.
     """
+    # The greedy rule for scheduling on equal machines (largest first), whose longest load is at most a third above the
+    # best possible one. Ties are broken by name, so that every process computes the same shares.
     loads = [0.0] * world_size()
     mine = []
     for name in sorted(costs, key=lambda name: (-costs[name], name)):

@@ -107,6 +107,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         OutputExistsError: if `out` holds a result and `overwrite` is False.
         StorageError: if it cannot be written.
     """
+    # Checked twice: before hours of work, and at the end, since another run may have finished in the same folder
+    # meanwhile.
     sweep(out)
     check_output(out, overwrite)
     partial = _beside(out, "new")
@@ -148,6 +150,8 @@ def is_replaceable(out: Path) -> bool:
 
 def exchange(new: Path, out: Path) -> None:
     """Let a folder take the place of another one, which is complete until then and is removed after."""
+    # Renaming a folder is atomic, replacing one that is not empty is not possible. So the old one steps aside first. A
+    # process that is killed between the two renames leaves the old folder, which `sweep` brings back.
     old = _beside(out, "old")
     if out.exists():
         shutil.copymode(out, new)
@@ -159,6 +163,9 @@ def exchange(new: Path, out: Path) -> None:
 
 def fill(out: Path, new: Path) -> None:
     """Move results into a folder that stays."""
+    # Whoever loads an adapter looks for its configuration. It is the first file to go and the last one to come, so that
+    # a process that is killed in between leaves no adapter at all, and a mark which says that the folder may be
+    # overwritten.
     (out / _UNFINISHED).touch()
     for name in RESULTS:  # the first one is what makes the others an adapter
         if (out / name).is_dir():
@@ -214,6 +221,7 @@ def complete_file(path: Path) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
+    # Written, flushed, renamed, and the folder flushed: after a loss of power the file is either whole or not there.
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

@@ -23,6 +23,8 @@ _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def flops(dtype: torch.dtype, device: str = "cpu") -> float:
     """Return how many operations a second square products of a device do, once they are large enough to fill it."""
+    # A small product does not fill a fast device, and a large one takes seconds on a slow one. So the side is doubled
+    # until the product takes a measurable time; the best of four leaves out pauses of the machine.
     best, side = 0.0, _SMALLEST // 2
     while best < _MEASURABLE and side < _LARGEST:
         side *= 2
@@ -68,6 +70,8 @@ def within_memory(advice: str) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(mark in str(error) for mark in _FULL):
             raise
+        # PyTorch's message goes on with advice about its allocator; its first sentence says how much memory was
+        # missing.
         said = str(error).partition("DefaultCPUAllocator: ")
         first = (said[2] or said[0]).partition(". GPU ")[0].splitlines()[0].rstrip(".")
         raise DoesNotFitError(f"The memory is full ({first}). Try {advice}.") from error

@@ -39,6 +39,8 @@ def is_intact(path: Path) -> bool:
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    # safetensors writes its header in any order, so the hash is over content in a fixed order and not over the file.
+    # The entry "format" is added by whoever writes the file, and the hash cannot be part of itself.
     found = hashlib.blake2b(digest_size=16)
     for name, value in sorted(metadata.items()):
         if name not in {_DIGEST, "format"}:

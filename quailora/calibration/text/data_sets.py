@@ -68,6 +68,8 @@ def _describes_itself(folder: Path) -> bool:
 
 def _check_complete(folder: Path, found: set[Path]) -> None:
     """Raise a `CalibrationError` if `datasets` found files of other folders, or passes over one for its kind."""
+    # The package takes the files of the first kind that it finds and says nothing about others. Half of a folder would
+    # be calibrated on without a word, so a mixture is refused.
     if not all(file.is_relative_to(folder) for file in found):
         raise CalibrationError(
             f"The package 'datasets' takes [, ], * and ? in {str(folder)!r} for a pattern, which fits other files. "

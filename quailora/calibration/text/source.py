@@ -118,6 +118,8 @@ class TextSource:
         values = [(field, value) for field, value in values if value is not None and value != []]
         if not values:
             return None
+        # Data sets for fine-tuning have a prompt and a completion as two lists of turns. Rendered one by one, the
+        # template would start a new conversation in between, so neighbouring lists are rendered together.
         parts = []
         for are_turns, group in groupby(values, lambda each: turns_of(each[1]) is not None):
             if are_turns:

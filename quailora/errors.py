@@ -7,8 +7,6 @@ still catch it, and all of them are `QuailoraError`, which is what the command l
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch.linalg import LinAlgError  # type: ignore[attr-defined] # torch's annotations lack it
-
 _LONGEST = 200
 
 
@@ -98,7 +96,11 @@ def named(layer: str) -> Iterator[None]:
         yield
     except QuailoraError as error:
         raise type(error)(f"Layer {layer}: {error}") from error
-    except LinAlgError as error:
+    except RuntimeError as error:
+        from torch.linalg import LinAlgError  # type: ignore[attr-defined] # torch's annotations lack it
+
+        if not isinstance(error, LinAlgError):
+            raise
         raise NumericalError(
             f"Layer {layer}: a factorisation failed ({first_line(error)}). Its weights or inputs are too large, or too "
             "unlike each other, for products in float32. The checkpoint may be damaged; else try --dtype float32."

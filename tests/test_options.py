@@ -5,31 +5,43 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from inspect import signature
 
 import pytest
 import yaml
 
+import quailora
 from quailora import Quantizer, Uniform
-from quailora.cli.options import expand_short_names
+from quailora.cli.arguments import taken_components
+from quailora.cli.commands.compare import compare as compare_command
+from quailora.cli.commands.evaluate import evaluate as evaluate_command
+from quailora.cli.commands.init import init as init_command
+from quailora.cli.components import Component
+from quailora.comparison.compare import compare
 from quailora.errors import ConfigurationError
+from quailora.evaluation.evaluate import evaluate
+from quailora.pipeline.init import init
 from quailora.support.settings import build, describe
 
 FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
 
 
-def test_short_names_expand_only_where_they_are_meant():
-    assert expand_short_names(["init", "nf4", "--quantizer", "nf4"])[1:] == [
-        "nf4",
-        "--quantizer",
-        "quailora.quantizers.nf4.NF4",
-    ]
-    assert expand_short_names(["--solver=svd"]) == ["--solver=quailora.solvers.svd.SVD"]
-    assert expand_short_names(["--quantizer", "my.Own", "--solver"]) == ["--quantizer", "my.Own", "--solver"]
+def test_components_are_taken_out_where_they_are_meant():
+    options = ("quantizer", "solver")
+    typed, rest = taken_components(options, ["nf4", "--quantizer", "gptq", "--quantizer.bits", "3", "--rank", "4"])
+    assert rest == ["nf4", "--rank", "4"]
+    assert typed == {"quantizer": ("gptq", ("--quantizer.bits", "3")), "solver": (None, ())}
+    typed, rest = taken_components(options, ["--quantizer.symmetric", "nf4", "--solver=svd", "--no_quantizer.mse"])
+    assert rest == ["nf4"]
+    assert typed == {"quantizer": (None, ("--quantizer.symmetric", "--no_quantizer.mse")), "solver": ("svd", ())}
+    with pytest.raises(ConfigurationError, match="Expected a value for --solver, got ''"):
+        taken_components(options, ["--solver"])
 
 
 CANARY = """
 from dataclasses import dataclass
 from pathlib import Path
+import quailora
 from quailora import Quantizer, Uniform
 Path({ran!r}).touch()
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ def test_empty_options_in_a_file_are_left_out(run, tiny_llama, tmp_path, option)
         (b"quantizer: {class_path: gptq, init_args: [3]}", "as a mapping under init_args, got [3]"),
         (b"rank: 4 # \xf2", "Expected YAML in UTF-8 in the configuration file"),
         (b"rank: [", "run.yaml"),
-        (b"- rank", "See: quailora"),
+        (b"- rank", "Expected options and their values in the configuration file"),
     ],
     ids=str,
 )
@@ -130,12 +142,12 @@ def test_one_group_a_row_can_be_written_down(run, tiny_llama, tmp_path):
             ["init", "--targets", "q_proj", "demo", "--out", "x"],
             "Expected MODEL, which is missing. Write it right after",
         ),
-        (["init", "demo"], "Expected --out, which is missing. See: quailora --help"),
+        (["init", "demo"], "Expected --out, which is missing. See: quailora init --help"),
         (["init", "demo", "--out", "x", "--rank", "a"], "--rank: Expected int, got a. See: quailora init --help"),
         (["init", "demo", "--out", "x", "--metric", "y"], "--metric: Expected one of 'identity', 'magnitude'"),
         (["init", "demo", "--out", "x", "--rank-pattern", "y"], "Expected dict[str, int], NoneType, got y"),
         (["init", "demo", "--out", "x", "--bogus", "1"], "Unknown options or words: --bogus 1"),
-        (["nonsense"], "There is no command 'nonsense'. Expected one of 'init'"),
+        (["nonsense"], "There is no command 'nonsense'. Expected one of init, evaluate"),
         ([], "Expected a command: init, evaluate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -162,8 +174,36 @@ def test_a_component_that_cannot_be_written_down_is_refused():
         describe({"quantizer": Plain()})
 
 
-def test_help_loads_no_model_code():
-    modules = ("transformers", "peft", "scipy.stats")
-    code = f"import sys, quailora.cli.main; print([m for m in {modules} if m in sys.modules])"
+@pytest.mark.parametrize("words", [["--help"], ["init", "--help"], ["compare", "--help"], ["list"]], ids=" ".join)
+def test_help_waits_for_no_heavy_package(words):
+    modules = ("torch", "transformers", "peft", "scipy", "bitsandbytes", "pandas", "datasets", "jaxtyping")
+    code = (
+        "import sys\nfrom contextlib import suppress\nfrom quailora.cli.main import main\n"
+        f"with suppress(SystemExit):\n    main({words})\n"
+        f"print([name for name in {modules} if name in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_list_that_is_read_from_the_source_is_that_of_the_classes():
+    """In a process of its own, where no other test has defined a class."""
+    code = "from quailora.cli.listing import imported_rows, source_rows; assert source_rows() == imported_rows()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_top_level_names_are_those_of_the_table():
+    assert sorted(name for names in quailora._HOMES.values() for name in names) == sorted(quailora.__all__)
+    assert all(getattr(quailora, name) is not None for name in quailora.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        quailora.nothing  # noqa: B018
+
+
+def test_every_command_has_the_parameters_and_the_defaults_of_what_it_calls():
+    for command, library in ((init_command, init), (compare_command, compare), (evaluate_command, evaluate)):
+        typed, called = (signature(function).parameters for function in (command, library))
+        assert list(typed) == list(called)
+        for name, parameter in typed.items():
+            default = parameter.default
+            made = default.made(name) if isinstance(default, Component) else default
+            assert made == called[name].default

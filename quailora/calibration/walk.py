@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Int
@@ -19,6 +19,7 @@ from ..errors import CalibrationError, ModelError, NumericalError
 from ..models.layers import Layer
 from ..models.weights import execution_device, is_offloaded, replaced, resident
 from ..support import distributed
+from ..support.choices import InputsOf as InputsOf  # noqa: PLC0414 # imported from here, too
 from .activations import Activations
 from .blocks import Call, Chain, WholeModel, explained, find_chain
 from .capture import Inputs, arithmetic, captured, shared_inputs
@@ -30,9 +31,6 @@ Forward = Callable[[int, Tensor], Tensor]
 
 Run = Callable[..., Inputs]
 """Runs one block on a batch in one network, and returns what layers were run on; see `Walk._visit`."""
-
-InputsOf = Literal["full", "quantized", "asymmetric"]
-"""Which network's inputs layers are fitted to; see `Walk`."""
 
 TOKENS_PER_PASS = 4096
 """Tokens of a batch, but for windows that are longer."""

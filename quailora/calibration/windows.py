@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import CalibrationError, ConfigurationError
+from ..support.choices import BosPlacement as BosPlacement  # noqa: PLC0414 # imported from here, too
+from ..support.choices import CalibrationDtype as CalibrationDtype  # noqa: PLC0414 # imported from here, too
 from .text import TextSource
 from .text.tokens import added_tokens, tokenize
-
-CalibrationDtype = Literal["auto", "model", "bfloat16"]
-
-BosPlacement = Literal["every-window", "stream"]
-"""Where the tokens go that a tokenizer puts in front of a text, such as BOS; see `Calibration`."""
 
 DEFAULT_LENGTH = 1024
 """Tokens in a calibration window, where the model has as many positions."""

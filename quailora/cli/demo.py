@@ -9,9 +9,10 @@ from pathlib import Path
 from ..comparison.compare import compare
 from ..comparison.table import Comparison
 from ..pipeline.init import init
+from ..support.choices import StrPath
 
 
-def demo(out: str | None = None) -> Comparison:
+def demo(out: StrPath | None = None) -> Comparison:
     """Initialize an adapter for SmolLM2-135M, and compare methods and ranks on text that ships with quailora.
 
     The uncalibrated SVD, QuAILoRA and the optimum on NF4, at ranks 16 and 64, with full precision and int8 beside them.

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from ..support.choices import DeviceName as DeviceName  # noqa: PLC0414 # imported from here, too
+from ..support.choices import DtypeName as DtypeName  # noqa: PLC0414 # imported from here, too
 from .accept import check_loaded, check_weights, find_config, skeleton, unreadable
 from .locate import NO_ADAPTER, quiet_transformers, resolve
 from .weights import compute_on
-
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-DeviceName = Literal["auto", "cpu", "cuda"]
 
 logger = logging.getLogger("quailora")
 

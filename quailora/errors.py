@@ -22,9 +22,9 @@ def check_choice(what: str, value: object, choices: Iterable[object]) -> None:
     """Raise a `ConfigurationError` unless a hyper-parameter is one of the values that there are for it.
 
     Args:
-        what: the hyper-parameter, such as "a block size".
-        value: what came.
-        choices: what may come.
+        what: name of the hyper-parameter, such as "a block size".
+        value: the value that was given.
+        choices: the values that are allowed.
     """
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         raise ConfigurationError(f"Expected {what} of {', '.join(map(str, choices))}, got {value!r}.")

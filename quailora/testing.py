@@ -38,7 +38,7 @@ class Problem:
     """A weight with inputs to calibrate on.
 
     Attributes:
-        weight: `W`.
+        weight: the full-precision weight `W`.
         inputs: rows are tokens; in float64 from `make_problem`, so that their Gram has no rounding error to speak of.
         label: how the inputs were made, for messages.
     """
@@ -66,7 +66,7 @@ def make_problem(
         in_features: columns of the weight.
         kind: how the inputs are distributed; "massive channel" makes one channel 3000 times larger.
         scale: standard deviation of the weight.
-        seed: of everything random.
+        seed: seed of all random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = scale * torch.randn(out_features, in_features, generator=generator)
@@ -173,7 +173,7 @@ def check_solver(
         solver: the solver.
         problem: one case; the standard cases if it is missing.
         quantizer: makes the error; the weight itself is taken for the error if it is missing.
-        metric: that the solver works in; any but "fisher", which no solver sees.
+        metric: the metric that the solver works in; any but "fisher", which no solver sees.
 
     Raises:
         AssertionError: naming the law and the case.

@@ -1,4 +1,4 @@
-"""What training changed, as an adapter for the full-precision model."""
+"""Make an adapter for the full-precision model of what training has changed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Conversion:
 
     Attributes:
         out: folder of the new adapter.
-        rank: its rank, where no pattern says otherwise.
-        layers: pairs of factors in it.
+        rank: rank of its layers, except for those that a pattern names.
+        layers: number of pairs of factors in it.
     """
 
     out: Path
@@ -138,9 +138,9 @@ def change(trained: Factors, before: Factors, rank: int) -> Factors:
     A parameter of fused experts has one pair for all of them: `lora_A` expert after expert, `lora_B` interleaved.
 
     Args:
-        trained: `B` and `A`.
-        before: `B0` and `A0`.
-        rank: of both.
+        trained: the factors `B` and `A` after training.
+        before: the factors `B0` and `A0` before training.
+        rank: rank of both adapters.
     """
     # B A - B0 A0 = [B, -B0] [A; A0], of rank 2 r. In a parameter of fused experts this holds for each expert, so that
     # the factors of both are put together expert by expert: dimension 1 of both views counts the rank of one expert.

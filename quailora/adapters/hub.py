@@ -36,7 +36,7 @@ def adapter_folder(adapter: StrPath) -> Path:
 
 
 def check_upload(name: str | None) -> None:
-    """Raise an error unless the hub knows who is uploading, if anything is; called before anything is computed.
+    """Raise an error if an upload was asked for and the hub does not know the user; called before anything is computed.
 
     Raises:
         StorageError: if the name is no hub name, there is no login, or the hub cannot be reached.
@@ -56,7 +56,9 @@ def check_upload(name: str | None) -> None:
 
 
 def upload(folder: Path, name: str | None) -> None:
-    """Upload what `init` has written, if there is a name; a repository that does not exist yet is made, and is private.
+    """Upload the folder that `init` has written, if a name was given.
+
+    A repository that is not there is created, and is private.
 
     Raises:
         StorageError: if the hub does not take it; the folder stays as it is.

@@ -119,9 +119,9 @@ def write_lora(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
-    PEFT's scaling is divided out here and nowhere else: each factor of `C` by `sqrt(s)`, which keeps them balanced.
-    The factors are stored in float32. In bfloat16 their rounding alone would be a visible error in layers whose inputs
-    have one massive direction, which the correction cancels to many digits.
+    PEFT's scaling is divided out here and nowhere else: each factor of `C` is divided by `sqrt(s)`, which keeps the
+    factors balanced. The factors are stored in float32. In bfloat16 their rounding alone would be a visible error in
+    layers whose inputs have one massive direction, which the correction cancels to many digits.
 
     Args:
         folder: an existing folder.
@@ -129,10 +129,10 @@ def write_lora(
         scaling: ranks and alphas; the ranks must be those of the corrections.
         target_modules: what PEFT wraps; explicit names, since `all-linear` finds nothing on some quantized layers.
         base_model: hub name or folder of the base.
-        experts: how corrections of experts belong together.
+        experts: the fused parameters that the corrections of experts belong to.
         origin: what the adapter is made from, to be noted in its configuration with the hash of the factors.
         modules: tensors of the modules that are trained whole, by their names in the file.
-        modules_to_save: what the configuration calls these modules.
+        modules_to_save: names of these modules in the configuration.
 
     Raises:
         ValueError: if a correction's rank is not the one that the scaling states.
@@ -207,7 +207,7 @@ def divided(factors: Factors, scale: float) -> Factors:
     """Return the factors of a correction as PEFT stores them, in float32 on the CPU.
 
     Args:
-        factors: of the correction, before PEFT's scaling.
+        factors: factors of the correction before PEFT's scaling.
         scale: what PEFT multiplies `lora_B @ lora_A` with; each factor is divided by its root, so they stay balanced.
     """
     root = math.sqrt(scale)

@@ -27,7 +27,7 @@ def unusable_layers(model: Any, layers: Mapping[str, Layer], scaling: LoraScalin
     Args:
         model: the model without weights; it is left as it was.
         layers: the layers that are to get an adapter.
-        scaling: ranks and alphas.
+        scaling: ranks and alphas of the adapter.
         run: whether to run the model with the adapter, too; it has to run without one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where an adapter comes from: which base it is for, as its own files say."""
+"""The base that an adapter was made for, as its own files name it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _KEY = "quailora"
 @final
 @dataclass(frozen=True)
 class Origin:
-    """What an adapter was made from. It stands in `adapter_config.json`, in a place that training keeps.
+    """What an adapter was made from. It is written to a place in `adapter_config.json` that training keeps.
 
-    PEFT reads its field `auto_mapping` only for adapters without a task type, and keeps it from loading to saving.
+    This place is the field `auto_mapping`, which PEFT reads only for adapters without a task type, and keeps from
+    loading to saving.
 
     Attributes:
-        version: of quailora.
+        version: version of quailora that made the adapter.
         model: hub name or folder of the full-precision model.
-        quantizer: of the base, see `describe`.
+        quantizer: description of the base's quantizer; see `describe`.
         checkpoint: hub name or folder of the base, if it was there before the adapter.
         needs: what it takes besides the model and the quantizer to make the base: nothing but the "model"; also its
             "calibration"; or it cannot be made again, and has to be there as a "base".
@@ -97,7 +98,7 @@ class Provenance:
         origin: None for an adapter that quailora did not make.
         layers: identity of each layer of the base; empty after training into another folder, where nothing but the
             adapter's own configuration is left.
-        calibration: what `init` was calibrated on; likewise.
+        calibration: description of what `init` was calibrated on; empty in the same case.
     """
 
     origin: Origin | None = None
@@ -108,8 +109,8 @@ class Provenance:
         """Return the names of the layers whose base is another one, or one entry that stands for all of them.
 
         Args:
-            found: identity of layers of a base; those of other layers than the adapter's do not count.
-            exactly: whether what threads and devices change counts, too.
+            found: identity of each layer of a base; layers that the adapter does not correct are ignored.
+            exactly: whether differences that come from threads and devices count as well.
         """
         if self.layers:
             layers = self.layers.items()

@@ -1,4 +1,4 @@
-"""An adapter as its folder holds it."""
+"""An adapter as it is stored in its folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SavedAdapter:
     """The two files of an adapter.
 
     Attributes:
-        folder: where they are.
+        folder: the folder that holds them.
         config: content of `adapter_config.json`.
         tensors: content of `adapter_model.safetensors`, all of them finite.
     """
@@ -71,7 +71,7 @@ class SavedAdapter:
         return cls(folder, config, tensors)
 
     def check_plain(self) -> None:
-        """Raise a `ModelError` unless it is a LoRA adapter that is `s B A` in every layer and nothing else."""
+        """Raise a `ModelError` unless the adapter is LoRA and adds exactly `s B A` in every layer."""
         kind = self.config.get("peft_type")
         if kind != "LORA":
             raise ModelError(
@@ -91,7 +91,7 @@ class SavedAdapter:
 
     @property
     def scaling(self) -> LoraScaling:
-        """Ranks and alphas."""
+        """Ranks and alphas of the layers."""
         rank, alpha, rslora, ranks, alphas = (self.config.get(name) for name in SCALING)
         own = {key: float(value) for key, value in (alphas or {}).items()}
         return LoraScaling(int(rank or 0), float(alpha or 0), bool(rslora), ranks or {}, own)
@@ -108,7 +108,7 @@ class SavedAdapter:
 
     @property
     def digest(self) -> str:
-        """Hash of the factors."""
+        """Hash of all factors."""
         return digest_of({key: tensor for key, tensor in self.tensors.items() if key.endswith((A, B))})
 
     @cached_property

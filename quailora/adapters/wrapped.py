@@ -24,7 +24,7 @@ class WrappedLayer:
     """A linear layer with a LoRA adapter, as PEFT has put it into a model.
 
     Attributes:
-        name: of the layer in the model without an adapter.
+        name: name of the layer in the model without an adapter.
         module: PEFT's layer around it.
         adapter: name of the adapter.
     """

@@ -28,14 +28,14 @@ def check_files(
     scaling: LoraScaling,
     modules: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Compare an adapter on disk with what was to be written.
+    """Check that an adapter on disk is the one that should have been written.
 
     Args:
-        folder: of the adapter.
+        folder: the adapter's folder.
         model: the model without weights; it is left as it was.
         layers: its layers that have a correction.
         corrections: what stock PEFT shall compute.
-        scaling: ranks and alphas.
+        scaling: ranks and alphas of the adapter.
         modules: tensors of the modules that are trained whole, by their names in the file.
 
     Raises:
@@ -92,11 +92,11 @@ def check_function(name: str, lora_A: Tensor, lora_B: Tensor, scale: float, corr
     """Raise a `NumericalError` if `scale * lora_B @ lora_A`, computed as PEFT does, is not the correction.
 
     Args:
-        name: of the layer.
+        name: name of the layer.
         lora_A: (rank, in_features), as PEFT stores it.
         lora_B: (out_features, rank).
-        scale: what PEFT multiplies with.
-        correction: before scaling.
+        scale: the number that PEFT multiplies the product of the factors by.
+        correction: the correction before PEFT's scaling.
     """
     if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
         raise NumericalError(f"The adapter of {name} is NaN or infinite in float32. Try a lora_alpha near the rank.")

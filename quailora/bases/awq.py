@@ -23,7 +23,7 @@ def read_awq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
     Args:
         tensors: `qweight`, `qzeros` and `scales`; codes and zero points run along the outputs, interleaved.
         config: the checkpoint's `quantization_config`.
-        dtype: that the layer computes in.
+        dtype: the dtype that the layer computes in.
 
     Raises:
         ModelError: if the checkpoint has other than 4 bits, is of another layout, a tensor is missing or damaged, or

@@ -31,7 +31,7 @@ def read_bitsandbytes(
         tensors: `weight` and `SCB` of an 8-bit layer; of a 4-bit one `weight` and its state, `weight.absmax` and so on.
             Codes of 4 bits are bytes in whatever dtype the checkpoint holds them.
         config: the checkpoint's `quantization_config`, which says of layers without their state what they should have.
-        dtype: that the layer computes in.
+        dtype: the dtype that the layer computes in.
 
     Raises:
         ModelError: if a tensor is missing or damaged, or the shapes do not fit together.

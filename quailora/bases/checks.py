@@ -1,4 +1,4 @@
-"""Whether the tensors that are stored for a layer are all there, whole, and those of one layer."""
+"""Checks that the stored tensors of a layer are complete, finite, and of shapes that fit together."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def check_scales(tensors: Mapping[str, Tensor], names: Iterable[str], *, negativ
     """Raise a `ModelError` unless those of these tensors that are there hold finite numbers.
 
     Args:
-        tensors: of a layer.
-        names: of the tensors to look at.
+        tensors: the stored tensors of a layer.
+        names: names of the tensors to check.
         negative: whether numbers may be negative.
     """
     for name in names:

@@ -22,7 +22,7 @@ def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: t
         tensors: `qweight`, `qzeros`, `scales`, and `g_idx`, which only checkpoints without `desc_act` may lack. In
             format "gptq" zero points are stored less one, in "gptq_v2" as they are.
         config: the checkpoint's `quantization_config`.
-        dtype: that the layer computes in.
+        dtype: the dtype that the layer computes in.
 
     Raises:
         ModelError: if a tensor is missing or damaged, or the shapes do not fit together.

@@ -23,8 +23,8 @@ def read_hqq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
 
     Args:
         tensors: `W_q`, `scale`, `zero`, and as tensors what describes them: `shape`, `axis`, `packing` and so on.
-        config: the checkpoint's `quantization_config`; the tensors say all.
-        dtype: that the layer computes in.
+        config: the checkpoint's `quantization_config`; it is ignored, since the tensors describe themselves.
+        dtype: the dtype that the layer computes in.
 
     Raises:
         ModelError: if the layer is packed in another way, its scales are quantized, too, a tensor is missing or

@@ -66,8 +66,8 @@ def live_weight(
     Args:
         module: `Linear4bit` or `Linear8bitLt` of bitsandbytes, a layer of GPTQ or AWQ with `qweight`, `qzeros` and
             `scales`, hqq's `HQQLinear`, or a linear layer whose weight is a tensor of torchao.
-        dtype: that the dequantized weight shall have.
-        device: to read it to; where it is by default.
+        dtype: the dtype that the dequantized weight shall have.
+        device: the device that the weight is read to; by default the one that it is on.
 
     Returns:
         The weight, or None for a module that is no such layer.
@@ -285,8 +285,8 @@ class LiveBase:
 
         Args:
             layer: module name.
-            dtype: that the dequantized weight shall have.
-            device: to read it to.
+            dtype: the dtype that the dequantized weight shall have.
+            device: the device that tensors are read to.
 
         Raises:
             ModelError: if there is no quantized layer of this name, or as `live_weight` does; the message names it.

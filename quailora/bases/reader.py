@@ -126,8 +126,8 @@ class StoredBase:
 
         Args:
             layer: module name.
-            dtype: that it computes in.
-            device: to read it to.
+            dtype: the dtype that the layer computes in.
+            device: the device that tensors are read to.
 
         Raises:
             ModelError: if the layer is not there, not quantized, or damaged; the message names it and its file.

@@ -18,8 +18,8 @@ def read_torchao(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype
 
     Args:
         tensors: `_weight_qdata`, `_weight_scale` and maybe `_weight_zero_point`.
-        config: the checkpoint's `quantization_config`; the tensors say all.
-        dtype: that the layer computes in.
+        config: the checkpoint's `quantization_config`; it is ignored, since the tensors describe themselves.
+        dtype: the dtype that the layer computes in.
 
     Raises:
         ModelError: if codes are no signed bytes around zero, which is all that is read, a tensor is missing or damaged,

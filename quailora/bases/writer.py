@@ -36,7 +36,7 @@ def save_packed(folder: Path, loaded: LoadedModel, packed: Packed) -> None:
     """Write the checkpoint and the tokenizer; all that is not quantized keeps its dtype.
 
     Args:
-        folder: to write to.
+        folder: the folder to write to.
         loaded: the full-precision model, in memory or on disk.
         packed: tensors of its quantized layers, all of one format.
     """

@@ -20,7 +20,7 @@ class Activations:
     In a folder they are memory-mapped when read, so the operating system may drop them from memory at any time.
 
     Args:
-        folder: where files go; memory if None.
+        folder: the folder for the files; None keeps hidden states in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -56,7 +56,7 @@ class Activations:
         return load_file(path)["hidden"].to(device)
 
     def drop(self, boundary: int) -> None:
-        """Forget everything at a boundary."""
+        """Delete all hidden states at a boundary."""
         self._memory = {key: hidden for key, hidden in self._memory.items() if key[0] != boundary}
         if self._folder is not None:
             for path in self._folder.glob(f"{boundary}-*"):

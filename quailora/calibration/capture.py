@@ -93,7 +93,7 @@ class _ExpertInputs(TorchFunctionMode):
 
 
 def place(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor's entries lie: the same for all views of one expert's matrix, and no other's."""
+    """Return address and size of a tensor: equal for all views of one expert's matrix, different between experts."""
     return tensor.data_ptr(), tensor.numel()
 
 

@@ -90,7 +90,7 @@ def empty_inputs(model: Any, layers: Mapping[str, Layer]) -> Inputs | None:
 @final
 @dataclass(frozen=True)
 class Reach:
-    """What text does to the linear layers of a model.
+    """Which linear layers of a model are run when it is given text.
 
     Attributes:
         known: whether the model runs without weights; if not, every layer counts as reached.
@@ -144,7 +144,7 @@ def _noting(plain: dict[str, bool], layer: Layer) -> Callable[[nn.Module, Any, d
 
 
 def _any_sibling(name: str) -> str:
-    """Return a name with every number but that of its block left open."""
+    """Return a name with `#` in place of every number but the one of its block."""
     # `model.layers.3.mlp.experts.7.up_proj` -> `model.layers.3.mlp.experts.#.up_proj`: the first number is the block's.
     parts = name.split(".")
     first = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))

@@ -25,13 +25,13 @@ _CHARACTERS_PER_TOKEN = 64  # how much text is read for each token that is neede
 @final
 @dataclass(frozen=True)
 class Calibration:
-    """Which text calibrates, and which windows of it.
+    """The text to calibrate on, and how windows are drawn from it.
 
     Attributes:
         text: where the text comes from.
         samples: number of windows.
         sequence_length: tokens in a window.
-        seed: seed of the draw.
+        seed: seed of the random draw of windows.
         dtype: arithmetic of the pass: "auto" is bfloat16 on a CPU that multiplies in it, else that of the model;
             "model" is always that of the model.
         bos: "every-window" starts each window with the tokens that the tokenizer puts in front of a text, such as BOS,
@@ -56,7 +56,7 @@ class Calibration:
     def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
         """Build what `dataclasses.asdict` wrote down, also after a trip through JSON.
 
-        What was written before there was a choice of `bos` is a stream.
+        Files without an entry `bos` are older than this choice, and mean "stream".
         """
         text = {**content["text"], "fields": tuple(content["text"]["fields"])}
         return cls(**{"bos": "stream", **content, "text": TextSource(**text)})
@@ -88,7 +88,9 @@ class Calibration:
         return every.ids[chosen]
 
     def repeated(self, tokenizer: Any, count: int) -> Int[Tensor, "count sequence_length"]:
-        """Draw `count` windows at random, in random order; when all have been drawn, all over again.
+        """Draw `count` windows at random, in random order.
+
+        When all have been drawn, the draw starts again with all of them.
 
         Raises:
             CalibrationError: if the text does not fill `samples` windows, or cannot be read.
@@ -111,9 +113,10 @@ def evaluation_source(source: str | None, fields: Sequence[str]) -> TextSource:
 
 
 def given_tokens(tokenizer: Any, bos: BosPlacement) -> int:
-    """Return how many tokens at the start of each evaluation window are given: all but the others are predicted.
+    """Return how many tokens at the start of each evaluation window are not predicted.
 
-    Those are the special tokens in front of it, of which some tokenizers have several, and the first token anyway.
+    These are the special tokens in front of the window, of which some tokenizers have several, and at least its first
+    token.
     """
     return max(1, len(added_tokens(tokenizer).before) if bos == "every-window" else 0)
 

@@ -76,7 +76,7 @@ def report(comparison: Comparison) -> str:
 
 
 def origin(comparison: Comparison) -> str:
-    """Return the list of what a comparison was made by and with; nothing where that is not known."""
+    """Return the list of command, date and versions that made a comparison; an empty text where they are not known."""
     lines = [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in comparison.origin.items()]
     return f"<dl>{''.join(lines)}</dl>" if lines else ""
 
@@ -227,7 +227,7 @@ def draw_spectra(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def draw_seconds(axes: Axes, rows: Sequence[Row]) -> None:
-    """Draw what each recipe took."""
+    """Draw the seconds that each recipe took."""
     axes.barh([row.name for row in rows], [row.seconds for row in rows], color="grey")
     axes.invert_yaxis()
     axes.set(xlabel="seconds")

@@ -42,11 +42,11 @@ class ComparisonRunner:
     Attributes:
         loaded: the model, in memory.
         layers: its layers that are quantized.
-        targets: those of them that are corrected.
+        targets: those of these layers that get a correction.
         source: the calibration text and how it is cut.
         seen: calibration windows.
         texts: windows to evaluate on, by name of the text.
-        tasks: to score on.
+        tasks: tasks of lm-eval to score each variant on.
         work: folder for groups of variants that are not finished.
         store: keeps finished rows.
         seed: seed of untrained directions.

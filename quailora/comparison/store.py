@@ -1,4 +1,4 @@
-"""The finished rows of a comparison on disk, and the files that it ends with."""
+"""The finished rows of a comparison on disk, and the files of its results."""
 
 from __future__ import annotations
 

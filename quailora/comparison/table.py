@@ -24,20 +24,20 @@ MARKS = (
 @final
 @dataclass(frozen=True)
 class Row:
-    """One variant of the model.
+    """One row of the table: a variant of the model with its scores.
 
     Attributes:
-        name: of the row, such as "quailora r16".
-        scores: by text.
+        name: name of the row, such as "quailora r16".
+        scores: scores of the variant by name of the text.
         recipe: name of the recipe; empty for full precision and for bases alone.
-        rank: of the adapter; 0 without one.
+        rank: rank of the adapter; 0 for a base alone.
         changes_base: whether the base is not what the quantizer alone gives.
-        seconds: calibration and initialization, as if the row had been run alone.
+        seconds: seconds of calibration and initialization, as if the row had been run alone.
         layers: errors of each layer; empty for full precision.
         spectrum: mean over layers of the share of the output error that the first 1, 2, ... directions remove; empty
             for methods that minimise something else.
         method: full description of the method.
-        tasks: accuracy by task.
+        tasks: accuracy by name of the task.
     """
 
     name: str
@@ -92,9 +92,9 @@ class Comparison:
     """All rows of one comparison.
 
     Attributes:
-        title: what was compared.
+        title: model and quantizer that were compared.
         reference: the recipe that differences are taken from, at the same rank.
-        texts: names of the texts, the first of which leads.
+        texts: names of the texts; plots are about the first one.
         rows: full precision first, then bases alone, then recipes.
         tasks: names of the tasks.
         origin: what the comparison was made by and with, line by line: command, date, versions.
@@ -113,7 +113,7 @@ class Comparison:
         return min(recipes, key=lambda row: row.scores[text].divergence, default=None)
 
     def misleads(self, row: Row, text: str) -> bool:
-        """Return whether the perplexity of a row promises more than its KL keeps.
+        """Return whether the perplexity of a row makes the model look closer to full precision than its KL does.
 
         Training on text like that of the evaluation lowers the perplexity below what full precision has, or below that
         of the closest recipe, while the model moves away from full precision.

@@ -29,7 +29,7 @@ class Variant:
     """A variant of the model to be measured: a base alone, or with an adapter.
 
     Attributes:
-        name: of the row.
+        name: name of the row.
         method: how layers are initialized.
         recipe: name of the recipe; empty for a base alone.
         inputs: see `Walk`.
@@ -131,8 +131,8 @@ class VariantResult:
         """Return the row of the variant.
 
         Args:
-            scores: by text.
-            tasks: accuracy by task.
+            scores: scores of the variant by name of the text.
+            tasks: accuracy by name of the task.
             seconds: what calibration and initialization took.
         """
         variant = self.variant

@@ -1,4 +1,4 @@
-"""Dense linear algebra that every other module shares. Imports torch and nothing of quailora but its errors."""
+"""Dense linear algebra that the other modules share."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def uniform(shape: tuple[int, ...], like: Tensor, seed: int | None = None) -> Te
     every machine.
 
     Args:
-        shape: of the result.
-        like: gives dtype and device.
+        shape: shape of the result.
+        like: the tensor whose dtype and device the result has.
         seed: of a generator of their own; torch's global one is used if it is missing.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -116,7 +116,7 @@ def triangular_inverse(lower: Float[Tensor, "n n"], block: int = 256) -> Float[T
 
     Args:
         lower: lower triangular, with no zero on the diagonal.
-        block: rows at a time.
+        block: how many rows are inverted at a time.
     """
     # [[P, 0], [R, S]]^-1 = [[P^-1, 0], [-S^-1 R P^-1, S^-1]], with P what is inverted already and S the next block.
     inverse = torch.zeros_like(lower)

@@ -1,4 +1,4 @@
-"""In which norm an error counts: identity, diagonal, Gram."""
+"""Metrics, which are the norms that errors are measured in: identity, diagonal, Gram."""
 
 from __future__ import annotations
 
@@ -283,6 +283,6 @@ def check_damping(damping: float) -> None:
 
 
 def check_shrinkage(shrinkage: float) -> None:
-    """Raise a `ConfigurationError` for a share of correlations that is not from 0 to below 1; called likewise."""
+    """Raise a `ConfigurationError` unless a shrinkage is at least 0 and below 1; called when a quantizer is made."""
     if not 0 <= shrinkage < 1:
         raise ConfigurationError(f"Expected a shrinkage from 0 to below 1, got {shrinkage}.")

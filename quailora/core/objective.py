@@ -40,7 +40,7 @@ class Factors(NamedTuple):
 class Deferred:
     """A number that is computed when it is first read, once for all who share it.
 
-    What it is computed from is let go then.
+    Afterwards the tensors that it was computed from are freed.
     """
 
     def __init__(self, compute: Callable[[], float]) -> None:

@@ -1,4 +1,4 @@
-"""What calibration keeps of a layer's inputs in two networks at once: full precision, and quantized."""
+"""What calibration keeps of a layer's inputs in two networks: the full-precision one and the quantized one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .statistics import CHUNK_TOKENS, InputStatistics, blend, same_device
 class PairedStatistics:
     """Running moments of the inputs `x` of one linear layer in full precision, and `x~` in the quantized network.
 
-    Two matrices are all that fitting a layer to outputs in full precision reads: `H~ = E[x~ x~^T]`, and what is left of
-    `G = E[x x~^T]` when `H~` is taken off. The latter is summed up as it is, so that it has the precision of the small
+    Fitting a layer to outputs in full precision needs two matrices: `H~ = E[x~ x~^T]`, and the difference of
+    `G = E[x x~^T]` and `H~`. The difference is summed up directly, so that it has the precision of the small
     difference between the networks.
 
     Laws: as for `InputStatistics`.
@@ -62,8 +62,8 @@ class PairedStatistics:
         """Add a batch of inputs.
 
         Args:
-            full: in full precision, shape (..., in_features), any float dtype.
-            quantized: of the same tokens in the quantized network, same shape.
+            full: inputs in the full-precision network, shape (..., in_features), any float dtype.
+            quantized: inputs of the same tokens in the quantized network, same shape.
 
         Raises:
             ValueError: if the width is not this layer's, or the shapes differ.

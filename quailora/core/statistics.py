@@ -34,7 +34,7 @@ class InputStatistics:
     What depends on `H` alone (a working copy in float32, a Cholesky factor) is computed once and shared by all layers,
     ranks and quantizers that ask; see `cached`.
 
-    Laws: merging partial statistics in any order equals accumulating at once; masked tokens count nothing.
+    Laws: merging partial statistics in any order equals accumulating all tokens at once; masked tokens have no effect.
 
     Attributes:
         tokens: number of tokens in the mean.
@@ -120,7 +120,7 @@ class InputStatistics:
 
         Args:
             product: the sum of `x x^T` over these tokens, symmetric, on any device.
-            tokens: how many they are; none change nothing.
+            tokens: how many tokens they are; with 0 nothing changes.
             magnitude: the sum of `|x|`; where it is missing, that of normal inputs with the same second moment.
         """
         # A mean over n tokens and the sum s over k more give the mean n / (n + k) * mean + s / (n + k). A mean is kept

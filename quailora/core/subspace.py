@@ -121,7 +121,7 @@ class KrylovSearch:
 
         Args:
             rank: number of directions.
-            tolerance: see above.
+            tolerance: largest slack that ends the search, as described above.
             limit: number of directions to search at most.
 
         Returns:

@@ -24,12 +24,12 @@ _NEARLY = 0.3  # of the quantization error: less than another block size or type
 @final
 @dataclass(frozen=True)
 class ChosenBase:
-    """A base.
+    """The quantized base that a model is measured on.
 
     Attributes:
         quantizer: makes it from the full-precision model; None if it is there in dequantized form.
-        folder: where that is.
-        calibration: for a quantizer that needs it.
+        folder: folder of the dequantized base.
+        calibration: calibration text and windows, for a quantizer that needs statistics.
     """
 
     quantizer: Quantizer | None
@@ -38,7 +38,7 @@ class ChosenBase:
 
     @property
     def title(self) -> str:
-        """What to call it."""
+        """The name of the base in messages."""
         return repr(self.quantizer) if self.quantizer is not None else str(self.folder)
 
     def check_text(self) -> None:
@@ -65,14 +65,14 @@ def choose_base(
     base: str | None = None,
     calibration: str | None = None,
 ) -> ChosenBase:
-    """Return the base to measure on: what is asked for, else what the adapter was made for, else NF4 without adapter.
+    """Return the base to measure on: the one asked for, else the one that the adapter was made for, else NF4.
 
     Args:
-        adapter: its folder.
-        provenance: what the folder says.
-        quantizer: what is asked for.
-        base: a checkpoint that is asked for.
-        calibration: text for a quantizer that needs it.
+        adapter: folder of the adapter.
+        provenance: what the adapter's folder says about its base.
+        quantizer: the quantizer that the caller asks for.
+        base: the checkpoint that the caller asks for.
+        calibration: text for a quantizer that needs statistics.
 
     Raises:
         ConfigurationError: if both a quantizer and a checkpoint are asked for.
@@ -114,8 +114,8 @@ def recorded_calibration(adapter: Path, provenance: Provenance, text: str | None
 
     Args:
         adapter: folder of the adapter.
-        provenance: what it says.
-        text: what the caller names.
+        provenance: what the adapter's folder says about its base.
+        text: the text that the caller names, if any.
 
     Raises:
         ModelError: if the sidecar is not there, or damaged.
@@ -147,10 +147,10 @@ def check_measured_on(
 
     Args:
         adapter: folder of the adapter.
-        provenance: what it says.
+        provenance: what the adapter's folder says about its base.
         found: identity of the layers of the base that the adapter corrects.
-        chosen: the base.
-        any_base: whether another base is what the caller wants to measure.
+        chosen: the base that the adapter is measured on.
+        any_base: whether the caller wants to measure on this base even if it is another one.
 
     Raises:
         ModelError: if it is another base.
@@ -184,7 +184,7 @@ def described(provenance: Provenance, different: list[str]) -> str:
 
 
 def loaded_partly(wrapped: Any, adapter: Path) -> str:
-    """Return what PEFT has left out of an adapter, or made up for it; nothing if it has loaded all of it."""
+    """Return which tensors of an adapter PEFT has not loaded, or has made itself; an empty text if there are none."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 

@@ -30,7 +30,7 @@ class BaseCheck:
 
     Attributes:
         adapter: hub name, or folder of the adapter.
-        base: the base as it was asked for.
+        base: the base as the caller named it.
         layers: how many layers were compared.
     """
 

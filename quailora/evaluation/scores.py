@@ -35,10 +35,10 @@ def perplexity_of(losses: Sequence[float]) -> float:
 @final
 @dataclass(frozen=True)
 class Scores:
-    """How good a variant is on some text. Everything is a mean over the predicted tokens of a window, in nats.
+    """Scores of a variant on a text. Each number is a mean over the predicted tokens of a window, in nats.
 
     Attributes:
-        losses: negative log likelihood, window by window.
+        losses: mean negative log likelihood of each window.
         divergences: `KL(p || q)` of the variant's distribution `q` from that of full precision `p`, window by window.
     """
 
@@ -84,7 +84,7 @@ class Corrected(Mapping[str, Tensor]):
     Args:
         quantized: `Q` of each layer, maybe memory-mapped.
         corrections: factors of the layers that have some, before PEFT's scaling.
-        device: where to compute.
+        device: the device to compute on.
     """
 
     def __init__(
@@ -122,14 +122,14 @@ def measure(
 ) -> dict[str, Scores]:
     """Measure variants of a model that differ in the weights of its linear layers.
 
-    The model is run in full precision on as many windows as there is memory for what it predicts, then each variant is
-    put in place and run on all of them. So the weights of a variant are made and copied rarely.
+    The model is run in full precision on as many windows as there is memory for its predictions. Then each variant is
+    put in place and run on these windows, so that its weights are made and copied rarely.
 
     Args:
         model: a transformers causal language model in full precision, in memory.
         layers: its layers.
-        variants: weights by layer, by variant; no weights are the model itself.
-        windows: token ids.
+        variants: for each variant the weights of its layers by name; layers without a weight stay as they are.
+        windows: token ids of the windows.
         description: label of the progress bar.
         given: tokens at the start of each window that are not predicted.
     """
@@ -158,7 +158,7 @@ def predict(model: Any, ids: Int[Tensor, " tokens"], given: int) -> Float[Tensor
 
 
 def windows_at_once(model: Any, length: int) -> int:
-    """Return of how many windows the distributions of all tokens fit into an eighth of the memory that is free."""
+    """Return for how many windows the distributions of all tokens fit into an eighth of the free memory."""
     vocabulary = len(model.get_output_embeddings().weight)
     return max(1, free_memory(next(model.parameters()).device) // 8 // (4 * length * vocabulary))
 
@@ -177,8 +177,8 @@ def score(
 
     Args:
         expected: logarithms of the full-precision distributions.
-        logits: of the variant.
-        ids: the tokens that did follow.
+        logits: logits of the variant.
+        ids: the tokens that really follow.
     """
     # In pieces of the window: the intermediate results of a loss over a vocabulary of 150,000 take several times the
     # logits.

@@ -18,10 +18,10 @@ class Tasks:
     """Tasks to score a model on.
 
     Attributes:
-        names: as the harness knows them; none is nothing to do.
-        folder: with YAML files of more tasks.
-        limit: examples of each task at most.
-        batch_size: examples at a time.
+        names: names of tasks in the harness; without names nothing is scored.
+        folder: folder with YAML files that define more tasks.
+        limit: largest number of examples of each task.
+        batch_size: number of examples that are run at a time.
     """
 
     names: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class Tasks:
     batch_size: int = 8
 
     def check(self) -> None:
-        """Raise a `ConfigurationError` if there are tasks and no harness, or one that it does not know."""
+        """Raise a `ConfigurationError` if the harness is needed and not installed, or does not know one of them."""
         if not self.names:
             return
         try:

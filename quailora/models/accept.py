@@ -21,7 +21,7 @@ def find_config(model: str, name: str, trust_remote_code: bool) -> Any:
     """Return the configuration of a full-precision causal language model.
 
     Args:
-        model: as it was asked for.
+        model: the model as the caller named it.
         name: hub name or folder.
         trust_remote_code: run the Python code that the model brings along.
 
@@ -67,10 +67,10 @@ def skeleton(model: str, config: Any, trust_remote_code: bool, dtype: torch.dtyp
     """Return a model without weights.
 
     Args:
-        model: as it was asked for.
-        config: its configuration.
+        model: the model as the caller named it.
+        config: configuration of the model.
         trust_remote_code: run the Python code that the model brings along.
-        dtype: of its weights; that of the configuration by default.
+        dtype: dtype of the weights; by default the one that the configuration names.
 
     Raises:
         ModelError: if transformers cannot make it.
@@ -95,7 +95,7 @@ def check_weights(model: str, name: str, empty: Any, allow_pickle: bool) -> None
     """Raise a `ModelError` unless the weight files are whole, unquantized, of the right shapes and an accepted format.
 
     Args:
-        model: as it was asked for.
+        model: the model as the caller named it.
         name: hub name or folder.
         empty: the model without weights.
         allow_pickle: accept PyTorch's pickle format, into which nobody looks here.
@@ -125,9 +125,9 @@ def check_loaded(model: str, loaded: Any, report: Mapping[str, Any]) -> None:
     """Raise a `ModelError` if weights are missing, or an adapter was loaded along with the model.
 
     Args:
-        model: as it was asked for.
-        loaded: what transformers made of it.
-        report: what transformers says about loading it.
+        model: the model as the caller named it.
+        loaded: the model as transformers loaded it.
+        report: transformers' own report about loading the model.
     """
     missing = report["missing_keys"]
     if missing:  # transformers would go on with random weights
@@ -145,8 +145,8 @@ def unreadable(model: str, error: Exception, part: str = "model") -> ModelError:
     """Return the error for what transformers cannot read, with the first line of its own message.
 
     Args:
-        model: as it was asked for.
-        error: of transformers.
+        model: the model as the caller named it.
+        error: the error that transformers raised.
         part: what cannot be read: the model or its tokenizer.
     """
     hint = "Expected a causal language model that the installed transformers loads, as a hub name or a folder."

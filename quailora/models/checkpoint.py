@@ -36,7 +36,7 @@ class StoredTensor:
     Attributes:
         file: the safetensors file.
         dtype: as safetensors writes it, such as BF16, U8 or I32.
-        shape: of the tensor.
+        shape: shape of the tensor.
     """
 
     file: Path
@@ -171,7 +171,7 @@ def opened(file: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
 
     Args:
         file: the file.
-        device: that its tensors are read to.
+        device: the device that its tensors are read to.
 
     Raises:
         ModelError: if it is damaged, here or while it is read.

@@ -1,4 +1,4 @@
-"""The weight matrices of a Hugging Face model: which there are, which are meant, and how to read them."""
+"""The weight matrices of a Hugging Face model: how to list them, select them by targets, and read them."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def all_layers(model: Any) -> dict[str, Layer]:
 
 
 def base_layers(model: Any, chosen: Mapping[str, Layer]) -> dict[str, Layer]:
-    """Return what the quantized base quantizes: linear layers, and all experts if some of them are among the chosen."""
+    """Return the layers that the base quantizes: all linear layers, and all experts if some experts were chosen."""
     with_experts = any(layer.expert is not None for layer in chosen.values())
     return all_layers(model) if with_experts else linear_layers(model)
 

@@ -57,7 +57,7 @@ def fitting_length(model: Any, asked: int | None, default: int) -> int:
 def check_token_ids(
     model: Any, windows: Int[Tensor, "samples sequence_length"]
 ) -> Int[Tensor, "samples sequence_length"]:
-    """Return windows of token ids after a look at them.
+    """Return windows of token ids after checking that the model has an embedding for each id.
 
     Raises:
         CalibrationError: if there is a token id that the model's embedding has no row for.

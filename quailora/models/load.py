@@ -130,7 +130,7 @@ def save_model(folder: Path, loaded: LoadedModel, state: Mapping[str, Tensor] | 
     """Write the checkpoint and the tokenizer, one shard in memory at a time.
 
     Args:
-        folder: to write to.
+        folder: the folder to write to.
         loaded: the model, in memory or on disk.
         state: its tensors, where they are not those of the model; on the device "meta" where they wait on disk.
     """

@@ -1,4 +1,4 @@
-"""Which folder or hub name a model's name means: `demo` and `.gguf` files are converted once, into a cache."""
+"""Find the folder or hub name that a model's name means. `demo` and `.gguf` files are converted once, into a cache."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def convert(file: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars, which also show where nobody watches, and its remarks on loading."""
+    """Silence transformers' remarks on loading, and its progress bars, which it prints to files, too."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()

@@ -9,7 +9,7 @@ from typing import Any
 def names_in(model: Any, keys: Iterable[str]) -> dict[str, str | None]:
     """Return the name in the model of each tensor of a checkpoint, by transformers' own rules.
 
-    None where transformers merges, splits or turns tensors while it loads them.
+    The name is None where transformers merges, splits or transposes tensors while it loads them.
 
     Args:
         model: the model, with or without weights.

@@ -1,4 +1,4 @@
-"""How a stored model is quantized, and that one which is cannot be what an adapter is initialized from."""
+"""How a stored model is quantized, and the refusal of a quantized model where the full-precision one is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 def quantization_of(name: str) -> dict[str, Any]:
     """Return the `quantization_config` of a model; empty for one that is not quantized.
 
-    Repositories of AutoGPTQ and AutoAWQ that are older than this entry have it in a file of its own.
+    Older repositories of AutoGPTQ and AutoAWQ do not have this entry in `config.json` but in a file of its own.
 
     Args:
         name: hub name or folder.
@@ -59,11 +59,11 @@ def check_full_precision(name: str) -> None:
 
 
 def check_full_precision_weights(name: str, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise a `ModelError` if weights of a model are no floating-point numbers of 16 bits at least.
+    """Raise a `ModelError` unless all weights of a model are stored as floating-point numbers of at least 16 bits.
 
     Args:
         name: hub name or folder.
-        tensors: of its checkpoint.
+        tensors: the tensors of its checkpoint.
     """
     for key, tensor in tensors.items():
         if key.endswith("weight") and tensor.dtype not in FLOATS:

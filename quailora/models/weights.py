@@ -1,4 +1,4 @@
-"""Bring weights that wait on disk into memory, and put others in their place for a while."""
+"""Bring weights from disk into memory, and put other weights in their place for a while."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def beside(layers: Mapping[str, Layer], weights: Mapping[str, Tensor]) -> Mappin
 
 
 def replace_for_good(layers: Mapping[str, Layer], weights: Mapping[str, Tensor], spill: Path) -> None:
-    """Let a model have other weights from now on, in `save_pretrained` too.
+    """Let a model have other weights from now on, also in what `save_pretrained` writes.
 
     Args:
         layers: layers by name; experts only with all others of their parameter.

@@ -1,4 +1,4 @@
-"""AutoGPTQ's own class, where its package can still be imported: for comparisons with what it used to give."""
+"""AutoGPTQ's own class, for comparisons with its codes where its package can still be imported."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class AutoGPTQ(Quantizer):
 
 
 def backend() -> Any:
-    """Return the class.
+    """Return AutoGPTQ's class.
 
     Raises:
         ConfigurationError: if its package cannot be imported here.

@@ -35,7 +35,7 @@ def check_block_size(block_size: object) -> None:
 @final
 @dataclass(frozen=True, eq=False)
 class FourBitWeight(QuantizedWeight):
-    """Two codes a byte, one scale a block, optionally 8-bit scales with scales of their own.
+    """Two codes to a byte and one scale for each block; scales may be stored in 8 bits with scales of their own.
 
     The format's fixed tables (16 values of a code, 256 of an 8-bit scale) are the same for every layer and not counted.
 
@@ -165,7 +165,7 @@ class ScaledTable:
 
     Attributes:
         table: values of the codes, ascending.
-        scale: of each weight, or broadcast to them.
+        scale: scale of each weight, in a shape that broadcasts to the weights.
     """
 
     table: Float[Tensor, " levels"]

@@ -22,7 +22,7 @@ from .uniform import nearest
 _TIE = 1e-4  # share of the loss by which the sweep has to be better than rounding to nearest, against float32's errors
 
 BLOCK, STRETCH = 128, 32
-"""Columns that get feedback before all the rest do, and at once, at most."""
+"""Largest number of columns in a block and in a stretch; see `sweep`."""
 
 Matrix = Float[Tensor, "out_features in_features"]
 Square = Float[Tensor, "in_features in_features"]
@@ -203,9 +203,10 @@ def sweep(
 ) -> tuple[Float[Tensor, "in_features out_features"], float]:
     """Round columns of a weight in turn, with error feedback to those that follow.
 
-    Feedback is given at three ranges: at once up to the end of a short stretch, by one product to the end of the block
-    when the stretch ends, and by one product to all the rest when the block ends. Stretches and blocks end where runs
-    end (or divide a run), so levels can be fitted to a run of columns that all feedback has reached.
+    Feedback is given at three ranges. After each column it goes to the columns up to the end of a short stretch. At the
+    end of a stretch, one product gives it to the rest of the block, and at the end of a block, one product gives it to
+    all other columns. Stretches and blocks end where runs end (or divide a run), so levels can be fitted to a run of
+    columns that all feedback has reached.
 
     Args:
         columns: the transposed weight, in the order of rounding; overwritten.

@@ -48,9 +48,9 @@ class Grid:
         zero at code `2^(bits-1)`, so the top level falls half a step short of it. Both as in the GPTQ papers' code.
 
         Args:
-            weight: groups of columns.
+            weight: the weight, split into groups of columns.
             bits: width of a code.
-            symmetric: see above.
+            symmetric: whether the grid is symmetric around zero.
             mse: span the share of the range, among `SHARES`, that gives each group the least squared error.
 
         Raises:
@@ -260,6 +260,6 @@ def check_bits_and_group(bits: object, group_size: object) -> None:
 
 
 def check_group_size(group_size: object) -> None:
-    """Raise a `ConfigurationError` unless a group has at least one column; called likewise."""
+    """Raise a `ConfigurationError` unless a group has at least one column; called when a quantizer is made."""
     if not isinstance(group_size, int) or group_size < 1:
         raise ConfigurationError(f"Expected a group size of at least 1, or none for one group a row, got {group_size}.")

@@ -26,9 +26,9 @@ class HQQWeight(QuantizedWeight):
     Codes form a matrix whose rows or columns are groups; its entries, row by row, are those of the weight.
 
     Attributes:
-        codes: packed, row by row of their matrix.
-        scale: of each row or of each column of that matrix.
-        zero_point: likewise.
+        codes: packed codes, row by row of their matrix.
+        scale: scale of each row, or of each column, of the matrix of codes.
+        zero_point: zero point of each row, or of each column, of the matrix of codes.
         bits: width of a code.
         matrix: shape of the matrix of codes.
         size: shape of the weight; where its columns do not fill their last group, rows have padding at the end.
@@ -62,10 +62,10 @@ class HQQWeight(QuantizedWeight):
 @final
 @dataclass(frozen=True)
 class HQQ(Quantizer):
-    """1 to 8 bits: scales and zero points that a robust norm of the weight's error asks for, without calibration.
+    """1 to 8 bits: scales and zero points minimise a robust norm of the weight's error, without calibration.
 
-    Needs the package hqq. It searches on the CPU, in float32: on a GPU it would search in float16 and find others.
-    Groups along the inputs (`axis=1`), as its layers and PEFT use them. Not idempotent.
+    Needs the package hqq. The search runs on the CPU in float32, because on a GPU the package searches in float16 and
+    finds other values. Groups run along the inputs (`axis=1`), as hqq's layers and PEFT use them. It is not idempotent.
 
     Attributes:
         bits: width of a code.

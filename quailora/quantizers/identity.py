@@ -33,7 +33,7 @@ class BaseIdentity:
 
     Attributes:
         exact: hash of everything that is stored; empty where only the dequantized weight is known.
-        codes: hash of what does not depend on sums in floating point; likewise.
+        codes: hash of everything stored that no sum in floating point decides; empty in the same case.
         sketch: nine numbers; of several layers, the sum over them, divided by the root of how many they are.
         error: `|W - Q| / |Q|`, Frobenius norms; of several layers, the root of the mean square. 0 if `W` is not known.
     """
@@ -58,7 +58,7 @@ class BaseIdentity:
     def of_dequantized(
         cls, quantized: Float[Tensor, "out_features in_features"], weight: Tensor | None = None
     ) -> BaseIdentity:
-        """Return what can be told from `Q` alone."""
+        """Return the part of the identity that follows from the dequantized weight alone, without hashes."""
         quantized = quantized.detach().float()
         norm = quantized.norm().item()
         error = (weight.detach().float() - quantized).norm().item() / norm if weight is not None and norm else 0.0
@@ -97,7 +97,7 @@ class BaseIdentity:
             ) from error
 
     def distance(self, other: BaseIdentity) -> float:
-        """Return an estimate of `|Q - Q'| / |W - Q|`: how much of the error that was corrected is another one."""
+        """Return an estimate of `|Q - Q'| / |W - Q|`: by which share of the corrected error two bases differ."""
         if len(other.sketch) != len(self.sketch) or not self.sketch:
             return math.inf
         # Each number u^T Q v / |Q| is linear in Q but for the norm, so two bases differ there by u^T (Q - Q') v / |Q|.

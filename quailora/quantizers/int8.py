@@ -19,7 +19,7 @@ from .base import QuantizedWeight, Quantizer
 @final
 @dataclass(frozen=True, eq=False)
 class Int8Weight(QuantizedWeight):
-    """One signed byte a weight, one float32 scale a row.
+    """One signed byte for each weight, and one float32 scale for each row.
 
     Attributes:
         codes: signed 8-bit codes.

@@ -21,11 +21,11 @@ from .base import QuantizedWeight, Quantizer
 @final
 @dataclass(frozen=True, eq=False)
 class TorchaoWeight(QuantizedWeight):
-    """One signed byte a weight, one scale a row or a group of columns, as torchao's `Int8Tensor` has them.
+    """One signed byte for each weight, and one scale for each row or group of columns, as in torchao's `Int8Tensor`.
 
     Attributes:
         codes: signed 8-bit codes.
-        scale: in the dtype of the weight.
+        scale: scale of each group of a row, in the dtype of the weight.
         dtype: dtype of the weight that was quantized.
     """
 

@@ -1,4 +1,4 @@
-"""How quantization and correction of one layer follow each other: once, in turns, or one prepared for the other.
+"""How quantization and correction of one layer follow each other: once, in turns, or with the weight prepared first.
 
 A schedule decides what is quantized. The correction is always solved for last, on the quantized weight that was chosen,
 so it is optimal for that weight whatever came before.

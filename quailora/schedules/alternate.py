@@ -53,7 +53,7 @@ class Alternate(Schedule):
 
 
 def without_correction(layer: QuantizedLayer, found: LowRank) -> QuantizedLayer:
-    """Quantize what the correction leaves to do, `W - C`."""
+    """Return the layer with `Q` made from `W - C`, the part of the weight that the correction does not hold."""
     return layer.requantized(layer.weight - found.dense())
 
 

@@ -41,7 +41,7 @@ class Schedule(ABC):
         return 1
 
     def check(self, quantizer: Quantizer) -> None:
-        """Raise a `ConfigurationError` if the schedule cannot work with a quantizer; any will do by default."""
+        """Raise a `ConfigurationError` if the schedule cannot work with a quantizer; by default all of them work."""
         del quantizer
 
     @abstractmethod
@@ -67,10 +67,12 @@ def best_iterate(
     rounds: int,
     following: Callable[[QuantizedLayer, LowRank], QuantizedLayer],
 ) -> QuantizedLayer:
-    """Return the best of a layer and of those that follow, one after the other, in the metric that is solved in.
+    """Return the layer with the least error among a first one and those that are made from it one after the other.
+
+    Errors are in the metric of the method.
 
     Args:
-        layer: the first.
+        layer: the first layer of the sequence.
         solve: see `Solve`.
         rounds: how many follow, at most; it ends early when two rounds gain nothing.
         following: makes the next one from a layer and its correction.

@@ -22,11 +22,11 @@ Matrix = Float[Tensor, "out_features in_features"]
 @final
 @dataclass(frozen=True)
 class MagR(Schedule):
-    """Shrink each output's largest weight, as far as its output barely changes, before rounding (MagR, in CLoQ).
+    """Reduce the largest weights of each output before rounding, while the output hardly changes (MagR, in CLoQ).
 
     Attributes:
-        alpha: weight of the largest magnitude.
-        iterations: steps.
+        alpha: weight of the largest magnitude in the objective.
+        iterations: number of proximal gradient steps.
     """
 
     name: ClassVar[str] = "magr"
@@ -56,10 +56,10 @@ def reduced(weight: Matrix, metric: Metric, alpha: float, iterations: int) -> Ma
     largest eigenvalue of 1.
 
     Args:
-        weight: `W`.
-        metric: `H`.
-        alpha: weight of the largest magnitude.
-        iterations: steps.
+        weight: the full-precision weight `W`.
+        metric: the metric `H`.
+        alpha: weight of the largest magnitude in the objective.
+        iterations: number of proximal gradient steps.
     """
     # A gradient step of 1 / largest eigenvalue never overshoots, which power iteration is accurate enough for: an
     # estimate from below that is a little too small makes the steps a little too long, far from the limit of 2.

@@ -1,4 +1,4 @@
-"""Error feedback that does not see what the correction repairs: ProjQ (2026, arXiv 2606.00494)."""
+"""Error feedback that leaves out what the correction repairs: ProjQ (2026, arXiv 2606.00494)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .layer import QuantizedLayer
 @final
 @dataclass(frozen=True)
 class ProjQ(Schedule):
-    """Round with error feedback that does not see what the correction will repair (ProjQ).
+    """Round with error feedback in a metric that leaves out what the correction repairs (ProjQ).
 
-    With `U` the output directions of the correction so far, an error `E` leaves `E H E^T` outside of `U`. Its part
-    along the inputs `H E^T U` is the correction's, so the feedback works on `H` without these.
+    Let `U` be the output directions of the correction so far. The correction can remove all that a new error has along
+    the input directions `H E^T U`, so the feedback works on `H` without these directions.
 
     Attributes:
         rounds: how often the weight is quantized again, at most.

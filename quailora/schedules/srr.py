@@ -1,4 +1,4 @@
-"""Leading directions of the weight come off before it is quantized: SRR (2026, arXiv 2602.02001)."""
+"""Quantize the weight without its leading directions, which go to the correction: SRR (2026, arXiv 2602.02001)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .layer import QuantizedLayer
 class SRR(Schedule):
     """Take the leading `k` directions of the weight off before quantizing (SRR, Preserve-then-quantize).
 
-    `k` has the least `rho_k(W) rho_(r-k)(N)`, where `rho_p(M)` is the share of the energy of `M` outside of its `p`
-    leading directions in the metric, and `N` is uniform noise in place of the rounding error that is not known yet.
+    `k` minimises `rho_k(W) rho_(r-k)(N)`. Here `rho_p(M)` is the share of the energy of `M` outside of its `p` leading
+    directions in the metric, and `N` is uniform noise that stands for the rounding error, which is not known yet.
     """
 
     name: ClassVar[str] = "srr"

@@ -98,7 +98,7 @@ class Correction:
 
     @classmethod
     def of(cls, found: LowRank) -> Correction:
-        """Take what is kept."""
+        """Return the correction of a solution, without the numbers that only the search needs."""
         return cls(found.lora_A, found.lora_B, found.energies)
 
     @property
@@ -140,7 +140,7 @@ class Solver(ABC):
 
         Args:
             error: `E = W - Q`, shape (out_features, in_features); half types are worked on in float32.
-            metric: `H`.
+            metric: the metric `H`.
             rank: from 1 to `min(out_features, in_features)`.
 
         Raises:
@@ -180,10 +180,10 @@ def finish(
 
     Args:
         objective: the problem that was solved.
-        factors: of the solution, any float dtype.
+        factors: factors of the solution, any float dtype.
         slack: how far the error may be above the optimum, where that is known.
-        iterations: passed on.
-        gains: passed on.
+        iterations: rounds that the solver ran; see `LowRank`.
+        gains: gain after each round; see `LowRank`.
     """
     # B A = U S V^T = (U sqrt(S)) (sqrt(S) V^T): both factors get the same norm in every direction. Of all splits this
     # one has the least sum of squares, and neither factor is the first to overflow or to vanish when it is rounded.

@@ -1,4 +1,7 @@
-"""Several processes started by `torchrun`: who this one is, sums and gathers. Alone, all of it does nothing."""
+"""Sums and gathers over the processes that `torchrun` started.
+
+In a single process they return what they were given.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def process_group(device: str) -> Iterator[None]:
     Cores are divided among the processes of a host, and each gets a GPU of its own where they compute on GPUs.
 
     Args:
-        device: kind of device that the processes compute on.
+        device: kind of device that the processes compute on, "cpu" or "cuda".
 
     Raises:
         DistributedError: if a host has fewer GPUs than processes, or another process dies.
@@ -91,14 +94,15 @@ def from_first(item: Item) -> Item:
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has called this function."""
     gather(None)
 
 
 def packed(costs: Mapping[str, float]) -> list[str]:
-    """Return this process's share of work: the dearest first, each to the process with the least so far.
+    """Return this process's share of the work.
 
-    The same everywhere, without talking.
+    Items are given out from the most expensive to the cheapest, each to the process that has the least work so far.
+    Every process computes the same shares, so that none has to communicate.
     """
     # The greedy rule for scheduling on equal machines (largest first), whose longest load is at most a third above the
     # best possible one. Ties are broken by name, so that every process computes the same shares.

@@ -160,7 +160,7 @@ def exchange(new: Path, out: Path) -> None:
 
 
 def fill(out: Path, new: Path) -> None:
-    """Move results into a folder that stays."""
+    """Move results into a folder whose other files stay."""
     # Whoever loads an adapter looks for its configuration. It is the first file to go and the last one to come, so that
     # a process that is killed in between leaves no adapter at all, and a mark which says that the folder may be
     # overwritten.

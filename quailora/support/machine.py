@@ -1,4 +1,4 @@
-"""What this machine has: memory, and how fast it multiplies; and sizes and times for people."""
+"""The memory and the speed of this machine, and how sizes and times are printed."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def free_memory(device: torch.device | str) -> int:
 
 @contextmanager
 def within_memory(advice: str) -> Iterator[None]:
-    """Turn the end of a device's memory inside a `with` statement into an error of one line.
+    """Turn a failed allocation on a device inside a `with` statement into an error of one line.
 
     Args:
-        advice: what may need less memory, to follow "Try".
+        advice: what may need less memory; the message says "Try" in front of it.
 
     Raises:
         DoesNotFitError: if PyTorch finds no memory for a tensor.
@@ -125,12 +125,12 @@ def parse_size(text: str) -> int:
 
 
 def size(number: int) -> str:
-    """Return bytes for people."""
+    """Return a number of bytes as a text such as `1.50 GiB`."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def duration(seconds: float) -> str:
-    """Return seconds for people."""
+    """Return a number of seconds as a text such as `45 s` or `12 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -21,7 +21,7 @@ logger = logging.getLogger("quailora")
 @final
 @dataclass(frozen=True)
 class Phases:
-    """Collects one entry a phase: `seconds`, `peak_memory_mib` (resident), and `peak_cuda_memory_mib` with a GPU."""
+    """Collects an entry for each phase: `seconds`, `peak_memory_mib` (resident), `peak_cuda_memory_mib` with a GPU."""
 
     entries: dict[str, dict[str, float]] = field(default_factory=dict)
 

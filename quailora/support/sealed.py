@@ -1,4 +1,4 @@
-"""Files of tensors that tell whether they are as they were written."""
+"""Files of tensors with a hash of their content, which shows whether they have changed since they were written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors, memory-mapped, and metadata.
+    """Return the tensors of a file, memory-mapped, and its metadata.
 
     Raises:
         OSError, SafetensorError: if the file cannot be read. What is in it is not compared with its hash.

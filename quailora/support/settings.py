@@ -107,7 +107,7 @@ def as_command(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
 
     Args:
         function: a command, such as `compare`: its positional parameters come first, its keywords are options.
-        given: its arguments by name.
+        given: arguments of the call by name.
     """
     words = ["quailora", function.__name__]
     for name, parameter in signature(function).parameters.items():

@@ -1,4 +1,4 @@
-"""Tables for people: on the terminal and in Markdown."""
+"""Tables, printed on the terminal or in Markdown."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def render(turns: Sequence[Mapping[str, Any]], tokenizer: Any, place: str) -> st
     Args:
         turns: with `role` and `content`, or `from` and `value`.
         tokenizer: its chat template is used; without one, the texts of the turns are joined by line breaks.
-        place: of the record, for messages.
+        place: where the record is, for messages.
 
     Raises:
         CalibrationError: if a turn holds something else than text, or the template refuses the conversation.

@@ -19,7 +19,7 @@ def from_hub(source: str, split: str) -> Iterator[Record]:
 
     Args:
         source: `name` or `name:configuration`.
-        split: split of it.
+        split: the split of the data set to read.
 
     Raises:
         CalibrationError: if the package `datasets` is missing, or cannot read the data set.

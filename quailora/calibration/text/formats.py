@@ -1,4 +1,4 @@
-"""The format of a file, which its name says."""
+"""The format of a file, found from its name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLAIN = (".txt", ".md")
 
 
 def format_of(path: Path) -> str:
-    """Return the ending that names a file's format, in small letters and without that of a compression."""
+    """Return the ending that names a file's format, in lower case and without the ending of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()

@@ -19,7 +19,7 @@ def from_csv(path: Path) -> Iterator[Record]:
 
 
 def from_tsv(path: Path) -> Iterator[Record]:
-    """Yield the rows of a table with tabs, likewise."""
+    """Yield the rows of a table with tabs, whose first line names the fields; every cell is text."""
     return _separated(path, "\t")
 
 

@@ -39,8 +39,8 @@ def tokenize(tokenizer: Any, text: str, *, special: bool = True) -> Int[Tensor, 
 
     Args:
         tokenizer: a transformers tokenizer.
-        text: the text; without a character that is no space it has no tokens.
-        special: with the special tokens that the tokenizer adds by itself.
+        text: the text; a text of nothing but spaces has no tokens.
+        special: whether to keep the special tokens that the tokenizer adds by itself.
     """
     if not text.strip():
         return torch.empty(0, dtype=torch.long)

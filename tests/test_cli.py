@@ -351,7 +351,7 @@ def test_module_runs():
 
 
 def test_unknown_component_in_a_sidecar_is_refused():
-    with pytest.raises(ModelError, match=r"got 'os\.system'. It is a Quantizer of the module os: import os first"):
+    with pytest.raises(ModelError, match=r"got 'os\.system'. It is defined in os: import that first"):
         build(Quantizer, {"class_path": "os.system", "init_args": {}})
     with pytest.raises(ModelError, match="has no field wings"):
         build(Quantizer, describe(NF4()) | {"init_args": {"wings": 2}})

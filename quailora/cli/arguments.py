@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from jsonargparse import get_loader
 from ..errors import ConfigurationError
 from .components import Component, class_of, is_switch, may_be_none, resolved
 from .parser import command_parser, component_help
+from .plugins import add_recipes, import_for, import_module
 
 _EMPTY = frozenset({"null", "Null", "NULL", "~", "None"})
 """How nothing is spelled in YAML, and in Python."""
@@ -53,6 +53,7 @@ def arguments_of(command: str, function: Callable[..., Any], words: Sequence[str
         for name, default in defaults.items()
     }
     written = {name: resolved(value) for name, value in written.items()}
+    add_recipes(words, written)
     given = [f"--config={json.dumps(written)}"] if written else []
     found = parser.parse_args([*given, *words])
     return {name: found[name] for name in parameters} | chosen
@@ -189,30 +190,5 @@ def load_plugins(words: Sequence[str]) -> list[str]:
     """
     modules, rest = taken("plugin", words)
     for module in modules:
-        import_named(module, "after --plugin")
+        import_module(module, "after --plugin")
     return rest
-
-
-def import_for(name: str) -> None:
-    """Import the module of a class that is named by its import path on the command line.
-
-    Raises:
-        ConfigurationError: if it cannot be imported.
-    """
-    module = name.rpartition(".")[0]
-    if module and not name.startswith(("{", "quailora.")):
-        import_named(module, f"in {name}")
-
-
-def import_named(module: str, where: str) -> None:
-    """Import a module that the command line names.
-
-    Raises:
-        ConfigurationError: if it cannot be imported.
-    """
-    try:
-        importlib.import_module(module)
-    except (ImportError, ValueError) as error:
-        raise ConfigurationError(
-            f"Expected the name of a module that can be imported {where}, got {module!r} ({error})."
-        ) from error

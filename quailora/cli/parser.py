@@ -150,9 +150,13 @@ def as_options(message: str, commands: Sequence[Callable[..., Any]]) -> str:
 
     def spelled(found: re.Match[str]) -> str:
         name, value = found[1], found[2]
-        if name not in known:
+        if name not in {*known, "plugin"}:
             return found[0]
-        if known[name].kind is Parameter.POSITIONAL_OR_KEYWORD and known[name].default is Parameter.empty:
+        if (
+            name in known
+            and known[name].kind is Parameter.POSITIONAL_OR_KEYWORD
+            and known[name].default is Parameter.empty
+        ):
             return name.upper()
         return f"--{name.replace('_', '-')}" + (f" {value}" if value not in {None, "True"} else "")
 

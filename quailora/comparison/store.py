@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class RowStore:
         """Keep a finished row."""
         content = row.as_dict()
         content["digest"] = digest([json.dumps(content)])
-        write_json(self.folder / f"{row.name.replace(' ', '-')}.json", content)
+        write_json(self.folder / f"{re.sub(r'[ :]', '-', row.name)}.json", content)
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:

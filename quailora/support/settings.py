@@ -177,4 +177,4 @@ def _unknown(base: type[Component], path: str) -> str:
     told = f"Expected one of {names}, got {path!r}."
     if not module or module.partition(".")[0] == _PACKAGE:
         return f"{told} It was written by another version of quailora."
-    return f"{told} It is a {base.__name__} of the module {module}: import {module} first."
+    return f"{told} It is defined in {module}: import that first. On the command line, pass `plugin={module}`."

@@ -1,0 +1,15 @@
+"""What somebody else may write for quailora: a quantizer, a solver, a schedule and a recipe, in a package of their own.
+
+quailora init MODEL --plugin third_party --quantizer signs --solver careful --save-base --out adapter
+quailora init MODEL --recipe third_party:TAKEN_OFF --out adapter
+"""
+
+from quailora.methods.recipes import Recipe
+
+from .quantizer import Signs
+from .schedule import TakenOff
+from .solver import Careful
+
+__all__ = ["TAKEN_OFF", "Careful", "Signs", "TakenOff"]
+
+TAKEN_OFF = Recipe("a package of somebody else", Careful(damping=0.1), schedule=TakenOff())

@@ -277,7 +277,7 @@ def test_the_report_says_what_is_best_and_what_misleads(everything):
 def test_the_page_has_the_command_that_made_it(everything):
     folder, comparison = everything
     words = (
-        "compare {} --out {} --ranks 2 4 --quantizer Uniform --quantizer.bits 3 --quantizer.group_size 32 --windows 3"
+        "compare {} --out {} --ranks 2 4 --quantizer uniform --quantizer.bits 3 --quantizer.group_size 32 --windows 3"
     )
     model = comparison.title.partition(",")[0]
     assert comparison.origin["command"].startswith(f"quailora {words.format(model, folder)}")

@@ -103,5 +103,5 @@ def named(layer: str) -> Iterator[None]:
             raise
         raise NumericalError(
             f"Layer {layer}: a factorisation failed ({first_line(error)}). Its weights or inputs are too large, or too "
-            "unlike each other, for products in float32. The checkpoint may be damaged; else try --dtype float32."
+            "unlike each other, for products in float32. The checkpoint may be damaged; else try `dtype='float32'`."
         ) from error

@@ -90,7 +90,7 @@ def test_an_adapter_is_not_written_over_a_model(folder, overwrite):
 )
 def test_a_model_that_is_quantized_already_is_refused(folder, tmp_path, file, content, method):
     change(folder, file, **content)
-    match = rf"is quantized already \(by {method}\).*Pass the full-precision model as MODEL, and this one as --base"
+    match = rf"is quantized already \(by {method}\).*Pass the full-precision model as `model`, and this one as `base`"
     refused(folder, match)
     for run in (
         lambda: init(str(folder), out=str(tmp_path / "out"), **SMALL),
@@ -107,7 +107,7 @@ def test_weights_of_8_bits_are_refused_whatever_the_configuration_says(folder):
     tensors = load_file(file)
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"stores model.layers.0.mlp.up_proj.weight as I8.*as --base"):
+    with pytest.raises(ModelError, match=r"stores model.layers.0.mlp.up_proj.weight as I8.*as `base`"):
         load_model(str(folder))
 
 
@@ -134,8 +134,10 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(custom, tmp_path, monkeypatc
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nothing may be asked"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     arguments = {"out": str(tmp_path / "out"), **SMALL}
-    refused(custom, "brings Python code of its own. If you have read that code and trust it, pass --trust-remote-code")
-    with pytest.raises(ModelError, match="pass --trust-remote-code"):
+    refused(
+        custom, "brings Python code of its own. If you have read that code and trust it, pass `trust_remote_code=True`"
+    )
+    with pytest.raises(ModelError, match="pass `trust_remote_code=True`"):
         init(str(custom), dry_run=True, **arguments)
     assert not (custom / "ran").exists()
     assert init(str(custom), dry_run=True, trust_remote_code=True, **arguments)

@@ -209,7 +209,7 @@ def test_bad_pairs_are_refused(original, tmp_path):
     assert not (tmp_path / "out").exists()
     forget(tmp_path / "a")
     with pytest.raises(
-        ConfigurationError, match="does not say which full-precision model it was made from, so name it with --model"
+        ConfigurationError, match="does not say which full-precision model it was made from, so name it with `model`"
     ):
         convert(str(tmp_path / "a"), **arguments)
     convert(str(tmp_path / "a"), model="me/original", **arguments)

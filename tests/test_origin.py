@@ -96,7 +96,7 @@ def test_a_trained_adapter_is_measured_on_its_own_base(adapters, tiny_llama, nam
 @pytest.mark.parametrize("name", ["gptq", "dequantized"])
 def test_a_base_that_was_written_with_the_adapter(adapters, tiny_llama, name):
     trained, base = adapters / f"{name}-trained", adapters / name / "base"
-    with pytest.raises(ModelError, match=r"which only the folder that init wrote describes. Pass that base as --base"):
+    with pytest.raises(ModelError, match=r"which only the folder that init wrote describes. Pass that base as `base`"):
         evaluate(tiny_llama, adapter=trained, **SHORT)
     found = evaluate(tiny_llama, adapter=trained, base=base, **SHORT).results
     expected = evaluate(tiny_llama, adapter=adapters / name, **SHORT).results
@@ -110,7 +110,7 @@ def test_a_folder_that_does_not_tell(adapters, tiny_llama, tmp_path):
     folder = copied(adapters / "int8-trained", tmp_path / "a")
     change_json(folder / "adapter_config.json", auto_mapping=None)
     told = "does not tell which base its adapter is for"
-    with pytest.raises(ModelError, match=rf"{told}.*Name the base: --quantizer nf4"):
+    with pytest.raises(ModelError, match=rf"{told}.*Name the base: pass `quantizer`"):
         evaluate(tiny_llama, adapter=folder, **SHORT)
     with pytest.raises(ModelError, match=told):
         check(folder, base=tiny_llama)
@@ -129,7 +129,7 @@ def test_other_bases_are_refused(adapters, tiny_llama, other_model, trained, cap
         (tiny_llama, {"base": adapters / "gptq" / "base"}),
         (other_model, {}),
     ]:
-        with pytest.raises(ModelError, match=rf"was not made for .*{told}.*--any-base"):
+        with pytest.raises(ModelError, match=rf"was not made for .*{told}.*`any_base=True`"):
             evaluate(model, adapter=adapter, **options, **SHORT)
     found = evaluate(tiny_llama, adapter=adapter, quantizer=FP4(), any_base=True, **SHORT)
     assert found.quantizer == repr(FP4())
@@ -208,7 +208,7 @@ def test_a_sidecar_cannot_choose_what_is_read(adapters, tiny_llama, tmp_path):
     sidecar = json.loads((folder / "quailora.json").read_text(encoding="utf-8"))
     text = sidecar["calibration"]["text"] | {"source": str(secret)}
     change_json(folder / "quailora.json", calibration=sidecar["calibration"] | {"text": text})
-    with pytest.raises(CalibrationError, match=r"was calibrated on '.*secret.txt'. Pass that text as --calibration"):
+    with pytest.raises(CalibrationError, match=r"was calibrated on '.*secret.txt'. Pass that text as `calibration`"):
         evaluate(tiny_llama, adapter=folder, **SHORT)
     change_json(folder / "quailora.json", calibration={"text": 3})
     with pytest.raises(ModelError, match=r"The calibration in .* is damaged"):

@@ -98,7 +98,7 @@ def check_pair(trained: SavedAdapter, before: SavedAdapter) -> None:
     if told:
         raise ConfigurationError(
             f"{trained.folder} was not trained from {before.folder}: {'; '.join(told)}. Pass the folder that init "
-            "wrote as --initial."
+            "wrote as `initial`."
         )
 
 
@@ -116,7 +116,7 @@ def check_started_from(trained: SavedAdapter, before: SavedAdapter) -> None:
             raise ConfigurationError(
                 f"{trained.folder} was not trained from {before.folder}: it notes that training started from factors "
                 f"with the hash {origin.initial}, and the hash of those is {before.digest}. Pass the folder that init "
-                "wrote as --initial."
+                "wrote as `initial`."
             )
         return
     # Signs of singular vectors are arbitrary: two independent runs agree in half of them. Training turns rows by less
@@ -128,7 +128,7 @@ def check_started_from(trained: SavedAdapter, before: SavedAdapter) -> None:
         raise ConfigurationError(
             f"{trained.folder} was hardly trained from {before.folder}: only {share:.0%} of the rows of lora_A point "
             "to the same side, as in two adapters that have nothing to do with each other. Pass the folder that init "
-            "wrote as --initial."
+            "wrote as `initial`."
         )
 
 
@@ -173,6 +173,6 @@ def original_model(before: SavedAdapter) -> str:
     origin = read_provenance(before.folder).origin
     if origin is None:
         raise ConfigurationError(
-            f"{before.folder} does not say which full-precision model it was made from, so name it with --model."
+            f"{before.folder} does not say which full-precision model it was made from, so name it with `model`."
         )
     return origin.model

@@ -51,7 +51,7 @@ def check_upload(name: str | None) -> None:
         HfApi().whoami()
     except (OSError, ValueError) as error:
         raise StorageError(
-            f"Cannot upload to {name!r}: {first_line(error)} Log in with `hf auth login`, or leave out --push-to-hub."
+            f"Cannot upload to {name!r}: {first_line(error)} Log in with `hf auth login`, or leave out `push_to_hub`."
         ) from error
 
 

@@ -51,7 +51,7 @@ class Activations:
         if not path.is_file():
             raise CalibrationError(
                 f"Expected hidden states in {path}, but there is no such file. A run on several hosts goes on only "
-                "with as many processes as before, or on a shared file system. Start again with --fresh."
+                "with as many processes as before, or on a shared file system. Start again with `fresh=True`."
             )
         return load_file(path)["hidden"].to(device)
 

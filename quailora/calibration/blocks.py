@@ -263,7 +263,7 @@ def explained(model: Any) -> Iterator[None]:
     except FROM_MODELS as error:
         raise ModelError(
             f"{type(model).__name__} cannot be run on calibration windows: its code ends in {summary(error)}. If that "
-            "is about dtypes, try --calibration-dtype model; if about lengths, another --sequence-length."
+            "is about dtypes, try `calibration_dtype='model'`; if about lengths, another `sequence_length`."
         ) from error
 
 

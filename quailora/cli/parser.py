@@ -133,6 +133,9 @@ def plain(message: str, prog: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
+QUOTES = "'\""
+"""What stands around a string in Python and may be left out on the command line."""
+
 _ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
@@ -140,7 +143,8 @@ def as_options(message: str, commands: Sequence[Callable[..., Any]]) -> str:
     """Return a message of the library, which speaks of arguments, in the words of the command line.
 
     An argument in backquotes, such as `base` or `save_base=True`, becomes the option `--base` or `--save-base`, and a
-    positional one the word that the help has for it, such as MODEL. Other words in backquotes stay as they are.
+    positional one the word that the help has for it, such as MODEL. `device='cpu'` becomes `--device cpu`. Other words
+    in backquotes stay as they are.
 
     Args:
         message: what the library says.
@@ -158,6 +162,6 @@ def as_options(message: str, commands: Sequence[Callable[..., Any]]) -> str:
             and known[name].default is Parameter.empty
         ):
             return name.upper()
-        return f"--{name.replace('_', '-')}" + (f" {value}" if value not in {None, "True"} else "")
+        return f"--{name.replace('_', '-')}" + (f" {value.strip(QUOTES)}" if value not in {None, "True"} else "")
 
     return _ARGUMENT.sub(spelled, message)

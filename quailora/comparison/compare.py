@@ -55,7 +55,7 @@ BASELINES: dict[str, Quantizer] = {
 """Bases alone, with more bits and fewer, since an adapter has to beat spending its bytes on them."""
 
 
-@within_memory("shorter windows (--window-length, --sequence-length), or --device cpu")
+@within_memory("shorter windows (`window_length`, `sequence_length`), or `device='cpu'`")
 def compare(
     model: str,
     *,
@@ -89,7 +89,7 @@ def compare(
 
     Every finished row is kept, so a comparison that was interrupted goes on, and recipes, ranks and baselines that are
     named later join those in the folder.
-    Writes results.json, results.csv, results.md and report.html. `quailora init --recipe` gives the adapter of a row.
+    Writes results.json, results.csv, results.md and report.html. `init` with the recipe of a row makes its adapter.
 
     Args:
         model: hub name, folder, .gguf file, or "demo"; it is held in memory.
@@ -110,7 +110,7 @@ def compare(
         task_limit: examples of each task at most.
         calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the
             hub name of a data set; the shipped text by default.
-        calibration_fields: fields of a record that are the text, see `quailora init --help`.
+        calibration_fields: fields of a record that are the text, see `init`.
         calibration_split: split of a data set.
         samples: number of calibration windows.
         sequence_length: tokens in a calibration window; 1024 by default, or all positions that the model has.
@@ -118,7 +118,7 @@ def compare(
             puts in front of a text, such as BOS; "stream" only the first, as in the GPTQ papers. Without meaning for
             tokenizers that add none.
         seed: seed of the draw of windows and of untrained directions.
-        calibration_dtype: arithmetic of the calibration pass, see `quailora init`.
+        calibration_dtype: arithmetic of the calibration pass, see `init`.
         dtype: dtype of the model; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
         trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.

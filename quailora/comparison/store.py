@@ -53,7 +53,7 @@ class RowStore:
         if before and changed:
             raise ResumeError(
                 f"{self.folder} holds rows of another comparison, which differs in {', '.join(changed)}. Choose "
-                "another folder, or start again with --fresh."
+                "another folder, or start again with `fresh=True`."
             )
         for file in self._files():
             if self._read(file) is None:
@@ -84,7 +84,7 @@ class RowStore:
         if not known and self._files():
             raise ResumeError(
                 f"Expected {file} to say what the rows in its folder depend on, but it is missing or damaged. Choose "
-                "another folder, or start again with --fresh."
+                "another folder, or start again with `fresh=True`."
             )
         return content if known else {}
 

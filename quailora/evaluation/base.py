@@ -81,7 +81,7 @@ def choose_base(
     """
     if quantizer is not None and base is not None:
         raise ConfigurationError(
-            "Expected --quantizer or --base, got both. A base that is there already has a quantizer."
+            "Expected `quantizer` or `base`, got both. A base that is there already has a quantizer."
         )
     origin = provenance.origin
     if base is not None:
@@ -90,8 +90,8 @@ def choose_base(
         return ChosenBase.by(quantizer or NF4(), Calibration(TextSource(calibration)))
     if origin is None:
         raise ModelError(
-            f"{unknown_base(adapter)} Name the base: --quantizer nf4 (or fp4, int8) for one that is quantized while it "
-            "loads, or --base CHECKPOINT for one that is there."
+            f"{unknown_base(adapter)} Name the base: pass `quantizer` (nf4, fp4 or int8) for one that is quantized "
+            "while it loads, or `base` with the checkpoint of one that is there."
         )
     own = adapter / "base"
     if quantizer is None and own.is_dir():
@@ -101,7 +101,7 @@ def choose_base(
     if quantizer is None and origin.needs == "base":
         raise ModelError(
             f"The base of {adapter} depends on corrections of its own layers, so it cannot be made again. Pass the one "
-            "that was written with the adapter as --base; quailora init --save-base writes it."
+            "that was written with the adapter as `base`; init writes it with `save_base=True`."
         )
     wanted = quantizer or origin.built_quantizer
     return ChosenBase.by(
@@ -124,7 +124,7 @@ def recorded_calibration(adapter: Path, provenance: Provenance, text: str | None
     if not provenance.calibration:
         raise ModelError(
             f"The base of {adapter} was quantized with calibration, which only the folder that init wrote describes. "
-            "Pass that base as --base; quailora init --save-base writes it."
+            "Pass that base as `base`; init writes it with `save_base=True`."
         )
     try:
         recorded = Calibration.from_dict(provenance.calibration)
@@ -134,7 +134,7 @@ def recorded_calibration(adapter: Path, provenance: Provenance, text: str | None
         return replace(recorded, text=replace(recorded.text, source=text))
     if recorded.text.source is not None:
         raise CalibrationError(
-            f"The base of {adapter} was calibrated on {recorded.text.source!r}. Pass that text as --calibration, so "
+            f"The base of {adapter} was calibrated on {recorded.text.source!r}. Pass that text as `calibration`, so "
             "that the same base can be made again."
         )
     return recorded
@@ -169,7 +169,8 @@ def check_measured_on(
     )
     if distance > _NEARLY and not any_base:
         raise ModelError(
-            f"{told}. Check the model, leave out --quantizer and --base, or pass --any-base to measure it all the same."
+            f"{told}. Check the model, leave out `quantizer` and `base`, or pass `any_base=True` to measure it all the "
+            "same."
         )
     logger.warning("%s. A model loaded in another dtype has slightly other codes.", told)
 

@@ -43,7 +43,7 @@ class BaseCheck:
         print_table(f"{self.adapter} belongs on {self.base}", ("layers", "differ"), [[str(self.layers), "0"]])
 
 
-@within_memory("--device cpu")
+@within_memory("`device='cpu'`")
 def check(
     adapter: StrPath,
     *,
@@ -84,7 +84,7 @@ def check(
         raise ModelError(
             f"{folder} does not belong on {base}: {described(provenance, different)}. What is different is about "
             f"{provenance.distance(found):.0%} of the quantization error. Load it on the base that it was made for, or "
-            f"make one for this base: quailora init MODEL --base {base}."
+            f"make an adapter for this base: call init with `base='{base}'`."
         )
     return BaseCheck(str(adapter), base, origin.layers)
 

@@ -14,7 +14,7 @@ from .names import names_in
 from .quantized import check_full_precision, check_full_precision_weights
 
 _AUTO = {"AutoConfig", "AutoModelForCausalLM"}
-_TRUST = "If you have read that code and trust it, pass --trust-remote-code."
+_TRUST = "If you have read that code and trust it, pass `trust_remote_code=True`."
 
 
 def find_config(model: str, name: str, trust_remote_code: bool) -> Any:
@@ -104,7 +104,7 @@ def check_weights(model: str, name: str, empty: Any, allow_pickle: bool) -> None
     if pickled and not allow_pickle:
         raise ModelError(
             f"The weights of {model!r} ({pickled[0]}) are in PyTorch's pickle format, which can run any code while it "
-            "is read. If you trust it, pass --allow-pickle."
+            "is read. If you trust it, pass `allow_pickle=True`."
         )
     if pickled:
         return

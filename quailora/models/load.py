@@ -114,8 +114,8 @@ def resolve_device(device: str) -> Literal["cpu", "cuda"]:
         )
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(
-            "Expected a CUDA device, and PyTorch finds none. Pass --device cpu, or install a build of PyTorch for your "
-            "GPU."
+            "Expected a CUDA device, and PyTorch finds none. Pass `device='cpu'`, or install a build of PyTorch for "
+            "your GPU."
         )
     return "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
 

@@ -74,5 +74,5 @@ def already_quantized(name: str, method: str) -> ModelError:
     """Return the error for a model that is quantized where the full-precision one is needed."""
     return ModelError(
         f"{name!r} is quantized already (by {method}), so what quantization lost is not in it. Pass the full-precision "
-        "model as MODEL, and this one as --base."
+        "model as `model`, and this one as `base`."
     )

@@ -89,6 +89,6 @@ def backend() -> Any:
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(
             f"auto-gptq cannot be imported here ({error}). It needs an environment of early 2024: auto-gptq 0.7.1 with "
-            "transformers 4.38 to 4.44, and a GPU. --quantizer gptq is the same algorithm."
+            "transformers 4.38 to 4.44, and a GPU. The quantizer `GPTQ` is the same algorithm."
         ) from error
     return GPTQ

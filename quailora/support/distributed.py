@@ -45,7 +45,7 @@ def process_group(device: str) -> Iterator[None]:
         if local > there:
             raise DistributedError(
                 f"Expected at most one process for each GPU of a host, got {local} processes and {there} of them. "
-                f"Try torchrun --nproc-per-node {there}, or --device cpu."
+                f"Try torchrun --nproc-per-node {there}, or `device='cpu'`."
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)

@@ -41,14 +41,14 @@ def folder_of(out: StrPath) -> Path:
         ConfigurationError: if the path is empty, that of the root, or one that no folder can have.
     """
     if not str(out).strip():
-        raise ConfigurationError("Expected a folder for --out, got an empty path. Name one, such as --out adapter.")
+        raise ConfigurationError("Expected a folder for `out`, got an empty path. Name one, such as `out='adapter'`.")
     try:
         folder = Path(out).expanduser().resolve()
         (folder.parent / f".{folder.name}.partial").exists()  # what is written beside the folder has a longer name
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a user that is not there, a name too long
-        raise ConfigurationError(f"Expected a folder for --out, got {str(out)!r}: {error}.") from error
+        raise ConfigurationError(f"Expected a folder for `out`, got {str(out)!r}: {error}.") from error
     if folder.parent == folder:
-        raise ConfigurationError(f"Expected a folder for --out, got {folder}. Name a folder inside, such as adapter.")
+        raise ConfigurationError(f"Expected a folder for `out`, got {folder}. Name a folder inside, such as adapter.")
     return folder
 
 
@@ -75,7 +75,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     there = [name for name in RESULTS if (out / name).exists()]
     if there and not overwrite and not (out / _UNFINISHED).exists():
         raise OutputExistsError(
-            f"{out} already holds a result ({', '.join(there)}). Choose another folder or pass --overwrite."
+            f"{out} already holds a result ({', '.join(there)}). Choose another folder or pass `overwrite=True`."
         )
 
 

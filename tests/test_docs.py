@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import shlex
+import sys
 import types
 
 import pytest
@@ -108,6 +109,7 @@ def test_the_commands_of_a_page_are_understood(page, monkeypatch, tmp_path):
     (tmp_path / "run.yaml").write_text("rank: 4", encoding="utf-8")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "config.yaml").write_text("rank: 4", encoding="utf-8")
+    write_package(monkeypatch)
     for name, function in list(cli.COMMANDS.items()):
         monkeypatch.setitem(cli.COMMANDS, name, stub(function))
     for block in examples(page, "console"):
@@ -115,6 +117,20 @@ def test_the_commands_of_a_page_are_understood(page, monkeypatch, tmp_path):
             words = shlex.split(line.removeprefix("$ ").partition("  #")[0])
             if words[:1] == ["quailora"] and not any(word.endswith(".help") for word in words):
                 assert main(words[1:]) == 0, line
+
+
+def write_package(monkeypatch):
+    """Make the package that a reader of docs/extending.md has written, with the names that the page uses."""
+    from quailora import Optimal
+    from quailora.methods.recipes import Recipe
+
+    code = examples("docs/extending.md")[0].replace(
+        "class Sign(Quantizer):", 'class Sign(Quantizer):\n    name = "sign"'
+    )
+    package = types.ModuleType("my_package")
+    monkeypatch.setitem(sys.modules, "my_package", package)
+    exec(code, package.__dict__)
+    package.LOW_RANK_FIRST = Recipe("me, 2026", Optimal())
 
 
 def stub(function):

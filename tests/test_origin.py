@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quailora import FP4, GPTQ, NF4, Int8, Optimal
+from quailora.adapters.convert import convert
 from quailora.adapters.provenance import Origin, read_provenance
 from quailora.errors import CalibrationError, ConfigurationError, ModelError
 from quailora.evaluation.check import check
@@ -269,3 +270,66 @@ def test_origins_are_read_as_they_were_written(adapters):
     with pytest.raises(ModelError, match="its entry 'layers' is missing or of another type"):
         Origin.read(written | {"layers": "14"}, adapters)
     assert replace(origin, layers=3) != origin
+
+
+PATHS = {"nf4": "quailora.quantizers.nf4.NF4", "gptq": "quailora.quantizers.gptq.GPTQ"}
+
+
+def as_earlier(folder, to, **entries):
+    """Copy what `init` wrote, in the form of versions that noted no origin: one hash a layer, and paths of classes."""
+    copied(folder, to)
+    content = json.loads((to / "quailora.json").read_text(encoding="utf-8"))
+    del content["origin"]
+    content["base"] = {name: one["exact"] for name, one in content["base"].items()}
+    content["quantizer"]["class_path"] = PATHS[content["quantizer"]["class_path"]]
+    content["schedule"]["class_path"] = "quailora.schedules.once.Once"
+    del content["calibration"]["bos"]
+    (to / "quailora.json").write_text(json.dumps(content | entries), encoding="utf-8")
+    change_json(to / "adapter_config.json", auto_mapping=None)
+    return to
+
+
+def test_adapters_of_earlier_versions_are_evaluated_checked_and_converted(adapters, tiny_llama, tmp_path):
+    nf4 = as_earlier(adapters / "nf4", tmp_path / "nf4")
+    origin = read_provenance(nf4).origin
+    assert (origin.needs, origin.layers, origin.initial, origin.checkpoint) == ("model", 14, "", None)
+    found, expected = (evaluate(tiny_llama, adapter=folder, **SHORT) for folder in (nf4, adapters / "nf4"))
+    assert found.results == expected.results
+    assert check(nf4, base=tiny_llama).layers == 14
+    with pytest.raises(ModelError, match=r"14 of 14 layers .* how much is different cannot be told, since an earlier"):
+        check(nf4, base=adapters / "gptq" / "base")
+    convert(adapters / "nf4-trained", initial=nf4, out=tmp_path / "converted")
+    config = json.loads((tmp_path / "converted" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(tiny_llama)
+
+
+def test_bases_of_earlier_versions_that_were_written(adapters, tiny_llama, tmp_path, caplog):
+    packed = as_earlier(adapters / "gptq", tmp_path / "packed")
+    assert read_provenance(packed).origin.needs == "calibration"
+    assert check(packed, base=packed / "base").layers == 14
+    assert evaluate(tiny_llama, adapter=packed, **SHORT).results["quantized"].tokens == 63
+    shutil.rmtree(packed / "base")
+    assert evaluate(tiny_llama, adapter=packed, any_base=True, **SHORT).quantizer == repr(GPTQ(bits=3))
+    dequantized = as_earlier(adapters / "dequantized", tmp_path / "dequantized")
+    told = "noted no more than hashes of codes and scales, which a base in dequantized form does not have"
+    with pytest.raises(ModelError, match=told):
+        check(dequantized, base=dequantized / "base")
+    assert told not in caplog.text
+    evaluate(tiny_llama, adapter=dequantized, **SHORT)
+    assert told in caplog.text
+
+
+def test_other_sidecars_of_earlier_versions(adapters, tiny_llama, tmp_path):
+    checkpoint = {"class_path": "quailora.bases.prequantized.Prequantized", "init_args": {"base": "owner/base"}}
+    existing = read_provenance(as_earlier(adapters / "nf4", tmp_path / "existing", quantizer=checkpoint)).origin
+    assert (existing.needs, existing.checkpoint, existing.quantizer) == ("base", "owner/base", {})
+    srr = {"class_path": "quailora.schedules.preserve.Preserve", "init_args": {}}
+    assert read_provenance(as_earlier(adapters / "nf4", tmp_path / "srr", schedule=srr)).origin.needs == "base"
+    oldest = as_earlier(adapters / "nf4", tmp_path / "oldest", base={})
+    assert evaluate(tiny_llama, adapter=oldest, **SHORT).quantizer == repr(NF4())
+    with pytest.raises(ModelError, match="cannot be told"):
+        check(oldest, base=tiny_llama)
+    for number, entries in enumerate([{"quantizer": 3}, {"base": {"a": 1}}, {"calibration": None}]):
+        folder = as_earlier(adapters / "nf4", tmp_path / str(number), **entries)
+        with pytest.raises(ModelError, match=rf"its entry '{next(iter(entries))}' is missing or of another type"):
+            read_provenance(folder)

@@ -111,7 +111,7 @@ def check_started_from(trained: SavedAdapter, before: SavedAdapter) -> None:
     arbitrary.
     """
     origin = read_provenance(trained.folder).origin
-    if origin is not None:
+    if origin is not None and origin.initial:
         if origin.initial != before.digest:
             raise ConfigurationError(
                 f"{trained.folder} was not trained from {before.folder}: it notes that training started from factors "

@@ -37,7 +37,7 @@ class Origin:
             "calibration"; or it cannot be made again, and has to be there as a "base".
         layers: how many layers have a correction.
         base: identity of all these layers of the base together.
-        initial: hash of the factors before training.
+        initial: hash of the factors before training; empty in files of earlier versions.
     """
 
     version: str
@@ -89,6 +89,45 @@ class Origin:
         return cls(**{name: found[name] for name in expected} | {"base": BaseIdentity.read(found["base"])})
 
 
+def earlier_provenance(content: Mapping[str, Any], sidecar: Path) -> Provenance:
+    """Return what a sidecar says that was written before adapters noted their origin.
+
+    Such a sidecar has one hash for each layer of the base, of everything that is stored for the layer, and the oldest
+    ones have none. Whether the base can be made again follows from the method. Factors before training are not noted.
+
+    Raises:
+        ModelError: if the sidecar does not say what it should.
+    """
+    expected: dict[str, type] = {"base_model": str, "quantizer": dict, "calibration": dict, "versions": dict}
+    expected |= {"schedule": dict, "inputs": str, "base": dict}
+    content = {"schedule": {"class_path": "Once"}, "inputs": "full", "base": {}} | dict(content)
+    wrong = [name for name, kind in expected.items() if not isinstance(content.get(name), kind)]
+    if wrong or not all(isinstance(one, str) for one in content["base"].values()):
+        raise ModelError(
+            f"{sidecar} should say what the adapter was made from, but its entry {(wrong or ['base'])[0]!r} is missing "
+            "or of another type. The file is damaged, or was written by another version of quailora."
+        )
+    layers = {name: BaseIdentity.of_hash(exact) for name, exact in content["base"].items()}
+    described = content["quantizer"]
+    existing = str(described.get("class_path", "")).endswith(".Prequantized")
+    needs = "model"
+    if existing or not str(content["schedule"].get("class_path", "")).endswith("Once"):
+        needs = "base"
+    elif not existing and build(Quantizer, described).needs_calibration:  # type: ignore[type-abstract]
+        needs = "calibration" if content["inputs"] == "full" else "base"
+    origin = Origin(
+        version=str(content["versions"].get("quailora", "")),
+        model=content["base_model"],
+        quantizer={} if existing else described,
+        checkpoint=str(described["init_args"]["base"]) if existing else None,
+        needs=needs,
+        layers=len(layers),
+        base=BaseIdentity.together(layers) if layers else BaseIdentity.of_hash(""),
+        initial="",
+    )
+    return Provenance(origin, layers, content["calibration"])
+
+
 @final
 @dataclass(frozen=True)
 class Provenance:
@@ -119,8 +158,22 @@ class Provenance:
             return []
         return ["all layers together"]
 
+    def incomparable(self, found: Mapping[str, BaseIdentity]) -> bool:
+        """Return whether nothing that is known of the layers of a base can be compared with what was noted.
+
+        That happens with files of earlier versions, which noted a hash of the stored codes and scales, and a base that
+        is there in dequantized form, or which noted nothing of the base.
+
+        Args:
+            found: identity of each layer of a base.
+        """
+        if not self.layers:
+            return self.origin is not None and not self.origin.base.is_comparable(BaseIdentity.together(found))
+        both = [one.is_comparable(found[name]) for name, one in self.layers.items() if name in found]
+        return bool(both) and not any(both)
+
     def distance(self, found: Mapping[str, BaseIdentity]) -> float:
-        """Return an estimate of `|Q - Q'| / |W - Q|`, over all layers."""
+        """Return an estimate of `|Q - Q'| / |W - Q|`, over all layers; infinite if only hashes are known."""
         if self.origin is None:
             return 0.0
         chosen = {name: found[name] for name in self.layers if name in found} if self.layers else found
@@ -142,6 +195,8 @@ def read_provenance(adapter: Path) -> Provenance:
     if not sidecar.is_file():
         return Provenance(origin)
     content = read_json(sidecar)
+    if origin is None and "origin" not in content and content:
+        return earlier_provenance(content, sidecar)
     beside = Origin.read(content.get("origin"), sidecar)
     if origin is not None and origin != beside:
         raise ModelError(

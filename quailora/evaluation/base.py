@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,13 +161,13 @@ def check_measured_on(
     # Hashes say whether anything differs; the distance says how much. A model loaded in another dtype has a few other
     # codes, which the adapter does not notice. Another block size moves a large share of the error that the adapter
     # makes up for.
+    if provenance.incomparable(found):
+        logger.warning("%s", untold(adapter, chosen.title))
+        return
     different, distance = provenance.different(found), provenance.distance(found)
     if not different:
         return
-    told = (
-        f"{adapter} was not made for {chosen.title}: {described(provenance, different)}; what is different is about "
-        f"{distance:.0%} of the quantization error that it makes up for"
-    )
+    told = f"{adapter} was not made for {chosen.title}: {described(provenance, different)}; {share(distance)}"
     if distance > _NEARLY and not any_base:
         raise ModelError(
             f"{told}. Check the model, leave out `quantizer` and `base`, or pass `any_base=True` to measure it all the "
@@ -182,6 +183,24 @@ def described(provenance: Provenance, different: list[str]) -> str:
         return f"its {total} layers, taken together, have other codes or scales"
     many = f"{len(different)} of {total} layers"
     return f"{many} have other codes or scales than those that it makes up for, {different[0]} first"
+
+
+def share(distance: float) -> str:
+    """Return how large a difference between two bases is, in words."""
+    if math.isinf(distance):
+        return (
+            "how much is different cannot be told, since an earlier version of quailora noted only a hash of each "
+            "layer, and another number of threads or another device can change the last digits of scales"
+        )
+    return f"what is different is about {distance:.0%} of the quantization error that it makes up for"
+
+
+def untold(adapter: Path, base: str) -> str:
+    """Return what to say about a base that cannot be compared with the one that an adapter was made for."""
+    return (
+        f"Whether {adapter} belongs on {base} cannot be told: an earlier version of quailora, which made the adapter, "
+        "noted no more than hashes of codes and scales, which a base in dequantized form does not have."
+    )
 
 
 def loaded_partly(wrapped: Any, adapter: Path) -> str:

@@ -20,7 +20,7 @@ from ..support.files import StrPath
 from ..support.machine import within_memory
 from ..support.progress import track
 from ..support.tables import print_table
-from .base import described
+from .base import described, share, untold
 
 
 @final
@@ -77,13 +77,15 @@ def check(
     else:
         model = load_model(base, dtype, device, trust_remote_code=trust_remote_code).model
         found = dict(fresh_identities(model, origin, saved))
+    if provenance.incomparable(found):
+        raise ModelError(untold(folder, base))
     different = provenance.different(found, exactly=bool(stored.described) and origin.needs != "model")
     if different and not stored.described and origin.built_quantizer.stock_config() is None:
         raise ModelError(f"{base} is not quantized, and the base of {folder} is not made while a model loads.")
     if different:
         raise ModelError(
-            f"{folder} does not belong on {base}: {described(provenance, different)}. What is different is about "
-            f"{provenance.distance(found):.0%} of the quantization error. Load it on the base that it was made for, or "
+            f"{folder} does not belong on {base}: {described(provenance, different)}; "
+            f"{share(provenance.distance(found))}. Load it on the base that it was made for, or "
             f"make an adapter for this base: call init with `base='{base}'`."
         )
     return BaseCheck(str(adapter), base, origin.layers)

@@ -96,6 +96,15 @@ class BaseIdentity:
                 "written by another version of quailora."
             ) from error
 
+    @classmethod
+    def of_hash(cls, exact: str) -> BaseIdentity:
+        """Return the identity of a layer of which only the hash of everything that is stored is known."""
+        return cls(exact, "", ())
+
+    def is_comparable(self, other: BaseIdentity) -> bool:
+        """Return whether both identities hold hashes, or both hold sketches, so that they can be told apart."""
+        return bool((self.exact and other.exact) or (self.sketch and other.sketch))
+
     def distance(self, other: BaseIdentity) -> float:
         """Return an estimate of `|Q - Q'| / |W - Q|`: by which share of the corrected error two bases differ."""
         if len(other.sketch) != len(self.sketch) or not self.sketch:
@@ -109,7 +118,8 @@ class BaseIdentity:
 
     def is_same(self, other: BaseIdentity, *, exactly: bool = False) -> bool:
         """Return whether the other base is this one, up to what threads and devices change, or exactly."""
-        if self.exact and other.exact and (exactly or self.exact == other.exact):
+        hashes_only = not (self.sketch and other.sketch)
+        if self.exact and other.exact and (exactly or hashes_only or self.exact == other.exact):
             return self.exact == other.exact
         return (self.codes == other.codes or not other.codes) and self.distance(other) < _SAME
 

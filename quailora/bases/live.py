@@ -203,10 +203,8 @@ def _config(module: Any) -> dict[str, Any]:
     """
     layout = getattr(module, "qzero_format", None)
     version = layout() if callable(layout) else 1
-    return {
-        "checkpoint_format": "gptq_v2" if version == 2 else "gptq",
-        "group_size": getattr(module, "group_size", None),
-    }
+    checkpoint_format = "gptq_v2" if version == 2 else "gptq"
+    return {"checkpoint_format": checkpoint_format, "group_size": getattr(module, "group_size", None)}
 
 
 def check_order(module: nn.Module, weight: QuantizedWeight) -> None:

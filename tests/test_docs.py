@@ -11,8 +11,8 @@ import types
 
 import pytest
 import torch
-from examples import ROOT, examples
 
+from examples import ROOT, examples
 from quailora.cli import main as cli
 from quailora.cli.main import main
 

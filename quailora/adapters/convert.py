@@ -62,8 +62,8 @@ def convert(
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     trained, before = SavedAdapter.read(adapter_folder(adapter)), SavedAdapter.read(adapter_folder(initial))
-    for each in (trained, before):
-        each.check_plain()
+    for saved in (trained, before):
+        saved.check_plain()
     check_pair(trained, before)
     check_started_from(trained, before)
     scaling = before.scaling
@@ -78,27 +78,27 @@ def convert(
         "init_lora_weights": True,
         "auto_mapping": None,  # where the origin stood: this adapter has another base
     }
-    place = folder_of(out)
-    check_writable(place)
-    with new_folder(place, overwrite) as folder:
+    target = folder_of(out)
+    check_writable(target)
+    with new_folder(target, overwrite) as folder:
         write_json(folder / "adapter_config.json", config)
         write_tensors(folder / "adapter_model.safetensors", tensors)
-    return Conversion(place, doubled.rank, len(before.stems))
+    return Conversion(target, doubled.rank, len(before.stems))
 
 
 def check_pair(trained: SavedAdapter, before: SavedAdapter) -> None:
     """Raise a `ConfigurationError` unless training can have started from the other adapter."""
-    told = [
+    differences = [
         f"{name} is {trained.config.get(name)!r} in one and {before.config.get(name)!r} in the other"
         for name in SCALING
         if (trained.config.get(name) or None) != (before.config.get(name) or None)
     ]
-    if not told and trained.shapes != before.shapes:
-        told = ["their layers or shapes differ"]
-    if told:
+    if not differences and trained.shapes != before.shapes:
+        differences = ["their layers or shapes differ"]
+    if differences:
         raise ConfigurationError(
-            f"{trained.folder} was not trained from {before.folder}: {'; '.join(told)}. Pass the folder that init "
-            "wrote as `initial`."
+            f"{trained.folder} was not trained from {before.folder}: {'; '.join(differences)}. Pass the folder that "
+            "init wrote as `initial`."
         )
 
 

@@ -181,15 +181,15 @@ def lora_config(
 
 def lora_shapes(layers: Mapping[str, Layer], scaling: LoraScaling) -> dict[str, tuple[str, tuple[int, int]]]:
     """Return the tensors of an adapter file for these layers: by name, the layer or fused parameter, and the shape."""
-    found: dict[str, tuple[str, tuple[int, int]]] = {}
-    places = {stack.parameter: (stack.place, len(stack.members)) for stack in expert_stacks(layers)}
+    shapes: dict[str, tuple[str, tuple[int, int]]] = {}
+    stacks = {stack.parameter: (stack.place, len(stack.members)) for stack in expert_stacks(layers)}
     for layer in layers.values():
         rows, columns = layer.shape
-        place, members = places.get(layer.group, (f"{PREFIX}{layer.name}", 1))
+        stem, members = stacks.get(layer.group, (f"{PREFIX}{layer.name}", 1))
         rank = scaling.rank_of(layer.group) * members
-        found[f"{place}.lora_A.weight"] = layer.group, (rank, columns)
-        found[f"{place}.lora_B.weight"] = layer.group, (rows, rank)
-    return found
+        shapes[f"{stem}.lora_A.weight"] = layer.group, (rank, columns)
+        shapes[f"{stem}.lora_B.weight"] = layer.group, (rows, rank)
+    return shapes
 
 
 def scaled_factors(name: str, correction: LowRank | Correction, scaling: LoraScaling) -> Factors:

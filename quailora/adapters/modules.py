@@ -24,29 +24,31 @@ def find_modules(model: Any, names: Sequence[str], layers: Mapping[str, Layer]) 
     Raises:
         TargetError: if a name means no module, one that holds others, or one with an adapter.
     """
-    found: dict[str, nn.Module] = {}
-    for wanted in names:
-        meant = {name: each for name, each in model.named_modules() if name == wanted or name.endswith(f".{wanted}")}
-        plain = [name for name, each in model.named_modules() if name and not list(each.children())]
-        if not meant:
+    modules: dict[str, nn.Module] = {}
+    for given in names:
+        matching = {
+            name: module for name, module in model.named_modules() if name == given or name.endswith(f".{given}")
+        }
+        plain = [name for name, module in model.named_modules() if name and not list(module.children())]
+        if not matching:
             endings = ", ".join(sorted({name.rpartition(".")[2] for name in plain}))
-            raise TargetError(f"The name {wanted!r} in modules_to_save means no module. Modules end in: {endings}.")
-        for name in meant:
+            raise TargetError(f"The name {given!r} in modules_to_save means no module. Modules end in: {endings}.")
+        for name in matching:
             if name in layers:
                 raise TargetError(
                     f"{name} is to get an adapter. Leave it out of modules_to_save, or out of the targets."
                 )
             if name not in plain:
                 raise TargetError(f"Expected single modules in modules_to_save, but {name} holds others. Name those.")
-        found |= meant
-    return found
+        modules |= matching
+    return modules
 
 
 def tensors_to_save(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return what an adapter file has of these modules: their weights as they are, by the names in the file."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         with resident(module):
             state = {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
-            found |= {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
-    return found
+            tensors |= {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
+    return tensors

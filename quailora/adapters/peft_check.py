@@ -48,22 +48,24 @@ def _settled(model: Any, layers: Mapping[str, Layer], scaling: LoraScaling, *, r
     reasons: dict[str, str] = {}
     while left := {name: layer for name, layer in layers.items() if layer.group not in reasons}:
         try:
-            found = dict.fromkeys(dropped(model, left, scaling, run=run), "PEFT drops their factors when it loads them")
+            unused = dict.fromkeys(
+                dropped(model, left, scaling, run=run), "PEFT drops their factors when it loads them"
+            )
         except Exception as error:  # PEFT passes on many kinds, those of transformers and torch among them
-            found = _refused(model, left, scaling, run=run)
-            if not found:
+            unused = _refused(model, left, scaling, run=run)
+            if not unused:
                 raise ModelError(f"Stock PEFT cannot load an adapter for these layers ({summary(error)}).") from error
-        if not found:
+        if not unused:
             break
-        reasons |= found
+        reasons |= unused
     return reasons
 
 
 def _refused(model: Any, layers: Mapping[str, Layer], scaling: LoraScaling, *, run: bool) -> dict[str, str]:
     """Return the layers, or fused parameters, of each kind that PEFT refuses when it is alone, with its own words."""
     reasons: dict[str, str] = {}
-    for each in dict.fromkeys(kind(name) for name in layers):
-        members = {name: layer for name, layer in layers.items() if kind(name) == each}
+    for layer_kind in dict.fromkeys(kind(name) for name in layers):
+        members = {name: layer for name, layer in layers.items() if kind(name) == layer_kind}
         try:
             dropped(model, members, scaling, run=run)
         except Exception as error:  # noqa: BLE001 # PEFT passes on many kinds
@@ -87,11 +89,13 @@ def dropped(model: Any, layers: Mapping[str, Layer], scaling: LoraScaling, *, ru
     tensors = {key: torch.full((1, 1), marks[key]).expand(shape) for key, (_, shape) in shapes.items()}
     adapted = adapted_copy(model, config)
     loaded = loaded_by_peft(adapted, tensors)
-    there = {key for key, (_, shape) in shapes.items() if _is_marked(loaded.get(parameter_of(key)), shape, marks[key])}
-    lost = {group for key, (group, _) in shapes.items() if key not in there}
+    received = {
+        key for key, (_, shape) in shapes.items() if _is_marked(loaded.get(parameter_of(key)), shape, marks[key])
+    }
+    lost = {group for key, (group, _) in shapes.items() if key not in received}
     if lost:
         return lost
-    others = adapter_parameters(adapted) - {parameter_of(key) for key in there}
+    others = adapter_parameters(adapted) - {parameter_of(key) for key in received}
     if others:
         raise ModelError(f"PEFT would put {len(others)} more tensors into the model, {min(others)} among them.")
     if run:
@@ -129,9 +133,9 @@ def adapter_parameters(adapted: Any) -> set[str]:
 
 def parameter_of(key: str) -> str:
     """Return the parameter of a model that PEFT has changed, for the name of a tensor in an adapter file."""
-    place, _, name = key.rpartition(".")
-    return f"{place}.default.{name}"
+    module, _, name = key.rpartition(".")
+    return f"{module}.default.{name}"
 
 
-def _is_marked(found: Tensor | None, shape: tuple[int, int], mark: float) -> bool:
-    return found is not None and found.shape == shape and found[0, 0].item() == mark
+def _is_marked(tensor: Tensor | None, shape: tuple[int, int], mark: float) -> bool:
+    return tensor is not None and tensor.shape == shape and tensor[0, 0].item() == mark

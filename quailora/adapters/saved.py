@@ -93,8 +93,8 @@ class SavedAdapter:
     def scaling(self) -> LoraScaling:
         """Ranks and alphas of the layers."""
         rank, alpha, rslora, ranks, alphas = (self.config.get(name) for name in SCALING)
-        own = {key: float(value) for key, value in (alphas or {}).items()}
-        return LoraScaling(int(rank or 0), float(alpha or 0), bool(rslora), ranks or {}, own)
+        own_alphas = {key: float(value) for key, value in (alphas or {}).items()}
+        return LoraScaling(int(rank or 0), float(alpha or 0), bool(rslora), ranks or {}, own_alphas)
 
     @property
     def stems(self) -> list[str]:
@@ -123,7 +123,11 @@ class SavedAdapter:
         """Return the name that ranks are looked up by: of the module, or of the parameter of an `ExpertStack`."""
         name = stem.removeprefix(PREFIX)
         module = name.replace(INNER, "")
-        fused = [each for each in self.config.get("target_parameters") or [] if each.rpartition(".")[0] == module]
+        fused = [
+            parameter
+            for parameter in self.config.get("target_parameters") or []
+            if parameter.rpartition(".")[0] == module
+        ]
         return fused[len(fused) - 1 - name.count(INNER)] if fused else name
 
     def factors(self, stem: str) -> Factors:

@@ -53,14 +53,21 @@ def check_files(
         raise ModelError(f"Stock PEFT cannot load the adapter that was made ({summary(error)}).") from error
     expected = {key: shape for key, (_, shape) in lora_shapes(layers, scaling).items()}
     lost = [key for key in expected if key not in tensors or not _is_same(loaded.get(parameter_of(key)), tensors[key])]
-    kept = {key: tensors.pop(key, None) for key in modules or {}}
-    lost += [key for key, tensor in kept.items() if tensor is None or key not in whole]
-    wanted = adapter_parameters(adapted)
-    if lost or wanted != loaded.keys() or expected != {key: tuple(tensor.shape) for key, tensor in tensors.items()}:
-        other = next(iter((*lost, *(wanted ^ loaded.keys()), *(tensors.keys() - expected.keys()))), "of other shapes")
+    whole_tensors = {key: tensors.pop(key, None) for key in modules or {}}
+    lost += [key for key, tensor in whole_tensors.items() if tensor is None or key not in whole]
+    expected_parameters = adapter_parameters(adapted)
+    if (
+        lost
+        or expected_parameters != loaded.keys()
+        or expected != {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    ):
+        other = next(
+            iter((*lost, *(expected_parameters ^ loaded.keys()), *(tensors.keys() - expected.keys()))),
+            "of other shapes",
+        )
         raise ModelError(
             f"Stock PEFT does not load the adapter that was made whole: it uses {len(expected) - len(lost)} of "
-            f"{len(tensors)} tensors, and looks for {len(wanted)}. The first that differs is {other}."
+            f"{len(tensors)} tensors, and looks for {len(expected_parameters)}. The first that differs is {other}."
         )
     for name, (lora_B, lora_A) in factors_in(tensors, layers).items():
         check_function(name, lora_A, lora_B, scaling.scale_of(layers[name].group), corrections[name])
@@ -72,20 +79,20 @@ def whole_modules(adapted: Any) -> set[str]:
     return {name.replace(mark, "") for name, _ in adapted.named_parameters() if mark in name}
 
 
-def _is_same(found: Tensor | None, tensor: Tensor) -> bool:
-    return found is not None and torch.equal(found, tensor)
+def _is_same(loaded: Tensor | None, tensor: Tensor) -> bool:
+    return loaded is not None and torch.equal(loaded, tensor)
 
 
 def factors_in(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[str, Factors]:
     """Return the factors of each layer from the tensors of an adapter file."""
-    found = {
+    factors = {
         name: Factors(tensors[f"{PREFIX}{name}.lora_B.weight"], tensors[f"{PREFIX}{name}.lora_A.weight"])
         for name, layer in layers.items()
         if layer.expert is None
     }
     for stack in expert_stacks(layers):
-        found |= stack.factors(tensors)
-    return found
+        factors |= stack.factors(tensors)
+    return factors
 
 
 def check_function(name: str, lora_A: Tensor, lora_B: Tensor, scale: float, correction: LowRank | Correction) -> None:
@@ -104,10 +111,10 @@ def check_function(name: str, lora_A: Tensor, lora_B: Tensor, scale: float, corr
     # follows the rounding of sums in float32: it is relative to the sums of magnitudes, not to a result in which they
     # may cancel.
     inputs = torch.randn(lora_A.shape[1], _PROBES, generator=torch.Generator().manual_seed(0))
-    found = scale * (lora_B.float() @ (lora_A.float() @ inputs)).double()
+    computed = scale * (lora_B.float() @ (lora_A.float() @ inputs)).double()
     exact_A, exact_B = correction.lora_A.cpu().double(), correction.lora_B.cpu().double()
     limit = _ROUNDING * (exact_B.abs() @ (exact_A.abs() @ inputs.abs().double())).norm()
-    if not (found - exact_B @ (exact_A @ inputs.double())).norm() <= limit:
+    if not (computed - exact_B @ (exact_A @ inputs.double())).norm() <= limit:
         raise NumericalError(
             f"The adapter of {name}, scaled by {scale:g}, is not the correction that was found: it overflows or "
             "vanishes in float32. Try a lora_alpha near the rank."

@@ -115,8 +115,8 @@ def check_tables(state: QuantState) -> None:
     tables = [("quant_map", state.code, get_4bit_type(state.quant_type, device="cpu"))]
     if state.nested:
         tables.append(("nested_quant_map", state.state2.code, create_dynamic_map()))
-    for name, found, expected in tables:
-        bad = int((~torch.isclose(found.cpu().float(), expected.float(), rtol=1e-5, atol=0.0)).sum())
+    for name, table, expected in tables:
+        bad = int((~torch.isclose(table.cpu().float(), expected.float(), rtol=1e-5, atol=0.0)).sum())
         if bad:
             raise ModelError(
                 f"Expected the values that bitsandbytes has for codes in weight.{name}, got {bad} others of "

@@ -23,8 +23,8 @@ def check_words(tensors: Mapping[str, Tensor], names: Iterable[str], dtypes: Ite
     """Raise a `ModelError` unless these tensors are matrices of codes in one of these dtypes."""
     for name in names:
         if tensors[name].dtype not in dtypes or tensors[name].ndim != 2:
-            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ModelError(f"Expected codes in {name}, a matrix of {wanted}, got {described(tensors[name])}.")
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ModelError(f"Expected codes in {name}, a matrix of {allowed}, got {described(tensors[name])}.")
 
 
 def check_scales(tensors: Mapping[str, Tensor], names: Iterable[str], *, negative: bool = True) -> None:

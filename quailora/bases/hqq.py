@@ -39,19 +39,19 @@ def read_hqq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
             f"not quantized, got packing {packing} and {', '.join(sorted(tensors))}."
         )
     check_scales(tensors, ("scale", "zero"))
-    bits, places = _PACKINGS[packing]
+    bits, codes_in_word = _PACKINGS[packing]
     words = words_of(tensors["W_q"], torch.int32 if packing.endswith("32") else torch.uint8)
     size = numbers_of(tensors["shape"])
     if len(size) != 2 or min(size) < 1:
         raise ModelError(f"Expected the shape of a matrix in shape, got {described(tensors['shape'])}.")
     rows, columns = size
     # The first rows of the matrix of codes are the highest bits of all words, and so on.
-    parts = [words >> bits * place & 2**bits - 1 for place in reversed(range(places))]
+    parts = [words >> bits * position & 2**bits - 1 for position in reversed(range(codes_in_word))]
     codes = torch.cat(parts)[: rows * columns // words.shape[1]].to(torch.uint8)
     scale, zero_point = (each if each.ndim else each.view(1, 1) for each in (tensors["scale"], tensors["zero"]))
     matrix = (codes.shape[0], codes.shape[1])
     groups = {(matrix[0], 1), (1, matrix[1]), (1, 1)}
-    filled = len(words) == -(-matrix[0] // places)
+    filled = len(words) == -(-matrix[0] // codes_in_word)
     if (
         not filled
         or math.prod(matrix) != rows * columns

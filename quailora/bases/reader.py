@@ -134,13 +134,13 @@ class StoredBase:
         """
         if layer not in self.index:
             raise ModelError(f"Expected a quantized layer {layer} in {self.name!r}, and there is none.")
-        places = {name: place for name, place in self.index[layer].items() if name != "bias"}
-        files = sorted({tensor.file for _, tensor in places.values()})
+        stored = {name: entry for name, entry in self.index[layer].items() if name != "bias"}
+        files = sorted({tensor.file for _, tensor in stored.values()})
         tensors: dict[str, Tensor] = {}
         for file in files:
             with opened(file, device) as content:
-                here = {name: key for name, (key, tensor) in places.items() if tensor.file == file}
-                tensors |= {name: content.get_tensor(key) for name, key in here.items()}
+                keys = {name: key for name, (key, tensor) in stored.items() if tensor.file == file}
+                tensors |= {name: content.get_tensor(key) for name, key in keys.items()}
         try:
             weight = READERS[self.config["quant_method"]](tensors, self.config, dtype)
             check_finite(weight.dequantize())
@@ -156,8 +156,8 @@ def names_of(files: list[Path]) -> str:
 
 def split_key(key: str) -> tuple[str, str]:
     """Return the module of a tensor of a checkpoint, and the tensor's name in it, which may have dots."""
-    found = re.fullmatch(r"(.+)\.(weight(?:\..+)?)", key)
-    if found:
-        return found[1], found[2]
+    match = re.fullmatch(r"(.+)\.(weight(?:\..+)?)", key)
+    if match:
+        return match[1], match[2]
     module, _, tensor = key.rpartition(".")
     return module, tensor

@@ -29,8 +29,8 @@ def read_torchao(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype
     check_present(tensors, ("_weight_qdata",))
     codes, zero_point = tensors["_weight_qdata"], tensors.get("_weight_zero_point")
     if codes.dtype != torch.int8 or (zero_point is not None and bool(zero_point.any())):
-        found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
-        raise ModelError(f"Expected torchao's int8 weights with zero points of zero, got {found}.")
+        stored = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+        raise ModelError(f"Expected torchao's int8 weights with zero points of zero, got {stored}.")
     check_present(tensors, ("_weight_qdata", "_weight_scale"))
     check_words(tensors, ("_weight_qdata",), (torch.int8,))
     check_scales(tensors, ("_weight_scale",))

@@ -44,10 +44,10 @@ def save_packed(folder: Path, loaded: LoadedModel, packed: Packed) -> None:
     state = model.state_dict()
     for name, tensors in packed.items():
         del state[f"{name}.weight"]
-        kept = dict(tensors)
+        stored = dict(tensors)
         if config.get("checkpoint_format") == "gptq":
-            kept["qzeros"] = pack_words(unpack_words(kept["qzeros"], config["bits"]) - 1, config["bits"])
-        state |= {f"{name}.{key}": tensor for key, tensor in kept.items()}
+            stored["qzeros"] = pack_words(unpack_words(stored["qzeros"], config["bits"]) - 1, config["bits"])
+        state |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
     model.config.quantization_config = config
     try:
         save_model(folder, loaded, state)

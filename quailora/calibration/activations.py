@@ -34,8 +34,8 @@ class Activations:
         if self._folder is None:
             self._memory[boundary, network, batch] = hidden
         else:
-            kept = {"hidden": hidden.cpu().contiguous()}
-            write_tensors(self._path(self._folder, boundary, network, batch), kept, sealed(kept))
+            tensors = {"hidden": hidden.cpu().contiguous()}
+            write_tensors(self._path(self._folder, boundary, network, batch), tensors, sealed(tensors))
 
     def load(self, boundary: int, network: str, batch: int, device: torch.device) -> Tensor:
         """Return hidden states on a device.

@@ -39,8 +39,8 @@ class Call:
 
     def hidden(self, slot: Slot) -> Tensor:
         """Return the hidden states."""
-        found: Tensor = self.arguments[slot] if isinstance(slot, int) else self.named[slot]
-        return found
+        hidden: Tensor = self.arguments[slot] if isinstance(slot, int) else self.named[slot]
+        return hidden
 
     def with_hidden(self, slot: Slot, hidden: Tensor | None) -> Call:
         """Return the same call on other hidden states."""
@@ -111,9 +111,9 @@ class Chain:
         return Call(map_tensors(self._keep, call.arguments), map_tensors(self._keep, call.named))
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        for kept in self._kept:
-            if kept.shape == tensor.shape and kept.dtype == tensor.dtype and torch.equal(kept, tensor):
-                return kept
+        for earlier in self._kept:
+            if earlier.shape == tensor.shape and earlier.dtype == tensor.dtype and torch.equal(earlier, tensor):
+                return earlier
         self._kept.append(tensor)
         return tensor
 
@@ -243,7 +243,7 @@ def run_body(model: Any, ids: Int[Tensor, "samples length"]) -> None:
     device, head = execution_device(model), output_head(model)
     ids = ids if device.type == "meta" else ids.to(device)  # an empty model is run by `empty_pass`
     parameters = inspect.signature(model.forward).parameters.values()
-    takes_cache = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters)
+    takes_cache = any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in parameters)
     heads = [head] if head is not None else []
     with forward_replaced(heads, [_one_logit] * len(heads)):
         model(input_ids=ids, **({"use_cache": False} if takes_cache else {}))

@@ -104,10 +104,10 @@ def arithmetic(model: Any, dtype: CalibrationDtype) -> AbstractContextManager[An
     the model's own dtype. The weights themselves stay as they are.
     """
     device = execution_device(model).type
-    wanted = dtype == "bfloat16" or (
+    rounded = dtype == "bfloat16" or (
         dtype == "auto" and model.dtype == torch.float32 and device == "cpu" and has_bfloat16()
     )
-    return torch.autocast(device, torch.bfloat16) if wanted else nullcontext()
+    return torch.autocast(device, torch.bfloat16) if rounded else nullcontext()
 
 
 def has_bfloat16() -> bool:

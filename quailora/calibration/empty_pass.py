@@ -37,9 +37,9 @@ class EmptyWeights(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch 
         # of that shape stand for it, so that whatever the model's code decides by looking at activations can be
         # decided.
         named = dict(kwargs or {})
-        given: list[Tensor] = []
-        tree_map_only(Tensor, given.append, (args, named))
-        empty = [tensor.device.type == "meta" for tensor in given]
+        tensors: list[Tensor] = []
+        tree_map_only(Tensor, tensors.append, (args, named))
+        empty = [tensor.device.type == "meta" for tensor in tensors]
         if any(empty):
             return self._on_shapes(func, args, named, stays=all(empty))
         if "device" in named:

@@ -192,23 +192,23 @@ def compared_layers(
     return layers, targets
 
 
-def current_rows(kept: Mapping[str, Row], quantizer: Quantizer) -> Iterator[Row]:
+def current_rows(stored: Mapping[str, Row], quantizer: Quantizer) -> Iterator[Row]:
     """Yield the full-precision row, then every stored row whose method is defined as it is today.
 
     Rows of earlier comparisons in the same folder are among them.
 
     Args:
-        kept: stored rows by name.
+        stored: stored rows by name.
         quantizer: of the base of the recipes.
     """
     possible = [Variant.alone("base alone", quantizer), *map(baseline, BASELINES)]
-    recipes = {row.recipe for row in kept.values()}
-    for rank in sorted({row.rank for row in kept.values() if row.recipe}):
+    recipes = {row.recipe for row in stored.values()}
+    for rank in sorted({row.rank for row in stored.values() if row.recipe}):
         possible += [Variant.of(name, recipe, quantizer, rank) for name, recipe in RECIPES.items() if name in recipes]
-    yield kept[FULL_PRECISION]
+    yield stored[FULL_PRECISION]
     for variant in possible:
-        if variant.name in kept and kept[variant.name].method == variant.definition:
-            yield kept[variant.name]
+        if variant.name in stored and stored[variant.name].method == variant.definition:
+            yield stored[variant.name]
 
 
 def baseline(name: str) -> Variant:

@@ -77,21 +77,21 @@ class PairedStatistics:
         parts = (
             torch.split(tensor.detach().reshape(-1, self.in_features), CHUNK_TOKENS) for tensor in (full, quantized)
         )
-        for whole, own in zip(*parts, strict=True):
-            if not len(own):
+        for full_rows, quantized_rows in zip(*parts, strict=True):
+            if not len(quantized_rows):
                 continue
             # (x - x~) x~^T, and not x x~^T less x~ x~^T: the networks differ by little, and a difference of two large
             # means would lose as many digits as they have in common.
-            right = own.to(working)
-            left = whole.to(working) - right
+            right = quantized_rows.to(working)
+            left = full_rows.to(working) - right
             product = right.new_empty(self.in_features, self.in_features)
             torch.mm(left.T, right, out=product)  # a product with `out` is not autocast
             if not product.diagonal().isfinite().all():
                 raise NumericalError(
                     "Expected finite calibration inputs, got NaN or infinity. Try another model dtype."
                 )
-            before += len(own)
-            blend(self._gap, product, len(own) / before, 1 / before)
+            before += len(quantized_rows)
+            blend(self._gap, product, len(quantized_rows) / before, 1 / before)
 
     def merge(self, other: PairedStatistics) -> PairedStatistics:
         """Return the statistics of both sets of tokens together.
@@ -117,9 +117,9 @@ class PairedStatistics:
 
     def pool(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Become the statistics of all processes together; see `InputStatistics.pool`."""
-        own = self.tokens
+        tokens = self.tokens
         self.quantized.pool(add_up)
-        add_up(self._gap.mul_(own / max(1, self.tokens)))
+        add_up(self._gap.mul_(tokens / max(1, self.tokens)))
 
     def to(self, device: torch.device | str) -> PairedStatistics:
         """Return these statistics on `device` (themselves, if they are there already)."""

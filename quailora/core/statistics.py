@@ -143,8 +143,8 @@ class InputStatistics:
         """
         if key not in self._derived:
             self._derived[key] = compute()
-        found: Derived = self._derived[key]
-        return found
+        derived: Derived = self._derived[key]
+        return derived
 
     def clear_cache(self) -> None:
         """Free what `cached` has kept."""

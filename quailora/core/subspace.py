@@ -141,19 +141,19 @@ class KrylovSearch:
             columns = self._basis.shape[1]
             last = columns + self._block > limit
             if columns >= check or (last and columns >= rank):
-                found = self._ritz(rank)
-                captured = found.energies.sum().item()
+                subspace = self._ritz(rank)
+                captured = subspace.energies.sum().item()
                 beyond = self._projected.trace().item() - captured
                 rounding = torch.finfo(self._basis.dtype).eps * captured
-                wanted = max(tolerance * min(captured, beyond), 0.1 * rounding)
-                before, slack = slack, found.slack
-                if slack <= wanted or before <= slack <= 64 * rounding:
-                    return found
+                allowed = max(tolerance * min(captured, beyond), 0.1 * rounding)
+                before, slack = slack, subspace.slack
+                if slack <= allowed or before <= slack <= 64 * rounding:
+                    return subspace
                 # Krylov methods converge geometrically: log(slack) falls by `rate` for each block. The next check is
                 # made after as many blocks as that rate needs to bring the slack down to what is wanted.
                 if before < math.inf:
                     rate = math.log(before / slack) * self._block / (columns - checked)
-                ahead = math.ceil(math.log(slack / wanted) / rate) if rate > 0 and wanted > 0 else 1
+                ahead = math.ceil(math.log(slack / allowed) / rate) if rate > 0 and allowed > 0 else 1
                 check, checked = columns + ahead * self._block, columns
             if last:
                 return None

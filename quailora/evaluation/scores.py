@@ -71,8 +71,8 @@ class Difference:
         from scipy import stats  # takes a second to load
 
         pairs = zip(first.losses, second.losses, strict=True)
-        found = stats.ttest_1samp([a - b for a, b in pairs], 0.0)
-        interval = found.confidence_interval(0.95)
+        test = stats.ttest_1samp([a - b for a, b in pairs], 0.0)
+        interval = test.confidence_interval(0.95)
         mean = sum(first.losses) / len(first.losses) - sum(second.losses) / len(second.losses)
         return cls(mean, float(interval.low), float(interval.high))
 
@@ -183,7 +183,7 @@ def score(
     # In pieces of the window: the intermediate results of a loss over a vocabulary of 150,000 take several times the
     # logits.
     loss = apart = 0.0
-    for log_p, part, following in zip(*(torch.split(each, _TOKENS) for each in (expected, logits, ids)), strict=True):
+    for log_p, part, following in zip(*(torch.split(rows, _TOKENS) for rows in (expected, logits, ids)), strict=True):
         log_q = log_probabilities(part)
         loss += functional.nll_loss(log_q, following, reduction="sum").item()
         apart += functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()

@@ -54,7 +54,7 @@ class Tasks:
         from lm_eval.models.huggingface import HFLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        found = simple_evaluate(
+        results = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
             tasks=list(self.names),
             task_manager=self._manager(),
@@ -62,7 +62,7 @@ class Tasks:
             bootstrap_iters=0,
             log_samples=False,
         )
-        results = found["results"] if found else {}
+        results = results["results"] if results else {}
         return {
             name: float(next(results[name][key] for key in _METRICS if key in results[name])) for name in self.names
         }

@@ -31,13 +31,13 @@ def find_config(model: str, name: str, trust_remote_code: bool) -> Any:
     content = config_of(name)
     check_full_precision(name)
     kind, known = str(content.get("model_type")), is_known(content)
-    own = isinstance(content.get("auto_map"), dict) and not _AUTO.isdisjoint(content["auto_map"])
-    if own and not known and not trust_remote_code:
+    has_code = isinstance(content.get("auto_map"), dict) and not _AUTO.isdisjoint(content["auto_map"])
+    if has_code and not known and not trust_remote_code:
         raise ModelError(
             f"{model!r} is a model of the kind {kind!r}, which transformers does not know, and brings Python code of "
             f"its own. {_TRUST}"
         )
-    if known is False and not own:
+    if known is False and not has_code:
         raise ModelError(
             f"Expected a causal language model, but {model!r} is {described(kind, content)}, which is not supported."
         )

@@ -66,9 +66,9 @@ def located(name: str) -> tuple[list[Path], Mapping[str, str]]:
     if explicit:
         check_inside(name, explicit, "config.json")
     for candidate in (explicit,) if explicit else _CANDIDATES:
-        found = find_file(name, candidate)
-        if found is not None:
-            return shards_of(name, found) if candidate.endswith(_INDEX) else ([found], {})
+        file = find_file(name, candidate)
+        if file is not None:
+            return shards_of(name, file) if candidate.endswith(_INDEX) else ([file], {})
     beside = sorted(file.name for file in Path(name).glob("*") if file.suffix in {SAFE, ".bin", ".pt", ".pth"})
     raise ModelError(
         f"Expected weights in {name!r}, as {explicit or ' or '.join(_CANDIDATES[:2])}, and there are none"
@@ -86,19 +86,19 @@ def shards_of(name: str, index: Path) -> tuple[list[Path], Mapping[str, str]]:
     from transformers.utils.hub import get_checkpoint_shard_files
 
     content = read_json(index)
-    places = content.get("weight_map")
-    if not isinstance(places, dict) or not places or not isinstance(content.get("metadata"), dict):
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict) or not shards or not isinstance(content.get("metadata"), dict):
         raise ModelError(f"Expected weight_map and metadata in {index}, got {', '.join(content) or 'nothing'}.")
-    for place in places.values():
-        check_inside(name, place, index.name)
-    missing = [place for place in sorted(set(places.values())) if not (index.parent / place).is_file()]
+    for shard in shards.values():
+        check_inside(name, shard, index.name)
+    missing = [shard for shard in sorted(set(shards.values())) if not (index.parent / shard).is_file()]
     if missing and Path(name).is_dir():
         raise ModelError(f"{index} names {missing[0]}, which is not there. Download or copy it again.")
     try:
         files, _ = get_checkpoint_shard_files(name, str(index))
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot fetch the weights of {name!r}: {first_line(error)}") from error
-    return [Path(file) for file in files], places
+    return [Path(file) for file in files], shards
 
 
 def check_inside(name: str, place: Any, source: str) -> None:
@@ -137,8 +137,8 @@ def stored_tensors(name: str) -> dict[str, StoredTensor]:
     Raises:
         ModelError: if a file is damaged or a pickle, or tensors are not where the index says, or twice.
     """
-    found: dict[str, StoredTensor] = {}
-    files, places = located(name)
+    tensors: dict[str, StoredTensor] = {}
+    files, index = located(name)
     for file in files:
         if not file.name.endswith(SAFE):
             raise ModelError(
@@ -147,22 +147,22 @@ def stored_tensors(name: str) -> dict[str, StoredTensor]:
             )
         with opened(file) as content:
             for key in content.keys():  # noqa: SIM118 # no mapping
-                if key in found:
+                if key in tensors:
                     raise ModelError(
-                        f"{found[key].file} and {file.name} both have a tensor {key}, and it is not clear which one "
+                        f"{tensors[key].file} and {file.name} both have a tensor {key}, and it is not clear which one "
                         "counts. Download or copy the model again."
                     )
                 # transformers reads a tensor from the file that the index names. If it lies in another one as well, or
                 # only there, index and files belong to different uploads, and what would be read is not what was meant.
-                place = PurePosixPath(places.get(key, file.name)).parts
-                if file.parts[-len(place) :] != place:
+                parts = PurePosixPath(index.get(key, file.name)).parts
+                if file.parts[-len(parts) :] != parts:
                     raise ModelError(
-                        f"The index of {name!r} looks for {key} in {places[key]}, but it is in {file.name}: they are "
+                        f"The index of {name!r} looks for {key} in {index[key]}, but it is in {file.name}: they are "
                         "not of the same upload. Download or copy the model again."
                     )
                 header = content.get_slice(key)
-                found[key] = StoredTensor(file, header.get_dtype(), tuple(header.get_shape()))
-    return found
+                tensors[key] = StoredTensor(file, header.get_dtype(), tuple(header.get_shape()))
+    return tensors
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def find_file(name: str, file: str) -> Path | None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(
+        path = cached_file(
             name,
             file,
             _raise_exceptions_for_missing_entries=False,
@@ -26,7 +26,7 @@ def find_file(name: str, file: str) -> Path | None:
         )
     except (OSError, ValueError) as error:
         raise unknown(name, error) from error
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def unknown(name: str, error: Exception | None = None) -> ModelError:
@@ -38,10 +38,10 @@ def unknown(name: str, error: Exception | None = None) -> ModelError:
         return ModelError(
             f"The hub restricts access to {name!r}. Ask for access on the model's page, then log in: hf auth login."
         )
-    told = "" if error is None or isinstance(cause, RepositoryNotFoundError) else f" ({first_line(error)})"
+    reason = "" if error is None or isinstance(cause, RepositoryNotFoundError) else f" ({first_line(error)})"
     return ModelError(
         f"Expected a hub name, a folder, a .gguf file or 'demo', got {name!r}: there is no such folder, and the hub "
-        f"has no model of this name, or it cannot be reached{told}."
+        f"has no model of this name, or it cannot be reached{reason}."
     )
 
 

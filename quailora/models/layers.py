@@ -76,13 +76,13 @@ def linear_layers(model: Any) -> dict[str, Layer]:
 
     # The same rules by which transformers itself decides what to quantize, so that an adapter for "all linear layers"
     # is one for the layers that stock code quantizes.
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001
+    excluded = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001
     wrapped = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     return {
         name: Layer(name, module, transposed=isinstance(module, Conv1D))
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
-        and should_convert_module(name, kept)
+        and should_convert_module(name, excluded)
         and not name.startswith(wrapped)
     }
 
@@ -109,7 +109,7 @@ def expert_layers(model: Any) -> dict[str, Layer]:
     Stock transformers leaves them in full precision when it quantizes a model.
     """
     # A fused parameter is told by its three dimensions. Convolutions have three, too, and are something else.
-    found = {}
+    experts = {}
     for module_name, module in model.named_modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             continue
@@ -118,15 +118,15 @@ def expert_layers(model: Any) -> dict[str, Layer]:
             if value.ndim == 3 and value.is_floating_point():
                 for expert in range(len(value)):
                     name = f"{module_name}.{parameter}.{expert}"
-                    found[name] = Layer(name, module, parameter, expert, transposed)
-    return found
+                    experts[name] = Layer(name, module, parameter, expert, transposed)
+    return experts
 
 
 def all_layers(model: Any) -> dict[str, Layer]:
     """Return linear layers and experts, in the order of the model."""
     order = {module: index for index, module in enumerate(model.modules())}
-    found = {**linear_layers(model), **expert_layers(model)}
-    return dict(sorted(found.items(), key=lambda item: order[item[1].module]))
+    layers = {**linear_layers(model), **expert_layers(model)}
+    return dict(sorted(layers.items(), key=lambda item: order[item[1].module]))
 
 
 def base_layers(model: Any, chosen: Mapping[str, Layer]) -> dict[str, Layer]:

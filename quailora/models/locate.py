@@ -115,11 +115,11 @@ def convert(file: Path, folder: Path) -> None:
 
     # Without `dequantize=True` transformers keeps the packed tensors and the model cannot be saved.
     config = GgufConfig(dequantize=True)
-    place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
-    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, quantization_config=config, adapter_kwargs=NO_ADAPTER
+            **source, dtype=torch.float32, quantization_config=config, adapter_kwargs=NO_ADAPTER
         )
         model.save_pretrained(folder)
 

@@ -26,14 +26,14 @@ def quantization_of(name: str) -> dict[str, Any]:
     """
     config = config_of(name)
     text = config.get("text_config")
-    for place in (config, text if isinstance(text, dict) else {}):
-        found = place.get("quantization_config") or place.get("compression_config")
-        if found:
-            return quantization_from(name, found)
+    for section in (config, text if isinstance(text, dict) else {}):
+        described = section.get("quantization_config") or section.get("compression_config")
+        if described:
+            return quantization_from(name, described)
     for file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
-        there = find_file(name, file)
-        if there is not None:
-            return quantization_from(name, {"quant_method": method, **read_json(there)})
+        path = find_file(name, file)
+        if path is not None:
+            return quantization_from(name, {"quant_method": method, **read_json(path)})
     return {}
 
 

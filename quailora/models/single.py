@@ -99,13 +99,13 @@ class LayerFiles:
                 f"Expected the weight of {layer} in {self.path!r}, and it is not there under a name of its own. The "
                 "files are of another model, or hold this layer merged with others."
             )
-        place = self.tensors[key]
-        if place.dtype not in FLOATS or len(place.shape) != 2:
+        stored = self.tensors[key]
+        if stored.dtype not in FLOATS or len(stored.shape) != 2:
             raise ModelError(
-                f"Expected a full-precision matrix as {key} in {place.file}, got {place.dtype} of shape {place.shape}. "
-                "Pass the model that was not quantized."
+                f"Expected a full-precision matrix as {key} in {stored.file}, got {stored.dtype} of shape "
+                f"{stored.shape}. Pass the model that was not quantized."
             )
-        return key, place
+        return key, stored
 
     def dtype(self, layer: str) -> torch.dtype:
         """Return the dtype of a layer's weight, by the header of its file; raises as `weight` does."""
@@ -123,8 +123,8 @@ class LayerFiles:
         """
         from transformers.pytorch_utils import Conv1D
 
-        key, place = self.place(layer)
-        with opened(place.file) as content:
+        key, stored = self.place(layer)
+        with opened(stored.file) as content:
             weight: Tensor = content.get_tensor(key)
         turned = self.skeleton is not None and isinstance(self.skeleton.get_submodule(layer), Conv1D)
         return weight.T if turned else weight

@@ -69,12 +69,12 @@ class QuantizedWeight(ABC):
         return self._hash(self.rounded())
 
     def _hash(self, without: Collection[str]) -> str:
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
-            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
             if name not in without:
-                found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return found.hexdigest()[:16]
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     @final
     @property

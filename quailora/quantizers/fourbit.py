@@ -108,8 +108,8 @@ def scales_of(stored: FourBitWeight) -> Float[Tensor, "out_features in_features"
     state = stored.state
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     rows, columns = stored.shape
-    each: Tensor = scales.float().repeat_interleave(state.blocksize)[: rows * columns].view(rows, columns)
-    return each
+    per_weight: Tensor = scales.float().repeat_interleave(state.blocksize)[: rows * columns].view(rows, columns)
+    return per_weight
 
 
 def with_codes(stored: FourBitWeight, codes: Float[Tensor, "out_features in_features"]) -> FourBitWeight:
@@ -123,11 +123,11 @@ def with_scales(stored: FourBitWeight, scales: Float[Tensor, " blocks"]) -> Four
     """Return a weight with the same codes and other scales, stored as bitsandbytes stores its own."""
     from bitsandbytes.functional import QuantState, quantize_blockwise
 
-    state, kept = stored.state, {}
+    state, nested = stored.state, {}
     if state.nested:
-        kept["offset"] = scales.mean()
-        scales, kept["state2"] = quantize_blockwise(scales - kept["offset"], blocksize=state.state2.blocksize)
-    changed = QuantState(scales, state.shape, state.code, state.blocksize, state.quant_type, state.dtype, **kept)
+        nested["offset"] = scales.mean()
+        scales, nested["state2"] = quantize_blockwise(scales - nested["offset"], blocksize=state.state2.blocksize)
+    changed = QuantState(scales, state.shape, state.code, state.blocksize, state.quant_type, state.dtype, **nested)
     return replace(stored, state=changed)
 
 
@@ -152,10 +152,10 @@ def with_least_error(stored: FourBitWeight, weight: Float[Tensor, "out_features 
         least, best = torch.minimum(error, least), torch.where(error < least, share * largest, best)
     # Scales in 8 bits are not the ones that were chosen. The codes are found again for the scales as they are stored,
     # and the result is compared as a whole.
-    found = with_scales(stored, best)
-    found = with_codes(found, ScaledTable(table, scales_of(found)).encode(full))
-    errors = [(full - each.dequantize().float()).square().sum() for each in (found, stored)]
-    return found if errors[0] < errors[1] else stored
+    candidate = with_scales(stored, best)
+    candidate = with_codes(candidate, ScaledTable(table, scales_of(candidate)).encode(full))
+    errors = [(full - weights.dequantize().float()).square().sum() for weights in (candidate, stored)]
+    return candidate if errors[0] < errors[1] else stored
 
 
 @final

@@ -91,7 +91,7 @@ class HQQ(Quantizer):
         except ImportError as error:
             raise ConfigurationError(f"HQQ needs the package hqq ({error}): pip install 'quailora[hqq]'.") from error
         groups = split_groups(weight.float(), self.group_size).flatten(0, 1)
-        codes, found = Backend.quantize(
+        codes, parameters = Backend.quantize(
             groups.cpu(),
             nbits=self.bits,
             group_size=self.group_size,
@@ -101,7 +101,7 @@ class HQQ(Quantizer):
             device="cpu",
         )
         codes = codes.to(weight.device)
-        scale, zero_point = (found[name].half().view(-1, 1).to(weight.device) for name in ("scale", "zero"))
+        scale, zero_point = (parameters[name].half().view(-1, 1).to(weight.device) for name in ("scale", "zero"))
         if not bool(scale.isfinite().all() and zero_point.isfinite().all()):
             raise NumericalError(
                 "Expected scales and zero points that fit float16; a group of weights is far from zero."

@@ -71,11 +71,11 @@ class BaseIdentity:
         # square of a typical layer: distances between two models come out like those between two layers.
         ordered = sorted(layers.items())
         root = math.sqrt(max(1, len(ordered)))
-        sums = [sum(numbers) / root for numbers in zip(*(one.sketch for _, one in ordered), strict=True)]
-        error = math.sqrt(sum(one.error**2 for _, one in ordered)) / root
-        known = all(one.exact for _, one in ordered)
+        sums = [sum(numbers) / root for numbers in zip(*(identity.sketch for _, identity in ordered), strict=True)]
+        error = math.sqrt(sum(identity.error**2 for _, identity in ordered)) / root
+        known = all(identity.exact for _, identity in ordered)
         hashes = [
-            _hash(f"{name} {getattr(one, which)}" for name, one in ordered) if known else ""
+            _hash(f"{name} {getattr(identity, which)}" for name, identity in ordered) if known else ""
             for which in ("exact", "codes")
         ]
         return cls(hashes[0], hashes[1], tuple(float(f"{number:.6g}") for number in sums), float(f"{error:.6g}"))

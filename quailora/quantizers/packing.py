@@ -18,8 +18,8 @@ def pack(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " packed"]:
     count = codes.numel()
     eights = functional.pad(codes.flatten(), (0, -count % 8)).view(-1, 8)
     words = torch.zeros(len(eights), dtype=torch.int64, device=codes.device)
-    for place in range(8):
-        words |= eights[:, place].long() << bits * place
+    for position in range(8):
+        words |= eights[:, position].long() << bits * position
     return words.view(torch.uint8).view(-1, 8)[:, :bits].flatten()[: -(-count * bits // 8)].contiguous()
 
 
@@ -29,8 +29,8 @@ def unpack(packed: UInt8[Tensor, " packed"], bits: int, shape: tuple[int, ...]) 
     rows = functional.pad(packed, (0, -len(packed) % bits)).view(-1, bits)
     words = functional.pad(rows, (0, 8 - bits)).view(torch.int64)
     codes = torch.empty(len(words), 8, dtype=torch.uint8, device=packed.device)
-    for place in range(8):
-        codes[:, place] = (words[:, 0] >> bits * place) & (2**bits - 1)
+    for position in range(8):
+        codes[:, position] = (words[:, 0] >> bits * position) & (2**bits - 1)
     return codes.flatten()[:count].view(shape)
 
 

@@ -52,9 +52,9 @@ class Alternate(Schedule):
         return better(layer, best_iterate(started, solve, self.rounds - 1, without_correction), solve)
 
 
-def without_correction(layer: QuantizedLayer, found: LowRank) -> QuantizedLayer:
+def without_correction(layer: QuantizedLayer, correction: LowRank) -> QuantizedLayer:
     """Return the layer with `Q` made from `W - C`, the part of the weight that the correction does not hold."""
-    return layer.requantized(layer.weight - found.dense())
+    return layer.requantized(layer.weight - correction.dense())
 
 
 def outliers(layer: QuantizedLayer, count: int) -> Float[Tensor, "out_features in_features"]:

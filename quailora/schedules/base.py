@@ -77,14 +77,14 @@ def best_iterate(
         rounds: how many follow, at most; it ends early when two rounds gain nothing.
         following: makes the next one from a layer and its correction.
     """
-    found = solve(layer.objective)
-    best, least, stale = layer, found.error, 0
+    correction = solve(layer.objective)
+    best, least, stale = layer, correction.error, 0
     for _ in range(rounds):
-        layer = following(layer, found)
-        found = solve(layer.objective)
-        stale = 0 if found.error < (1 - _GAIN) * least else stale + 1
-        if found.error < least:
-            best, least = layer, found.error
+        layer = following(layer, correction)
+        correction = solve(layer.objective)
+        stale = 0 if correction.error < (1 - _GAIN) * least else stale + 1
+        if correction.error < least:
+            best, least = layer, correction.error
         if stale == _PATIENCE:
             break
     return best

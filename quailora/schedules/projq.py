@@ -46,9 +46,9 @@ class ProjQ(Schedule):
         if layer.statistics is None or not layer.quantizer.needs_calibration:
             raise ConfigurationError("This schedule needs a quantizer with error feedback, and calibration.")
 
-        def projected(layer: QuantizedLayer, found: LowRank) -> QuantizedLayer:
+        def projected(layer: QuantizedLayer, correction: LowRank) -> QuantizedLayer:
             assert layer.statistics is not None
-            return layer.requantized(layer.weight, deflated(layer.statistics, layer.objective, found.rank))
+            return layer.requantized(layer.weight, deflated(layer.statistics, layer.objective, correction.rank))
 
         return best_iterate(layer, solve, self.rounds, projected)
 

@@ -34,10 +34,10 @@ class SRR(Schedule):
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
         weight = layer.objective_of(layer.weight)
         noise = uniform(layer.weight.shape, layer.objective.error, seed=0)
-        kept = preserved_rank(weight, layer.objective_of(noise), rank)
-        if not kept:
+        preserved = preserved_rank(weight, layer.objective_of(noise), rank)
+        if not preserved:
             return layer
-        basis, coefficients = weight.projection(weight.subspace(rank).leading(kept))
+        basis, coefficients = weight.projection(weight.subspace(rank).leading(preserved))
         return better(layer, layer.requantized(layer.weight - basis @ coefficients), solve)
 
 

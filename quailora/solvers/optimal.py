@@ -47,8 +47,8 @@ class Optimal(Solver):
         # Eckart-Young: among all matrices of rank r, U_r U_r^T E is nearest to E in the norm of E L with H = L L^T,
         # because (U_r U_r^T E) L is the truncated singular value decomposition of E L, and L drops out of the
         # projection.
-        found = objective.subspace(rank, objective.metric.damped(self.damping), self.tolerance)
+        subspace = objective.subspace(rank, objective.metric.damped(self.damping), self.tolerance)
         if not self.damping:
-            return finish(objective, objective.projection(found), slack=found.slack)
-        solution = finish(objective, objective.projection(found))
+            return finish(objective, objective.projection(subspace), slack=subspace.slack)
+        solution = finish(objective, objective.projection(subspace))
         return max(solution, SVD(self.tolerance).minimise(objective, rank), key=lambda candidate: candidate.gain)

@@ -38,5 +38,5 @@ class SVD(Solver):
 
     @override
     def minimise(self, objective: Objective, rank: int) -> LowRank:
-        found = objective.subspace(rank, Identity(), self.tolerance)
-        return finish(objective, objective.projection(found))
+        subspace = objective.subspace(rank, Identity(), self.tolerance)
+        return finish(objective, objective.projection(subspace))

@@ -41,11 +41,11 @@ def process_group(device: str) -> Iterator[None]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, cores() // local))
     if device == "cuda":
-        there = torch.cuda.device_count()
-        if local > there:
+        gpus = torch.cuda.device_count()
+        if local > gpus:
             raise DistributedError(
-                f"Expected at most one process for each GPU of a host, got {local} processes and {there} of them. "
-                f"Try torchrun --nproc-per-node {there}, or `device='cpu'`."
+                f"Expected at most one process for each GPU of a host, got {local} processes and {gpus} of them. "
+                f"Try torchrun --nproc-per-node {gpus}, or `device='cpu'`."
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)

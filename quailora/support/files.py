@@ -54,13 +54,13 @@ def folder_of(out: StrPath) -> Path:
 
 def check_writable(folder: Path) -> None:
     """Raise a `StorageError` unless a folder can be made and written to, by this user, in this place."""
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    if not there.is_dir():
-        raise StorageError(f"Expected a folder to write to, but {there} is a file. Choose another folder.")
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise StorageError(f"Expected a folder to write to, but {existing} is a file. Choose another folder.")
     # What is written stands beside the folder until it is complete.
-    for place in {there, there.parent} if there == folder else {there}:
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise StorageError(f"Expected a place to write to, but {place} is read-only. Choose another folder.")
+    for written in {existing, existing.parent} if existing == folder else {existing}:
+        if not os.access(written, os.W_OK | os.X_OK):
+            raise StorageError(f"Expected a place to write to, but {written} is read-only. Choose another folder.")
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -72,10 +72,10 @@ def check_output(out: Path, overwrite: bool) -> None:
             f"{out} is the folder of a model, and an adapter in it would be loaded along with the model. Choose "
             "another folder."
         )
-    there = [name for name in RESULTS if (out / name).exists()]
-    if there and not overwrite and not (out / _UNFINISHED).exists():
+    results = [name for name in RESULTS if (out / name).exists()]
+    if results and not overwrite and not (out / _UNFINISHED).exists():
         raise OutputExistsError(
-            f"{out} already holds a result ({', '.join(there)}). Choose another folder or pass `overwrite=True`."
+            f"{out} already holds a result ({', '.join(results)}). Choose another folder or pass `overwrite=True`."
         )
 
 
@@ -142,7 +142,7 @@ def is_replaceable(out: Path) -> bool:
     """Return whether a folder may be replaced as a whole: it holds only results, and is neither mounted nor in use."""
     here = Path.cwd()
     return (
-        not out.is_mount() and out not in (here, *here.parents) and all(each.name in RESULTS for each in out.iterdir())
+        not out.is_mount() and out not in (here, *here.parents) and all(file.name in RESULTS for file in out.iterdir())
     )
 
 

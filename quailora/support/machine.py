@@ -48,8 +48,9 @@ def memory_available(limit: str | None, device: str = "cpu") -> int:
 def free_memory(device: torch.device | str) -> int:
     """Return how many bytes of a device's own memory are free; for the CPU, those of the machine."""
     if torch.device(device).type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
-        return torch.cuda.mem_get_info(device)[0] + kept
+        # PyTorch keeps what it has freed for later tensors.
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
     import psutil
 
     return int(psutil.virtual_memory().available)
@@ -72,8 +73,8 @@ def within_memory(advice: str) -> Iterator[None]:
             raise
         # PyTorch's message goes on with advice about its allocator; its first sentence says how much memory was
         # missing.
-        said = str(error).partition("DefaultCPUAllocator: ")
-        first = (said[2] or said[0]).partition(". GPU ")[0].splitlines()[0].rstrip(".")
+        parts = str(error).partition("DefaultCPUAllocator: ")
+        first = (parts[2] or parts[0]).partition(". GPU ")[0].splitlines()[0].rstrip(".")
         raise DoesNotFitError(f"The memory is full ({first}). Try {advice}.") from error
 
 
@@ -117,11 +118,11 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigurationError: if it means none.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", text, re.IGNORECASE)
-    if not found:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", text, re.IGNORECASE)
+    if not match:
         raise ConfigurationError(f"Expected a size such as 8GiB, 500MB or 4G, got {text!r}.")
-    unit = found[2].upper()
-    return int(float(found[1]) * (_DECIMAL if found[3].upper() == "B" else _UNITS)[unit])
+    unit = match[2].upper()
+    return int(float(match[1]) * (_DECIMAL if match[3].upper() == "B" else _UNITS)[unit])
 
 
 def size(number: int) -> str:

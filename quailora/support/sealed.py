@@ -41,11 +41,11 @@ def is_intact(path: Path) -> bool:
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     # safetensors writes its header in any order, so the hash is over content in a fixed order and not over the file.
     # The entry "format" is added by whoever writes the file, and the hash cannot be part of itself.
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(metadata.items()):
         if name not in {_DIGEST, "format"}:
-            found.update(f"{name}={value}\n".encode())
+            digest.update(f"{name}={value}\n".encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -57,8 +57,8 @@ def render(turns: Sequence[Mapping[str, Any]], tokenizer: Any, place: str) -> st
 def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Return a turn as templates expect it: no keys that are null, and one string of text, never a list of parts."""
     if "role" in turn:
-        given = {key: value for key, value in turn.items() if value is not None}
-        return {**given, "content": _text(turn["content"], place)}
+        message = {key: value for key, value in turn.items() if value is not None}
+        return {**message, "content": _text(turn["content"], place)}
     return {"role": _ROLES.get(turn["from"], turn["from"]), "content": _text(turn["value"], place)}
 
 

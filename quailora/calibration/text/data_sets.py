@@ -49,7 +49,7 @@ def from_folder(folder: Path, split: str) -> Iterator[Record]:
         return
     try:
         configuration = datasets.load_dataset_builder(str(folder.resolve())).config
-        by_split = {str(name): [Path(file) for file in found] for name, found in configuration.data_files.items()}
+        by_split = {str(name): [Path(file) for file in listed] for name, listed in configuration.data_files.items()}
     except Exception as error:
         raise _unreadable(str(folder), split, error) from error
     if split not in by_split:
@@ -66,11 +66,11 @@ def _describes_itself(folder: Path) -> bool:
     return card.is_file() and "\nconfigs:" in read_text(card)
 
 
-def _check_complete(folder: Path, found: set[Path]) -> None:
+def _check_complete(folder: Path, data_files: set[Path]) -> None:
     """Raise a `CalibrationError` if `datasets` found files of other folders, or passes over one for its kind."""
     # The package takes the files of the first kind that it finds and says nothing about others. Half of a folder would
     # be calibrated on without a word, so a mixture is refused.
-    if not all(file.is_relative_to(folder) for file in found):
+    if not all(file.is_relative_to(folder) for file in data_files):
         raise CalibrationError(
             f"The package 'datasets' takes [, ], * and ? in {str(folder)!r} for a pattern, which fits other files. "
             "Rename the folder."
@@ -81,11 +81,11 @@ def _check_complete(folder: Path, found: set[Path]) -> None:
         if file.is_file() and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
     ]
     readable = [file for file in visible if format_of(file) in {*FORMATS, *PLAIN} and file.name != "README.md"]
-    left_out = [file for file in readable if file.resolve() not in found]
+    left_out = [file for file in readable if file.resolve() not in data_files]
     if left_out:
         raise CalibrationError(
-            f"Expected a folder with files of one kind, but {folder} has {min(found).name} and {left_out[0].name}, and "
-            "only those of the first kind would be read. Give a single file, or a folder for each kind."
+            f"Expected a folder with files of one kind, but {folder} has {min(data_files).name} and "
+            f"{left_out[0].name}, and only those of the first kind would be read. Give a single file, or a folder for each kind."
         )
 
 

@@ -32,7 +32,7 @@ def from_json(path: Path) -> Iterator[Record]:
     lists = {key: value for key, value in content.items() if is_table(value)} if isinstance(content, dict) else {}
     if isinstance(content, list):
         yield from numbered(content, str(path))
-    elif len(lists) == 1 and not any(is_turn(each) for value in lists.values() for each in value):
+    elif len(lists) == 1 and not any(is_turn(item) for value in lists.values() for item in value):
         ((key, records),) = lists.items()
         yield from numbered(records, f"{path}: {key}")
     else:
@@ -41,7 +41,7 @@ def from_json(path: Path) -> Iterator[Record]:
 
 def is_table(value: Any) -> bool:
     """Return whether a value is a list of objects with at least one."""
-    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def is_turn(value: Any) -> bool:

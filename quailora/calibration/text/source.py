@@ -106,10 +106,10 @@ class TextSource:
         fields = self.fields or own_fields(content)
         missing = next((field for field in fields if field not in content), None)
         if missing is not None or not fields:
-            there = ", ".join(map(str, content)) or "none"
+            fields_there = ", ".join(map(str, content)) or "none"
             lacking = f"no field {missing!r}" if missing is not None else f"none of the fields {', '.join(_OWN_FIELDS)}"
             raise CalibrationError(
-                f"{record.place} has {lacking}. It has: {there[:_SHOWN]}. Name the fields that are the text."
+                f"{record.place} has {lacking}. It has: {fields_there[:_SHOWN]}. Name the fields that are the text."
             )
         return self._joined([(field, content[field]) for field in fields], record.place, tokenizer)
 
@@ -145,8 +145,8 @@ class TextSource:
 
 def own_fields(content: dict[str, Any]) -> tuple[str, ...]:
     """Return the field that is the text of a record where none are named, or nothing if it has none."""
-    there = [field for field in _OWN_FIELDS if field in content]
-    return tuple([field for field in there if content[field] is not None][:1] or there[:1])
+    present = [field for field in _OWN_FIELDS if field in content]
+    return tuple([field for field in present if content[field] is not None][:1] or present[:1])
 
 
 def may_be_on_hub(source: str) -> bool:

@@ -85,7 +85,8 @@ def _check_complete(folder: Path, data_files: set[Path]) -> None:
     if left_out:
         raise CalibrationError(
             f"Expected a folder with files of one kind, but {folder} has {min(data_files).name} and "
-            f"{left_out[0].name}, and only those of the first kind would be read. Give a single file, or a folder for each kind."
+            f"{left_out[0].name}, and only those of the first kind would be read. Give a single file, or a folder for "
+            "each kind."
         )
 
 

@@ -102,6 +102,8 @@ def optimal_error(
     Eckart-Young in the metric: the squared singular values of `E H^(1/2)` after the first `rank`. It shares no code
     with the solvers: a root from SciPy's eigendecomposition, and SciPy's singular values.
     """
+    # With H = V D V^T, F = E V D^(1/2) has F F^T = E H E^T: its squared singular values are the eigenvalues of that,
+    # and the optimum of rank r leaves all but the first r of them.
     values, vectors = scipy.linalg.eigh(second_moment.double().cpu().numpy())
     root = vectors * np.sqrt(values.clip(min=0))
     singular = scipy.linalg.svdvals(error.double().cpu().numpy() @ root)
@@ -115,6 +117,7 @@ def rounding(error: float, total: float, dtype: torch.dtype, epsilons: int = 8) 
     `total` is the error without correction. Both factors are rounded, over all directions: `e` is taken for 8 machine
     epsilons, or more where whole iterations are computed in `dtype`.
     """
+    # |E - C - dC|^2 <= (|E - C| + |dC|)^2 in the norm of the metric, with |dC| <= e |C| <= e |E| for a projection C.
     relative = epsilons * torch.finfo(dtype).eps
     return 2 * relative * math.sqrt(error * total) + relative**2 * total
 
@@ -154,7 +157,8 @@ def check_quantizer(quantizer: Quantizer, problem: Problem | None = None, *, ide
         stored = sum(tensor.numel() * tensor.element_size() for tensor in quantized.tensors().values())
         assert quantized.nbytes == stored, f"nbytes is not the size of what is stored: {where}"
         residual, size = (weight - restored).double().norm(), weight.double().norm()
-        # A calibrated quantizer may move weights that its inputs do not see.
+        # Zero in place of the weight is no worse than a base that is further away. A calibrated quantizer may go
+        # further, since it moves weights that its inputs do not see.
         assert quantizer.needs_calibration or residual <= size, f"further from the weight than zero is: {where}"
         if idempotent and weight.dtype in {torch.float32, torch.float64}:
             again = quantizer.quantize(restored, statistics).dequantize()

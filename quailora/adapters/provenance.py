@@ -151,6 +151,8 @@ class Provenance:
             found: identity of each layer of a base; layers that the adapter does not correct are ignored.
             exactly: whether differences that come from threads and devices count as well.
         """
+        # The sidecar knows each layer. What training keeps in the configuration is about all of them together, and can
+        # only say that something differs.
         if self.layers:
             layers = self.layers.items()
             return [name for name, one in layers if name not in found or not one.is_same(found[name], exactly=exactly)]

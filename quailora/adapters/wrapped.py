@@ -77,6 +77,7 @@ class WrappedLayer:
         The parameters stay the same objects with the same shapes, dtypes and devices, so that an optimizer that holds
         them already goes on with the new values.
         """
+        # In place: an optimizer, a tied parameter or a wrapper for several processes keeps the object that it holds.
         for parameter, factor in zip(self.parameters, factors, strict=True):
             parameter.copy_(factor)
 

@@ -40,6 +40,8 @@ def arguments_of(command: str, function: Callable[..., Any], words: Sequence[str
     parser = command_parser(command, function)
     if {"-h", "--help"} & {*words}:
         parser.parse_args(["--help"])
+    # jsonargparse imports the classes of components while it parses, and with them PyTorch. So components are taken out
+    # first and become objects when the command runs. What is left are plain values, of which files give the defaults.
     parameters = signature(function).parameters
     defaults = {name: each.default for name, each in parameters.items() if "Component" in str(each.annotation)}
     files, words = taken("config", words)

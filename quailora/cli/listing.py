@@ -73,6 +73,9 @@ def source_rows() -> tuple[Rows, Rows, Rows]:
 
 def rows_of(package: Path, table: str) -> Iterator[tuple[str, str]]:
     """Yield the short name and the first line of documentation of each class that a table of a package names."""
+    # Importing the classes would import PyTorch, which takes seconds. The source says the same: a table of a package
+    # names classes, its imports say in which modules they are, and the classes have a name and a first line of
+    # documentation.
     init = parsed(package / "__init__.py")
     homes = {alias.name: node.module for node in init.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     names = [node.id for node in ast.walk(assigned(init, table)) if isinstance(node, ast.Name) and node.id in homes]

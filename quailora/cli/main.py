@@ -35,6 +35,7 @@ def heeding_termination() -> Iterator[None]:
         del number, frame
         raise Terminated
 
+    # Python lets only the main thread install handlers of signals.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     logging.getLogger("quailora").setLevel(logging.INFO if first else logging.ERROR)
+    # An argument can mean different options in different commands. Those of the command that runs come first.
     words = sys.argv[1:] if arguments is None else arguments
     called = [COMMANDS[word] for word in words if word in COMMANDS] + list(COMMANDS.values())
     reworded = OptionNames(called)

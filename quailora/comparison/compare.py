@@ -250,6 +250,8 @@ def distinct_names(paths: Sequence[str]) -> dict[str, str]:
 
     A path that is there twice gets one name.
     """
+    # The shortest names that are all different: first the file names without their endings, then the last one, two,
+    # three parts of the paths, and at last the paths themselves.
     parts = {path: Path(path).parts for path in paths}
     longest = max(map(len, parts.values()), default=0)
     choices = [[Path(path).stem for path in parts]]

@@ -151,6 +151,8 @@ def picture(draw: Callable[[Axes], None], title: str) -> str:
     figure.set_figheight(max(_TALL, _LINE * (entries + 4)))
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    # matplotlib gives every figure the same ids. A prefix makes them unique on the page, and colours of text become
+    # that of the page, which follows the reader's light or dark theme.
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :].replace(_INK, "currentColor")
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
@@ -161,6 +163,7 @@ def picture(draw: Callable[[Axes], None], title: str) -> str:
 
 def draw_sizes(axes: Axes, comparison: Comparison, text: str) -> None:
     """Draw perplexity against stored bytes."""
+    # The grey line joins those bases alone that no smaller one beats: what the same bytes give without any adapter.
     alone = sorted((row.base_bytes / 1e6, row.scores[text].perplexity) for row in comparison.rows if is_alone(row))
     reached = [row.scores[text].perplexity for row in comparison.rows if row.recipe]
     worst = max(filter(math.isfinite, reached), default=0.0)

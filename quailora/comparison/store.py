@@ -101,6 +101,7 @@ class RowStore:
 
     def add(self, row: Row) -> None:
         """Keep a finished row."""
+        # The digest finds a file that is valid JSON but not what was written, as after a full disk or an edit by hand.
         content = row.as_dict()
         content["digest"] = digest([json.dumps(content)])
         write_json(self.folder / f"{re.sub(r'[ :]', '-', row.name)}.json", content)

@@ -123,6 +123,7 @@ class LayerFiles:
         """
         from transformers.pytorch_utils import Conv1D
 
+        # Conv1D stores (in_features, out_features), as do the files of its models.
         key, stored = self.place(layer)
         with opened(stored.file) as content:
             weight: Tensor = content.get_tensor(key)

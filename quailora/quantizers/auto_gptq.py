@@ -55,6 +55,8 @@ class AutoGPTQ(Quantizer):
         assert statistics is not None  # `quantize` has checked it
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(weight.float().clone(), requires_grad=False)
+        # The class adds up H from batches by itself. Setting H and a count of one gives it the statistics that there
+        # are.
         run = backend()(layer)
         run.quantizer.configure(self.bits, perchannel=True, sym=self.symmetric, mse=False)
         run.H, run.nsamples = statistics.to(weight.device).second_moment.float().clone(), 1  # which it changes

@@ -47,6 +47,8 @@ class Alternate(Schedule):
         if self.start == "quantize":
             return best_iterate(layer, solve, self.rounds, without_correction)
         low_rank = self.start == "low-rank"
+        # Whatever was taken off before quantizing comes back as part of the correction, which is solved for at the end.
+        # The result is compared with quantizing the weight as it is, so that the start can only help.
         taken = solve(layer.objective_of(layer.weight)).dense() if low_rank else outliers(layer, rank)
         started = layer.requantized(layer.weight - taken)
         return better(layer, best_iterate(started, solve, self.rounds - 1, without_correction), solve)

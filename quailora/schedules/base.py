@@ -77,6 +77,8 @@ def best_iterate(
         rounds: how many follow, at most; it ends early when two rounds gain nothing.
         following: makes the next one from a layer and its correction.
     """
+    # Rounding makes the error of these iterations go up as well as down, so the best one is kept, and an iterate
+    # without gain does not end the search at once.
     correction = solve(layer.objective)
     best, least, stale = layer, correction.error, 0
     for _ in range(rounds):

@@ -62,6 +62,8 @@ class HeldOut(Schedule):
 
     @override
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
+        # On the tokens that a rounding was fitted to, the one with the least damping has the least error: it has fitted
+        # their noise as well. Only other tokens can tell how much of that was noise.
         validation = layer.validation
         if validation is None:
             raise ConfigurationError("This schedule needs held-out tokens, which asymmetric inputs have.")

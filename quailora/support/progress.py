@@ -32,6 +32,7 @@ class Counter:
 @contextmanager
 def counting(description: str, total: int | None, completed: int = 0) -> Iterator[Counter]:
     """Yield a counter; it is silent unless standard error is a terminal."""
+    # Bars are drawn on standard error, so that standard output holds nothing but results.
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),

@@ -96,6 +96,8 @@ def find_class(interface: type[Component], name: str) -> type[Component] | None:
         for cls in known:
             if spelled(cls) == name:
                 return cls
+    # A path that starts with this package but is not known is that of a class which has moved, or had another name,
+    # when the file was written. The last part of the path identifies it, since names are unique in the package.
     package, _, rest = name.partition(".")
     own = {cls.__name__: cls for cls in known if is_own(cls)}
     plain = rest.rpartition(".")[2]

@@ -14,6 +14,7 @@ def print_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], justify: Literal["left", "right"] = "right"
 ) -> None:
     """Print a table on standard output; `justify` is for the columns after the first, which are mostly numbers."""
+    # Numbers are aligned at the right, where their last digits stand below each other.
     table = Table()
     for index, column in enumerate(header):
         table.add_column(column, justify=justify if index else "left", no_wrap=True)

@@ -50,6 +50,7 @@ def render(turns: Sequence[Mapping[str, Any]], tokenizer: Any, place: str) -> st
             f"The chat template of the tokenizer refuses {place}: {one_line(error)}. Take this conversation out, or "
             "name fields of text."
         ) from error
+    # Templates write BOS as text, and tokenizing adds it again; once is enough.
     added = "".join(tokenizer.convert_ids_to_tokens(list(added_tokens(tokenizer).before)))
     return text.removeprefix(added)
 

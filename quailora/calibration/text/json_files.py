@@ -71,6 +71,7 @@ def _parsed(text: str, place: str) -> Any:
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    # JSON allows a field twice, and Python keeps the last one; a text would be lost without a word.
     content = dict(pairs)
     if len(content) < len(pairs):
         twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))

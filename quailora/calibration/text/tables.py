@@ -31,6 +31,7 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record]:
         names = list(rows.fieldnames or ())
         if len(set(names)) < len(names):
             raise CalibrationError(f"Expected each field once in the first line of {path}, got {', '.join(names)}.")
+        # csv puts superfluous cells under the field None and fills missing ones with None.
         for row in rows:
             if None in row or None in row.values():
                 raise CalibrationError(f"Expected {len(names)} cells as in the first line; {path}:{rows.line_num}.")

@@ -42,6 +42,7 @@ def test_extending_example_for_schedules(monkeypatch):
     monkeypatch.setattr("quailora.methods.recipes.RECIPES", dict(RECIPES))
     namespace: dict[str, object] = {"__name__": "__main__"}
     exec(code, namespace)
+    exec(next(block for block in examples("docs/extending.md") if "check_schedule" in block), namespace)
     method = namespace["RECIPES"]["low-rank-first"].method(NF4(), LoraScaling(4))
     layer = method.initializer(torch.randn(16, 64), InputStatistics.from_inputs(torch.randn(200, 64)))
     assert layer.error < layer.error_none

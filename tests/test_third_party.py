@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import yaml
-from third_party import TAKEN_OFF, Careful, Signs
+from third_party import TAKEN_OFF, Careful, Signs, TakenOff
 
 from quailora.methods.recipes import RECIPES
-from quailora.testing import check_quantizer, check_solver
+from quailora.testing import check_quantizer, check_schedule, check_solver
 
 PLUGIN = ["--plugin", "third_party"]
 FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
@@ -31,6 +31,8 @@ def test_its_parts_keep_the_laws():
     check_quantizer(Signs())
     check_quantizer(Signs(groups=3))
     check_solver(Careful())
+    check_schedule(TakenOff(), never_worse=True)
+    check_schedule(TakenOff(), quantizer=Signs(), solver=Careful())
 
 
 @pytest.fixture

@@ -1,13 +1,4 @@
-"""Conformance checks for quantizers and solvers, ours and yours.
-
-    from quailora.testing import check_quantizer, check_solver
-
-    check_quantizer(MyQuantizer(bits=3))
-    check_solver(MySolver())
-
-Both raise an `AssertionError` that names the broken law and the case. Without further arguments they run over a fixed
-set of cases: tiny, wide and tall layers, inputs with a massive channel, dead channels, a single token.
-"""
+"""The laws of quantizers and solvers, and the cases that they are checked on."""
 
 from __future__ import annotations
 
@@ -22,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .core.metrics import METRICS, MetricName
-from .core.objective import Objective
-from .core.statistics import InputStatistics
-from .quantizers import Quantizer
-from .solvers import SVD, LowRank, Solver
+from ..core.metrics import METRICS, MetricName
+from ..core.objective import Objective
+from ..core.statistics import InputStatistics
+from ..quantizers import Quantizer
+from ..solvers import SVD, LowRank, Solver
 
 InputKind = Literal["generic", "decaying", "rank-deficient", "single token", "dead channels", "massive channel"]
 INPUT_KINDS: tuple[InputKind, ...] = get_args(InputKind)

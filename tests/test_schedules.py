@@ -316,7 +316,7 @@ def test_bad_compositions_are_refused():
         Alternate(rounds=0)
     with pytest.raises(ConfigurationError, match="needs a quantizer with error feedback"):
         Initializer(NF4(), Optimal(), 2, schedule=ProjQ())(problem.weight, problem.statistics)
-    with pytest.raises(ConfigurationError, match="needs held-out tokens, which asymmetric inputs have"):
+    with pytest.raises(ConfigurationError, match="needs held-out tokens, which only asymmetric inputs have"):
         initializer(RECIPES["best-joint"], NF4(), 2)(problem.weight, problem.statistics)
     with pytest.raises(CalibrationError, match="needs calibration"):
         initializer(RECIPES["srr"], NF4(), 2)(problem.weight)

@@ -39,7 +39,10 @@ def find_modules(model: Any, names: Sequence[str], layers: Mapping[str, Layer]) 
                     f"{name} is to get an adapter. Leave it out of modules_to_save, or out of the targets."
                 )
             if name not in plain:
-                raise TargetError(f"Expected single modules in modules_to_save, but {name} holds others. Name those.")
+                raise TargetError(
+                    f"Expected single modules in modules_to_save, but {name} holds others. Name "
+                    "the modules inside of it."
+                )
         modules |= matching
     return modules
 

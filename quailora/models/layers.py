@@ -148,9 +148,7 @@ def select_layers(model: Any, targets: Sequence[str] = (ALL_LINEAR,)) -> dict[st
         TargetError: if a target matches nothing, or there is none.
     """
     if not targets:
-        raise TargetError(
-            "Expected at least one target, got none. Name layers, or leave the option out for all-linear."
-        )
+        raise TargetError("Expected at least one target, got none. Name layers, or leave `targets` out for all-linear.")
     layers = all_layers(model)
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:

@@ -35,7 +35,9 @@ def check_sequence_length(model: Any, sequence_length: int) -> None:
     """Raise a `ModelError` if the model has no positions for sequences of this length."""
     longest = longest_sequence(model)
     if longest is not None and sequence_length > longest:
-        raise ModelError(f"Expected a sequence length of at most {longest} for this model, got {sequence_length}.")
+        raise ModelError(
+            f"Expected a sequence length of at most {longest} for this model, got {sequence_length}. Use a shorter one."
+        )
 
 
 def fitting_length(model: Any, asked: int | None, default: int) -> int:

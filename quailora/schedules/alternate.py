@@ -62,7 +62,9 @@ def without_correction(layer: QuantizedLayer, correction: LowRank) -> QuantizedL
 def outliers(layer: QuantizedLayer, count: int) -> Float[Tensor, "out_features in_features"]:
     """Return the weight's columns with the largest inputs; the others are zero."""
     if layer.statistics is None:
-        raise ConfigurationError("A start from outliers needs calibration.")
+        raise ConfigurationError(
+            "A start from outliers needs calibration: pass the InputStatistics of the layer's inputs."
+        )
     loud = layer.statistics.second_moment.diagonal().topk(count).indices
     taken = torch.zeros_like(layer.weight)
     taken[:, loud] = layer.weight[:, loud]

@@ -66,7 +66,10 @@ class HeldOut(Schedule):
         # their noise as well. Only other tokens can tell how much of that was noise.
         validation = layer.validation
         if validation is None:
-            raise ConfigurationError("This schedule needs held-out tokens, which asymmetric inputs have.")
+            raise ConfigurationError(
+                "HeldOut needs held-out tokens, which only asymmetric inputs have. Take `inputs='asymmetric'`, "
+                "or the schedule inside of it."
+            )
 
         def rounded(layer: QuantizedLayer, rounding: Quantizer) -> QuantizedLayer:
             return replace(layer, quantizer=rounding).requantized(layer.weight)

@@ -44,7 +44,7 @@ class MagR(Schedule):
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
         del solve, rank
         if layer.statistics is None:
-            raise ConfigurationError("This schedule needs calibration.")
+            raise ConfigurationError("MagR needs calibration: pass the InputStatistics of the layer's inputs.")
         metric = layer.objective.metric
         return layer.requantized(reduced(layer.weight, metric, self.alpha, self.iterations))
 

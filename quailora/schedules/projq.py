@@ -44,7 +44,10 @@ class ProjQ(Schedule):
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
         del rank
         if layer.statistics is None or not layer.quantizer.needs_calibration:
-            raise ConfigurationError("This schedule needs a quantizer with error feedback, and calibration.")
+            raise ConfigurationError(
+                "ProjQ needs calibration and a quantizer with error feedback: pass the InputStatistics of the layer's "
+                "inputs, and take GPTQ or NF4GPTQ."
+            )
 
         def projected(layer: QuantizedLayer, correction: LowRank) -> QuantizedLayer:
             assert layer.statistics is not None

@@ -314,7 +314,7 @@ def test_bad_compositions_are_refused():
     problem = make_problem(8, 16)
     with pytest.raises(ConfigurationError, match="at least 1 round, got 0"):
         Alternate(rounds=0)
-    with pytest.raises(ConfigurationError, match="needs a quantizer with error feedback"):
+    with pytest.raises(ConfigurationError, match="needs calibration and a quantizer with error feedback"):
         Initializer(NF4(), Optimal(), 2, schedule=ProjQ())(problem.weight, problem.statistics)
     with pytest.raises(ConfigurationError, match="needs held-out tokens, which only asymmetric inputs have"):
         initializer(RECIPES["best-joint"], NF4(), 2)(problem.weight, problem.statistics)

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import quailora
-from quailora import Quantizer, Uniform
-from quailora.cli.arguments import taken_components
+from quailora import NF4, Quantizer, Uniform
+from quailora.cli.arguments import arguments_of, taken_components
 from quailora.cli.commands import COMMANDS
 from quailora.cli.commands.compare import compare as compare_command
 from quailora.cli.commands.evaluate import evaluate as evaluate_command
@@ -34,9 +34,9 @@ def test_components_are_taken_out_where_they_are_meant():
     typed, rest = taken_components(options, ["nf4", "--quantizer", "gptq", "--quantizer.bits", "3", "--rank", "4"])
     assert rest == ["nf4", "--rank", "4"]
     assert typed == {"quantizer": ("gptq", ("--quantizer.bits", "3")), "solver": (None, ())}
-    typed, rest = taken_components(options, ["--quantizer.symmetric", "nf4", "--solver=svd", "--no_quantizer.mse"])
+    typed, rest = taken_components(options, ["--quantizer.symmetric", "nf4", "--solver=svd", "--no-quantizer.mse"])
     assert rest == ["nf4"]
-    assert typed == {"quantizer": (None, ("--quantizer.symmetric", "--no_quantizer.mse")), "solver": ("svd", ())}
+    assert typed == {"quantizer": (None, ("--quantizer.symmetric", "--no-quantizer.mse")), "solver": ("svd", ())}
     with pytest.raises(ConfigurationError, match="Expected a value for --solver, got ''"):
         taken_components(options, ["--solver"])
 
@@ -110,6 +110,16 @@ def test_a_file_that_cannot_be_meant_is_refused(run, tiny_llama, tmp_path, conte
     assert status in {1, 2}
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+def test_options_are_spelled_with_either_dash(dash):
+    words = ["demo", "--out", "a_b", "--save_base", "--no_overwrite", "--no_quantizer.double_quantization"]
+    words += ["--quantizer.block_size", "128", "--base_format=auto"]
+    typed = [word.replace("_", dash) if word.startswith("--") else word for word in words]
+    found = arguments_of("init", init_command, typed)
+    assert (found["out"], found["save_base"], found["overwrite"]) == ("a_b", True, False)
+    assert found["quantizer"].made("quantizer") == NF4(block_size=128, double_quantization=False)
 
 
 @pytest.mark.parametrize(

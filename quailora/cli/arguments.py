@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -44,6 +45,7 @@ def arguments_of(command: str, function: Callable[..., Any], words: Sequence[str
     # first and become objects when the command runs. What is left are plain values, of which files give the defaults.
     parameters = signature(function).parameters
     defaults = {name: each.default for name, each in parameters.items() if "Component" in str(each.annotation)}
+    words = [dashed(word) for word in words]
     files, words = taken("config", words)
     typed, words = taken_components(defaults.keys(), words)
     check_values(words)
@@ -59,6 +61,12 @@ def arguments_of(command: str, function: Callable[..., Any], words: Sequence[str
     given = [f"--config={json.dumps(written)}"] if written else []
     found = parser.parse_args([*given, *words])
     return {name: found[name] for name in parameters} | chosen
+
+
+def dashed(word: str) -> str:
+    """Return an option as the parsers know it, with dashes between the words of its name; other words as they are."""
+    name, mark, rest = re.fullmatch(r"([^.=]*)([.=]?)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr] # always
+    return name.replace("_", "-") + mark + rest if word.startswith("--") else word
 
 
 def taken(option: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -94,12 +102,12 @@ def taken_components(options: Collection[str], words: Sequence[str]) -> tuple[Ty
     left = iter(words)
     for word in left:
         flag, equals, value = word.partition("=")
-        option, _, field = flag.removeprefix("--no_").removeprefix("--").replace("-", "_").partition(".")
+        option, _, field = flag.removeprefix("--no-").removeprefix("--").replace("-", "_").partition(".")
         if not flag.startswith("--") or option not in names:
             rest.append(word)
             continue
         if not equals and field not in {"", "help"} and is_switch(option, field):
-            fields[option].append(word)
+            fields[option].append(flag.replace("_", "-"))
             continue
         value = value if equals else next(left, "")
         if not value or (value in _EMPTY and not (field and may_be_none(option, field))):
@@ -109,7 +117,7 @@ def taken_components(options: Collection[str], words: Sequence[str]) -> tuple[Ty
             print(component_help(option, class_of(option, value)))  # noqa: T201 # what was asked for
             raise SystemExit(0)
         if field:
-            fields[option] += [word] if equals else [word, value]
+            fields[option] += [flag.replace("_", "-"), value]
         else:
             import_for(value)
             names[option] = value

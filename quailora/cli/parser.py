@@ -35,7 +35,7 @@ class Parser(ArgumentParser):
         dashed = args[0].replace("_", "-")
         if kwargs.get("type") is bool:
             switch = {key: value for key, value in kwargs.items() if key != "type"}
-            return super().add_argument(dashed, action=ActionYesNo, **switch)
+            return super().add_argument(dashed, action=ActionYesNo(no_prefix="no-"), **switch)
         if "Component" in f"{kwargs.get('type')} {getattr(kwargs.get('action'), '_typehint', '')}":
             if dashed.endswith(".help"):  # jsonargparse adds it for some types only
                 return super().add_argument(dashed, type=str, help=SUPPRESS)
@@ -48,8 +48,8 @@ class Parser(ArgumentParser):
         if args[1:] == (f"{args[0]}+",):  # a list, which jsonargparse would take as YAML or item by item
             listed: dict[str, Any] = {"help": kwargs.get("help"), "default": list(kwargs["default"])}
             item = type(next(iter(kwargs["default"]), ""))
-            return super().add_argument(*dict.fromkeys((dashed, args[0])), type=item, nargs="+", **listed)
-        return super().add_argument(*dict.fromkeys((dashed, *args)), **kwargs)
+            return super().add_argument(dashed, type=item, nargs="+", **listed)
+        return super().add_argument(dashed, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong in one line, in place of the usage of every option, and exit with status 2."""
@@ -60,7 +60,7 @@ class Parser(ArgumentParser):
 def command_parser(name: str, function: Callable[..., Any]) -> Parser:
     """Return the parser of a command: positional parameters are words, keywords are options."""
     summary = (getdoc(function) or "").partition("\n\nArgs:")[0]
-    parser = Parser(prog=f"quailora {name}", description=summary)
+    parser = Parser(prog=f"quailora {name}", description=summary, print_config=None)
     parser.add_argument("--config", action="config", help=_CONFIG)
     parser.add_argument("--plugin", type=str, metavar="MODULE", help=_PLUGIN)  # for the help: taken out before
     parser.add_function_arguments(function, as_group=False, as_positional=True)
@@ -69,7 +69,8 @@ def command_parser(name: str, function: Callable[..., Any]) -> Parser:
 
 def component_parser(option: str, cls: type[Any]) -> Parser:
     """Return the parser of the fields of a class, such as `--quantizer.bits 3`, and of `--config` for all of them."""
-    parser = Parser(prog=f"quailora init --{option}.help {short_name(cls) or class_path(cls)}")
+    see = f"quailora init --{option}.help {short_name(cls) or class_path(cls)}"
+    parser = Parser(prog=see, print_config=None)
     parser.add_class_arguments(cls, option)
     parser.add_argument("--config", action="config", help=SUPPRESS)
     return parser

@@ -24,7 +24,7 @@ from quailora.errors import CalibrationError, ConfigurationError
 from quailora.layer.asymmetric import initialize_asymmetric
 from quailora.methods.recipes import RECIPES, find_recipe
 from quailora.quantizers.variants import with_feedback, with_least_error
-from quailora.schedules import Alternate, HeldOut, Once, ProjQ, Schedule
+from quailora.schedules import SRR, Alternate, HeldOut, Once, ProjQ, Schedule
 from quailora.schedules.layer import QuantizedLayer, Validation
 from quailora.schedules.magr import MagR, onto_l1_ball, reduced
 from quailora.schedules.projq import deflated
@@ -199,6 +199,35 @@ def test_alternation_by_hand(start):
     alternating = Initializer(base, SVD(), 3, "identity", Alternate(rounds=1, start=start))
     layer = alternating(weight, problem.statistics)
     assert layer.low_rank.error == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "base"),
+    [
+        (Alternate(5), GPTQ(2, 16)),
+        (Alternate(5, start="low-rank"), GPTQ(2, 16)),
+        (Alternate(5, start="outliers"), GPTQ(2, 16)),
+        (SRR(), Uniform(2, 16)),
+    ],
+    ids=repr,
+)
+def test_the_best_iterate_is_kept(schedule, base):
+    """Of all that the schedule has solved for; on layers where that is not always the same one, nor the last one."""
+    solve = partial(Optimal().minimise, rank=4)
+    best = []
+    for problem in (*(make_problem(24, 64, "decaying", seed=seed) for seed in range(4)), planted()):
+        layer, errors = QuantizedLayer.of(base, problem.weight, problem.statistics), {}
+
+        def solve_and_note(objective, errors=errors):
+            correction = solve(objective)
+            errors.setdefault(objective, correction.error)
+            return correction
+
+        chosen = schedule.choose(layer, solve_and_note, 4)
+        iterates = list(errors.values())
+        assert solve(chosen.objective).error == pytest.approx(min(iterates))
+        best.append(iterates.index(min(iterates)) - len(iterates))
+    assert len(set(best)) > 1
 
 
 def test_the_feedback_does_not_see_what_the_correction_repairs():

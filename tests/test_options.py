@@ -100,6 +100,20 @@ def test_empty_options_in_a_file_are_left_out(run, tiny_llama, tmp_path, option)
         (b"quantizer: {class_path: gptq, init_args: [3]}", "as a mapping under init_args, got [3]"),
         (b"rank: 4 # \xf2", "Expected YAML in UTF-8 in the configuration file"),
         (b"rank: [", "run.yaml"),
+        (b"rnak: 4", "Expected options of init in the configuration file, got 'rnak'. Did you mean rank?"),
+        (
+            b"plugin: os",
+            "Expected options of init in the configuration file, got 'plugin'. Pass it on the command line.",
+        ),
+        (b"targets: q_proj", "Expected a list for targets in the configuration file, such as [q_proj], got 'q_proj'."),
+        (
+            b"quantizer: {init_args: {bits: 3}}",
+            "as a name, or as a mapping of class_path and init_args, got {'init_args'",
+        ),
+        (
+            b"quantizer: {class_path: gptq, init_args: {bis: 3}}",
+            "Expected fields of GPTQ in the configuration file (bits,",
+        ),
         (b"- rank", "Expected options and their values in the configuration file"),
     ],
     ids=str,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
+from difflib import get_close_matches
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def arguments_of(command: str, function: Callable[..., Any], words: Sequence[str
     written: dict[str, Any] = {}
     for file in files:
         written |= read_file(Path(file))
+    check_written(command, written, parameters)
     chosen = {
         name: merged(name, default, component_in_file(name, written.pop(name, None)), *typed[name])
         for name, default in defaults.items()
@@ -134,7 +136,7 @@ def merged(
     """
     chosen = written or default
     if name is not None:
-        chosen = component_in_file(option, get_loader("yaml")(name)) if name.startswith("{") else Component(name)
+        chosen = component_in_file(option, content_of(name, f"--{option}")) if name.startswith("{") else Component(name)
     if chosen is None and words:
         raise ConfigurationError(
             f"Expected --{option} with the name of a {option} before {words[0]}, got the field only."
@@ -171,16 +173,42 @@ def read_file(file: Path) -> dict[str, Any]:
         ConfigurationError: if there is no such file, or it is no YAML in UTF-8 with options and their values.
     """
     try:
-        content = get_loader("yaml")(file.expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        told = " ".join(str(error).split())
-        raise ConfigurationError(f"Expected YAML in UTF-8 in the configuration file {file}: {told}.") from error
+        text = file.expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"Expected YAML in UTF-8 in the configuration file {file}: {error}.") from error
+    content = content_of(text, f"the configuration file {file}")
     if not isinstance(content, dict):
         raise ConfigurationError(
             f"Expected options and their values in the configuration file {file}, such as rank: 16, got "
             f"{content!r:.80}."
         )
     return {str(name).replace("-", "_"): value for name, value in content.items() if value is not None}
+
+
+def content_of(text: str, where: str) -> Any:
+    """Return what a text in YAML holds.
+
+    Raises:
+        ConfigurationError: if it is no YAML.
+    """
+    try:
+        return get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"Expected YAML in UTF-8 in {where}: {' '.join(str(error).split())}.") from error
+
+
+def check_written(command: str, written: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> None:
+    """Raise a `ConfigurationError` if configuration files have what is no option, or a single value for a list."""
+    for name, value in written.items():
+        if name not in parameters:
+            near = get_close_matches(name, parameters, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = " Pass it on the command line." if name in {"plugin", "config"} else hint
+            raise ConfigurationError(f"Expected options of {command} in the configuration file, got {name!r}.{hint}")
+        if "Sequence[" in str(parameters[name].annotation) and not isinstance(value, list):
+            raise ConfigurationError(
+                f"Expected a list for {name} in the configuration file, such as [{value}], got {value!r}."
+            )
 
 
 def check_values(words: Sequence[str]) -> None:

@@ -99,6 +99,8 @@ class LoraScaling:
 
 def pattern_key(pattern: Mapping[str, object], name: str) -> str:
     """Return the first key of a pattern that means a layer, found by PEFT's own rule; the name itself if none does."""
+    # PEFT matches a key as a regular expression for the end of a name. Its own function is asked, so that ranks here
+    # are the ranks that PEFT will give.
     from peft.utils.other import get_pattern_key
 
     key: str = get_pattern_key(tuple(pattern), name)
@@ -240,6 +242,9 @@ class ExpertStack:
 
     def tensors(self, factors: Sequence[Factors]) -> dict[str, Tensor]:
         """Return the two tensors of an adapter file from the factors of each member."""
+        # PEFT takes lora_A as (experts, rank, in) and lora_B as (out, rank, experts), and multiplies for each expert e
+        # lora_B[:, :, e] @ lora_A[e]. Flattened, the rows of lora_A stand expert after expert, and the columns of
+        # lora_B count experts fastest.
         return {
             f"{self.place}.lora_A.weight": torch.cat([pair.lora_A for pair in factors]),
             f"{self.place}.lora_B.weight": torch.stack([pair.lora_B for pair in factors], dim=-1).flatten(1),

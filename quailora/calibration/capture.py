@@ -103,6 +103,8 @@ def arithmetic(model: Any, dtype: CalibrationDtype) -> AbstractContextManager[An
     Autocast rounds weights and activations inside each product and keeps the rest, the residual stream among it, in
     the model's own dtype. The weights themselves stay as they are.
     """
+    # Grams are formed outside of this context in float32, so that bfloat16 rounds what layers see and not what is kept
+    # of it.
     device = execution_device(model).type
     rounded = dtype == "bfloat16" or (
         dtype == "auto" and model.dtype == torch.float32 and device == "cpu" and has_bfloat16()

@@ -48,6 +48,8 @@ class EmptyWeights(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch 
 
     @staticmethod
     def _on_shapes(func: Any, args: Any, named: dict[str, Any], *, stays: bool) -> Any:
+        # A number that is read from a weight without data is taken for zero. Writing into an activation changes nothing
+        # that is looked at later. Everything else runs on "meta", which knows shapes and dtypes only.
         if func is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001 # `item` and `bool`
             return torch.zeros((), dtype=args[0].dtype).item()
         if func._schema.is_mutable and not stays:  # noqa: SLF001 # what is written does not matter

@@ -60,6 +60,8 @@ class Parser(ArgumentParser):
 def command_parser(name: str, function: Callable[..., Any]) -> Parser:
     """Return the parser of a command: positional parameters are words, keywords are options."""
     summary = (getdoc(function) or "").partition("\n\nArgs:")[0]
+    # `--plugin` is taken out before anything is parsed, because what it imports decides which names are valid. It is
+    # added for the help alone.
     parser = Parser(prog=f"quailora {name}", description=summary, print_config=None)
     parser.add_argument("--config", action="config", help=_CONFIG)
     parser.add_argument("--plugin", type=str, metavar="MODULE", help=_PLUGIN)  # for the help: taken out before
@@ -151,6 +153,7 @@ def as_options(message: str, commands: Sequence[Callable[..., Any]]) -> str:
         message: what the library says.
         commands: what commands call, whose parameters are the arguments; those of the first count most.
     """
+    # Later entries win, so the functions are gone through backwards: the command that runs is the first of them.
     known = {name: one for function in commands[::-1] for name, one in signature(function).parameters.items()}
 
     def spelled(found: re.Match[str]) -> str:

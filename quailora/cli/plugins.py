@@ -52,6 +52,8 @@ def add_recipes(words: Sequence[str], written: Mapping[str, Any]) -> None:
     Raises:
         ConfigurationError: if there is no such package, or no such recipe in it.
     """
+    # What is typed may import a package, because the user has named it. What a file names may not: files come from
+    # others.
     for name in filter(is_foreign, typed_recipes(words)):
         import_module(name.partition(":")[0], f"in {name}")
         add_recipe(name)

@@ -204,6 +204,7 @@ def draw_blocks(axes: Axes, rows: Sequence[Row]) -> None:
     for index, row in enumerate(rows):
         blocks: dict[int, list[float]] = {}
         for layer in row.layers:
+            # The first number in the name of a layer is that of its block; layers outside of all blocks come first.
             number = re.search(r"\.(\d+)\.", layer.name)
             blocks.setdefault(int(number.group(1)) if number else -1, []).append(layer.relative_error)
         means = [sum(errors) / len(errors) for errors in blocks.values()]

@@ -131,6 +131,8 @@ class Comparison:
 
         None for rows without an adapter, and where int8 was not measured or there is no finite gap.
         """
+        # 0 is the base alone and 1 is int8, which is close to full precision. A row can be below 0,
+        # or above 1 where it has learned the text.
         of = {each.name: each.scores[text].perplexity for each in self.rows}
         gap = of["base alone"] - of.get("int8", of["base alone"])
         if not row.recipe or not 0 < gap < math.inf:

@@ -266,6 +266,8 @@ def self_product(matrix: Float[Tensor, "tokens in_features"]) -> Float[Tensor, "
     Only blocks up to the diagonal are multiplied; the others are mirrored. Products with `out` are not autocast, so a
     model that computes in bfloat16 around this one does not round them.
     """
+    # Block column by block column: four blocks to a side make ten products of sixteen, which is 5/8 of the work. Narrow
+    # inputs have fewer blocks, since small products do not fill a processor.
     columns = matrix.shape[1]
     product = matrix.new_empty(columns, columns)
     size = max(_LEAST_BLOCK, -(-columns // _BLOCKS))

@@ -70,6 +70,9 @@ class Difference:
         """Return the loss of the first less that of the second, paired by window: below zero, the first is better."""
         from scipy import stats  # takes a second to load
 
+        # Windows differ in difficulty far more than variants differ on a window. The difference of both losses on the
+        # same window takes the difficulty out, and Student's t says how far the mean of a few such differences can be
+        # off.
         pairs = zip(first.losses, second.losses, strict=True)
         test = stats.ttest_1samp([a - b for a, b in pairs], 0.0)
         interval = test.confidence_interval(0.95)
@@ -186,5 +189,6 @@ def score(
     for log_p, part, following in zip(*(torch.split(rows, _TOKENS) for rows in (expected, logits, ids)), strict=True):
         log_q = log_probabilities(part)
         loss += functional.nll_loss(log_q, following, reduction="sum").item()
+        # KL(p || q) = sum_x p(x) (ln p(x) - ln q(x)), from logarithms on both sides, which do not underflow.
         apart += functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
     return loss / len(ids), apart / len(ids)

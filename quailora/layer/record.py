@@ -88,6 +88,7 @@ class LayerRecord:
 
 def mean_bits(layers: Sequence[LayerRecord]) -> float:
     """Return the stored bits per weight over all layers together."""
+    # Weighted by size: a mean over layers would count a small gate as much as a large projection.
     sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
     return sum(size * layer.bits_per_weight for size, layer in zip(sizes, layers, strict=True)) / sum(sizes)
 

@@ -188,6 +188,7 @@ def is_meant(layer: Layer, target: str) -> bool:
 
 def matches_target(name: str, target: str) -> bool:
     """Return whether a target is the name, its ending at a dot, or a regular expression for the whole name."""
+    # As PEFT reads `target_modules`: a list of endings, or a regular expression for whole names.
     if name == target or name.endswith(f".{target}"):
         return True
     try:

@@ -94,6 +94,8 @@ def correction(files: LayerFiles, base: LiveBase, layer: WrappedLayer, stored: Q
             f"The weight is of shape {tuple(weight.shape)} in {files.path!r} and of shape {stored.shape} in the "
             "quantized model. These are two different models."
         )
+    # min |W - Q - C| over C of rank r is the truncated singular value decomposition of W - Q (Eckart-Young). The seed
+    # is for directions without error, which start as in plain LoRA.
     with seeded(layer.name, 0):
         return SVD().solve(difference(weight, stored), Identity(), layer.rank).factors
 

@@ -69,6 +69,7 @@ class QuantizedWeight(ABC):
         return self._hash(self.rounded())
 
     def _hash(self, without: Collection[str]) -> str:
+        # Names, shapes and dtypes are part of the hash, so that the same bytes in another format are another weight.
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())

@@ -123,6 +123,7 @@ def with_scales(stored: FourBitWeight, scales: Float[Tensor, " blocks"]) -> Four
     """Return a weight with the same codes and other scales, stored as bitsandbytes stores its own."""
     from bitsandbytes.functional import QuantState, quantize_blockwise
 
+    # bitsandbytes stores 8-bit scales around their mean: offset, 8-bit codes of the differences, and scales of these.
     state, nested = stored.state, {}
     if state.nested:
         nested["offset"] = scales.mean()

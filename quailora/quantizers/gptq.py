@@ -248,6 +248,8 @@ def sweep(
 
 def cut(start: int, stop: int, run: int, limit: int) -> Iterator[tuple[int, int]]:
     """Cut a range into pieces of at most `limit` that are whole runs, or divide a run."""
+    # Runs of 64 under a limit of 128 make pieces of 128. A run of 192 does not fit: the largest divisor below the
+    # limit, 96, cuts it into equal pieces, so that no piece contains the end of a run.
     width = run * (limit // run) or next(width for width in range(limit, 0, -1) if run % width == 0)
     for first in range(start, stop, width):
         yield first, min(first + width, stop)

@@ -97,6 +97,7 @@ class Grid:
 
     def encode(self, weight: Float[Tensor, "out_features *columns"]) -> Float[Tensor, "out_features *columns"]:
         """Return the code of the nearest level, as an integer held in float32. Shapes must broadcast."""
+        # The zero point is an integer, so rounding before it is added gives the nearest level.
         return ((weight / self.scale).round() + self.zero_point).clamp(0, 2**self.bits - 1)
 
     def decode(self, codes: Float[Tensor, "out_features *columns"]) -> Float[Tensor, "out_features *columns"]:
@@ -166,6 +167,9 @@ class GridWeight(QuantizedWeight):
         group_index: Int[Tensor, " in_features"] | None = None,
     ) -> GridWeight:
         """Pack codes and the grid of each group; leave out zero points and group indices that are implied."""
+        # A symmetric grid has all zero points in the middle, and consecutive groups follow from their size. What is
+        # implied is not stored, so that bits a weight count what a checkpoint would hold, and equal weights have equal
+        # hashes.
         zero_point = None
         if not bool((grid.zero_point == 2 ** (grid.bits - 1)).all()):
             zero_point = pack(grid.zero_point.to(torch.uint8), grid.bits)

@@ -119,6 +119,8 @@ class BaseIdentity:
     def is_same(self, other: BaseIdentity, *, exactly: bool = False) -> bool:
         """Return whether the other base is this one, up to what threads and devices change, or exactly."""
         hashes_only = not (self.sketch and other.sketch)
+        # Equal hashes of everything decide at once. Otherwise the codes have to be equal where both are known, and the
+        # sketches have to agree up to what threads and devices change in the scales.
         if self.exact and other.exact and (exactly or hashes_only or self.exact == other.exact):
             return self.exact == other.exact
         return (self.codes == other.codes or not other.codes) and self.distance(other) < _SAME
@@ -135,6 +137,7 @@ def sketch(quantized: Float[Tensor, "out_features in_features"], norm: float) ->
 
 def signs(size: int) -> Float[Tensor, "size numbers"]:
     """Return random signs, always the same ones for a size."""
+    # Drawn on the processor from a generator of their own: integers are the same on every machine and in every process.
     generator = torch.Generator().manual_seed(size)
     return torch.randint(0, 2, (size, _NUMBERS), generator=generator).float() * 2 - 1
 

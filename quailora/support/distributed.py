@@ -48,6 +48,8 @@ def process_group(device: str) -> Iterator[None]:
                 f"Try torchrun --nproc-per-node {gpus}, or `device='cpu'`."
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Sums of statistics are on the devices and go over NCCL; names, layers and barriers are on the processors and go
+    # over Gloo.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield

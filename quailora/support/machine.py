@@ -42,6 +42,7 @@ def memory_available(limit: str | None, device: str = "cpu") -> int:
     Raises:
         ConfigurationError: if the limit cannot be read.
     """
+    # A fifth is left for what is not counted: the allocator's fragments, other processes, the file cache.
     return parse_size(limit) if limit is not None else free_memory(device) * 4 // 5
 
 
@@ -95,6 +96,8 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> int:
     """Return the most bytes of memory that were resident: since the last reset on Linux, of this process elsewhere."""
+    # Linux counts the peak of resident memory (VmHWM) and can start again; elsewhere the peak is since the process
+    # started.
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):

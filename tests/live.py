@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.gptq import GPTQLoraLinear
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -78,6 +79,16 @@ def hqq_layer(linear: nn.Module) -> nn.Module:
 
 def packed_layer(weight: Tensor, version: int = 2) -> PackedLinear:
     return PackedLinear(Uniform(bits=4, group_size=32).quantize(weight).packed(), 4, version)
+
+
+def saved_hqq(folder: Path, to: Path) -> Path:
+    """Save the model in a folder as hqq saves it, with the layers of `live_model`."""
+    model = live_model("hqq", folder)
+    to.mkdir()
+    save_file(model.state_dict(), to / "model.safetensors")
+    model.config.quantization_config = {"quant_method": "hqq", "quant_config": {}, "skip_modules": ["lm_head"]}
+    model.config.save_pretrained(to)
+    return to
 
 
 def own_weight(kind: str, module: nn.Module) -> Tensor:

@@ -7,12 +7,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from families import save_llama
-from live import KINDS, hqq_layer, live_model, own_weight, packed_layer
+from live import KINDS, PackedLinear, hqq_layer, live_model, own_weight, packed_layer
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quailora.bases.live import LiveBase, kind_of, live_weight
+from quailora import FP4, NF4, Int8, Uniform
+from quailora.bases.live import LiveBase
+from quailora.bases.live_weights import kind_of, live_weight
 from quailora.errors import ModelError, NumericalWarning
 from quailora.models.layers import linear_layers
 
@@ -26,7 +28,7 @@ def folder(tmp_path_factory, tokenizer):
 def test_a_live_base_has_the_weights_of_its_layers(kind, folder):
     model = live_model(kind, folder)
     base = LiveBase(model)
-    assert base.name == str(folder)
+    assert base.title == str(folder)
     assert base.layers == linear_layers(AutoModelForCausalLM.from_pretrained(folder)).keys()
     for name in base.layers:
         found, expected = base.weight(name, torch.float32), own_weight(kind, model.get_submodule(name))
@@ -58,7 +60,7 @@ def test_layers_inside_an_adapter_keep_their_names(kind, folder):
     targets = ["q_proj", "down_proj"]
     adapted = LiveBase(get_peft_model(live_model(kind, folder), LoraConfig(target_modules=targets)))
     assert adapted.layers == plain.layers
-    assert adapted.name == plain.name
+    assert adapted.title == plain.title
     for name in plain.layers:
         assert adapted.weight(name, torch.float32).digest == plain.weight(name, torch.float32).digest
 
@@ -93,11 +95,32 @@ def without_a_kernel(layer):
     return layer
 
 
-@pytest.mark.parametrize("damage", [rearranged, without_a_kernel])
+def after_its_first_run(layer):
+    layer.qweight = layer.qweight.view(torch.uint8)
+    return layer
+
+
+@pytest.mark.parametrize("damage", [rearranged, without_a_kernel, after_its_first_run])
 def test_layers_whose_kernel_rearranged_their_codes_are_refused(damage, generator):
     layer = damage(packed_layer(torch.randn(64, 96, generator=generator)))
     with pytest.raises(ModelError, match=r"kernel seems to have rearranged them.*gptq_torch"):
         live_weight(layer, torch.float32)
+
+
+class RearrangingLinear(PackedLinear):
+    """Changes its codes when it runs, as fast kernels of gptqmodel do."""
+
+    def forward(self, inputs):
+        outputs = super().forward(inputs)
+        self.qweight.zero_()
+        return outputs
+
+
+def test_reading_a_layer_does_not_run_it(generator):
+    packed = Uniform(bits=4, group_size=32).quantize(torch.randn(64, 96, generator=generator)).packed()
+    layer = RearrangingLinear(packed, 4)
+    first = live_weight(layer, torch.float32)
+    assert live_weight(layer, torch.float32).digest == first.digest
 
 
 def four_bit():
@@ -156,3 +179,30 @@ def test_errors_name_the_layer(folder):
     model.model.layers[1].mlp.up_proj.scales[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"Layer model.layers.1.mlp.up_proj: Expected finite numbers in scales"):
         LiveBase(model).weight("model.layers.1.mlp.up_proj", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "quantizer"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, NF4()),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, FP4(double_quantization=False)),
+        ({"load_in_8bit": True}, Int8()),
+    ],
+)
+def test_a_live_base_tells_what_made_it(config, quantizer, folder, tmp_path):
+    """The quantizer, if it was quantized while it was loaded; else the place that it was loaded from."""
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**config))
+    assert (LiveBase(model).quantizer, LiveBase(model).checkpoint) == (quantizer, None)
+    with torch.no_grad():
+        model.eval()(torch.arange(32)[None])
+    assert LiveBase(model).quantizer == quantizer
+    model.save_pretrained(tmp_path)
+    stored = LiveBase(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert (stored.quantizer, stored.checkpoint) == (None, str(tmp_path))
+    assert stored.layers == LiveBase(model).layers
+
+
+@pytest.mark.parametrize("kind", ["gptq", "hqq", "torchao"])
+def test_other_packages_leave_no_trace_of_what_made_a_base(kind, folder):
+    base = LiveBase(live_model(kind, folder))
+    assert (base.quantizer, base.checkpoint) == (None, None)

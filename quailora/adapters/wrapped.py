@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.objective import Factors
 from ..errors import ArgumentTypeError, ConfigurationError, NumericalWarning, TargetError
-from .lora import divided
+from .lora import LoraScaling, divided
 
 CHANGED_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 """Beginnings of PEFT's `init_lora_weights` that take the start of the adapter out of the weights of the base."""
@@ -64,6 +65,15 @@ class WrappedLayer:
         """`(out_features, in_features)` by the factors, which also packed layers have."""
         lora_B, lora_A = self.parameters
         return len(lora_B), lora_A.shape[1]
+
+    def materialize(self) -> None:
+        """Give factors that have no data yet, as with PEFT's `low_cpu_mem_usage`, some beside the layer inside."""
+        if self.parameters.lora_A.is_meta:
+            tensors = (*self.base.parameters(), *self.base.buffers())
+            device = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+            for factors in (self.module.lora_A, self.module.lora_B):
+                factors[self.adapter].to_empty(device=device)
+            self.restore(Factors(*(torch.zeros_like(factor) for factor in self.parameters)))
 
     @torch.no_grad()
     def kept(self) -> Factors:
@@ -128,6 +138,7 @@ def wrapped_layers(model: Any, adapter: str) -> dict[str, WrappedLayer]:
                 f"Expected an adapter of linear layers, got one in {name}, which is a convolution or a fused parameter "
                 "of experts. Leave it out of target_modules and target_parameters."
             )
+        layer.materialize()
         found[name] = layer
     if not found:
         raise TargetError(
@@ -181,10 +192,10 @@ def check_plain(layer: WrappedLayer) -> None:
             f"{layer.name}. Call unmerge_adapter() first."
         )
     for factor in layer.parameters:
-        if factor.is_meta or factor.numel() == 0:
+        if factor.numel() == 0:
             raise ConfigurationError(
-                f"Expected the factors of {layer.name} in memory, got some without data or split over processes. "
-                "Initialize the adapter before the trainer prepares the model for sharding."
+                f"Expected the factors of {layer.name} whole, got some that are split over processes. Initialize the "
+                "adapter before the trainer prepares the model for sharding."
             )
 
 
@@ -208,3 +219,67 @@ def trained(layers: Mapping[str, WrappedLayer]) -> list[str]:
 
 def _any(factor: Tensor) -> Tensor:
     return factor.detach().ne(0).any()
+
+
+def scaling_of(layers: Mapping[str, WrappedLayer], config: Any) -> LoraScaling:
+    """Return the ranks and alphas that layers have, in the words of their configuration where these are still true.
+
+    Args:
+        layers: layers of one adapter.
+        config: PEFT's configuration of it.
+
+    Raises:
+        ConfigurationError: if a factor is not positive, or far from any in use.
+    """
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    stated = LoraScaling(
+        config.r, float(config.lora_alpha), bool(config.use_rslora), ranks, {key: float(alphas[key]) for key in alphas}
+    )
+    unused = set(stated.unused_patterns(layers))
+    stated = replace(
+        stated,
+        rank_pattern={key: rank for key, rank in ranks.items() if key not in unused},
+        alpha_pattern={key: alpha for key, alpha in stated.alpha_pattern.items() if key not in unused},
+    )
+    found = {name: (layer.rank, layer.scale) for name, layer in layers.items()}
+    if all((stated.rank_of(name), stated.scale_of(name)) == own for name, own in found.items()):
+        return stated
+    return LoraScaling(  # somebody has changed the layers since they were made
+        stated.rank,
+        stated.alpha,
+        stated.rslora,
+        {name: rank for name, (rank, _) in found.items()},
+        {name: stated.alpha_for(rank, scale) for name, (rank, scale) in found.items()},
+    )
+
+
+@contextmanager
+def unwrapped(model: Any) -> Iterator[Any]:
+    """Yield the model inside a `PeftModel` with its own layers in the places of PEFT's, for a `with` statement.
+
+    Args:
+        model: a `PeftModel`, which is whole again afterwards.
+    """
+    plain = model.get_base_model()
+    replaced: dict[str, nn.Module] = {}
+    try:
+        for name, module in list(plain.named_modules(remove_duplicate=False)):
+            inner = inner_of(module)
+            if inner is not None and not any(name.startswith(f"{outer}.") for outer in replaced):
+                plain.set_submodule(name, inner)
+                replaced[name] = module
+        yield plain
+    finally:
+        for name, module in replaced.items():
+            plain.set_submodule(name, module)
+
+
+def inner_of(module: Any) -> nn.Module | None:
+    """Return the layer that a layer of PEFT stands for in the model without adapters; None for all other modules."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        inner: nn.Module = module.original_module
+        return inner
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else None

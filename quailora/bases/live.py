@@ -1,248 +1,24 @@
-"""Quantized layers of a model in memory: the weights that bitsandbytes, GPTQ, AWQ, HQQ and torchao hold there.
-
-Each kind of layer gives the tensors that a checkpoint would hold, and the reader of that kind of checkpoint makes the
-weight of them. A layer is recognised by its class where its package is imported already, so nothing is imported here,
-and otherwise by the tensors that it holds.
-"""
+"""The quantized layers of a model in memory, as a base that adapters can be made for."""
 
 from __future__ import annotations
 
-import copy
-import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import ModelError, NumericalError, NumericalWarning
-from ..models.weights import resident
-from ..quantizers import QuantizedWeight
-from ..quantizers.base import check_finite
-from .awq import read_awq
-from .bitsandbytes import read_bitsandbytes
-from .gptq import read_gptq
-from .hqq import read_hqq
-from .torchao import read_torchao
-
-Kind = Literal["bitsandbytes", "gptq", "awq", "hqq", "torchao"]
+from ..errors import ModelError, NumericalError
+from ..models.quantized import quantization_of
+from ..quantizers import FP4, NF4, Int8, QuantizedWeight, Quantizer
+from .live_weights import kind_of, live_weight
 
 _INNER = "base_layer"
 """The attribute in which layers of PEFT hold the layer that they wrap."""
 
-_CLASSES: dict[Kind, tuple[str, tuple[str, ...]]] = {
-    "bitsandbytes": ("bitsandbytes.nn", ("Linear4bit", "Linear8bitLt")),
-    "hqq": ("hqq.core.quantize", ("HQQLinear",)),
-}
-"""By kind, the module of its package and the classes in it that hold quantized weights."""
-
-_PROBES = 4
-_AGREEMENT = 0.1  # relative; kernels in float16 and bfloat16 stay below 0.02, rearranged codes give about 1
-
-
-def kind_of(module: nn.Module) -> Kind | None:
-    """Return which package's quantized layer a module is; None for every other module, linear layers among them."""
-    for kind, (package, names) in _CLASSES.items():
-        imported = sys.modules.get(package)
-        if imported is not None and isinstance(module, tuple(getattr(imported, name) for name in names)):
-            return kind
-    tensors = dict(module.named_buffers(recurse=False)) | dict(module.named_parameters(recurse=False))
-    if {"qweight", "qzeros", "scales"} <= tensors.keys():
-        # The words of AutoGPTQ run along the inputs, so that each output has a column; those of AutoAWQ do not.
-        by_output = tensors["qweight"].shape[-1] == tensors["scales"].shape[-1]
-        return "gptq" if by_output or "g_idx" in tensors else "awq"
-    weight = tensors.get("weight")
-    return "torchao" if weight is not None and type(weight.data).__module__.startswith("torchao.") else None
-
-
-def live_weight(
-    module: nn.Module, dtype: torch.dtype, device: torch.device | str | None = None
-) -> QuantizedWeight | None:
-    """Return the weight of a quantized layer as the layer computes with it.
-
-    Args:
-        module: `Linear4bit` or `Linear8bitLt` of bitsandbytes, a layer of GPTQ or AWQ with `qweight`, `qzeros` and
-            `scales`, hqq's `HQQLinear`, or a linear layer whose weight is a tensor of torchao.
-        dtype: the dtype that the dequantized weight shall have.
-        device: the device that the weight is read to; by default the one that it is on.
-
-    Returns:
-        The weight, or None for a module that is no such layer.
-
-    Raises:
-        ModelError: if the layer is not quantized yet, its tensors are damaged or of a format that is not read here, or
-            a kernel has rearranged them.
-        NumericalError: if the weight is not finite.
-    """
-    kind = kind_of(module)
-    if kind is None:
-        return None
-    with torch.no_grad(), resident(module):
-        tensors = _TENSORS[kind](module)
-        if any(tensor.is_meta for tensor in tensors.values()):
-            raise ModelError("Expected a layer whose tensors are in memory, got one without data (on the device meta).")
-        found = {name: tensor if device is None else tensor.to(device) for name, tensor in tensors.items()}
-        weight: QuantizedWeight = _READERS[kind](found, _config(module), dtype)
-        check_finite(weight.dequantize())
-        if kind in ("gptq", "awq"):
-            check_order(module, weight)
-    return weight
-
-
-def bitsandbytes_tensors(module: Any) -> dict[str, Tensor]:
-    """Return the tensors of a layer of bitsandbytes in 4 or 8 bits, with their names in a checkpoint.
-
-    Raises:
-        ModelError: if the layer still has, or always keeps, its weight in full precision.
-    """
-    if module.weight.is_floating_point() and getattr(module.weight, "quant_state", None) is None:
-        if getattr(module.weight, "has_fp16_weights", False):
-            raise ModelError(
-                "Expected a layer that holds its weight in 8 bits, got one of bitsandbytes with has_fp16_weights=True, "
-                "which keeps it in 16. Make the layer with has_fp16_weights=False."
-            )
-        raise ModelError(
-            "Expected a quantized layer, got one of bitsandbytes that is not quantized yet: it quantizes its weight "
-            "when it is moved to a device. Call model.to(...) first, also for the CPU."
-        )
-    if hasattr(module, "state"):  # of 8 bits, which hands its scales over to this state when it runs
-        scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-        return {"weight": module.weight.data, "SCB": scales}
-    codes, state = module.weight.data, module.weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        codes, state = as_stored(codes, state)
-    return {"weight": codes} | {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
-
-
-def as_stored(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Return codes and description of a layer of 4 bits as a checkpoint has them, after the layer ran on the CPU.
-
-    On processors that multiply in bfloat16 bitsandbytes then keeps the codes in another order, and the scales only in
-    bfloat16. Its own way back finds the codes as they were and 8-bit scales that are near those that were. The layer
-    itself stays as it is.
-    """
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-    warnings.warn(
-        "Layers of bitsandbytes have run on this CPU, which rounded their scales to bfloat16, so that corrections are "
-        "found for weights that differ in the third digit from those of the checkpoint. For exact ones, load the model "
-        "again and initialize it before it runs.",
-        NumericalWarning,
-        stacklevel=2,
-    )
-    found: tuple[Tensor, Any] = _convert_weight_packed_for_cpu_inverse(codes, copy.copy(state))
-    return found
-
-
-def packed_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a layer of GPTQ or AWQ, with their names in a checkpoint."""
-    names = ("qweight", "qzeros", "scales", "g_idx")
-    tensors = {name: getattr(module, name, None) for name in names}
-    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.numel()}
-
-
-def hqq_tensors(module: Any) -> dict[str, Tensor]:
-    """Return the tensors of a layer of hqq, with their names in a checkpoint.
-
-    Raises:
-        ModelError: if the layer is not quantized yet.
-    """
-    if module.W_q is None or module.meta is None:
-        raise ModelError("Expected a quantized layer, got an HQQLinear that is not initialized yet: call initialize().")
-    meta = dict(module.meta)
-    if "zero_scale" in meta:  # both in one tensor, which hqq can keep in pinned memory
-        meta["zero"], meta["scale"] = meta["zero_scale"].unbind()
-    stored = {"W_q": module.W_q.data} | {name: meta[name] for name in ("scale", "zero") if name in meta}
-    tensors = {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in stored.items()}
-    return tensors | {
-        "shape": torch.tensor(tuple(meta["shape"])),
-        "packing": torch.tensor(list(str(meta["packing"]).encode()), dtype=torch.uint8),
-    }
-
-
-def torchao_tensors(module: Any) -> dict[str, Tensor]:
-    """Return the tensors of a weight of torchao, with their names in a checkpoint.
-
-    Raises:
-        ModelError: if it is no int8 weight, or one whose inputs are scaled channel by channel first.
-    """
-    weight = module.weight.data
-    codes, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
-    if codes is None or scale is None or getattr(weight, "act_pre_scale", None) is not None:
-        raise ModelError(
-            f"Expected torchao's int8 weights, as Int8WeightOnlyConfig makes them, got {type(weight).__name__}."
-        )
-    zero_point = getattr(weight, "zero_point", None)
-    tensors = {"_weight_qdata": codes, "_weight_scale": scale}
-    return tensors if zero_point is None else tensors | {"_weight_zero_point": zero_point}
-
-
-_TENSORS: dict[Kind, Any] = {
-    "bitsandbytes": bitsandbytes_tensors,
-    "gptq": packed_tensors,
-    "awq": packed_tensors,
-    "hqq": hqq_tensors,
-    "torchao": torchao_tensors,
-}
-_READERS: dict[Kind, Any] = {
-    "bitsandbytes": read_bitsandbytes,
-    "gptq": read_gptq,
-    "awq": read_awq,
-    "hqq": read_hqq,
-    "torchao": read_torchao,
-}
-
-
-def _config(module: Any) -> dict[str, Any]:
-    """Return what the readers would find in the `quantization_config` of a checkpoint with this layer.
-
-    Only GPTQ needs it: gptqmodel says whether zero points are stored less one, and older packages always store them so.
-    """
-    layout = getattr(module, "qzero_format", None)
-    version = layout() if callable(layout) else 1
-    checkpoint_format = "gptq_v2" if version == 2 else "gptq"
-    return {"checkpoint_format": checkpoint_format, "group_size": getattr(module, "group_size", None)}
-
-
-def check_order(module: nn.Module, weight: QuantizedWeight) -> None:
-    """Compare what a layer computes with what the weight that was read would compute, on a few random inputs.
-
-    Fast kernels for GPTQ and AWQ rearrange the codes in memory, some without a trace in names, shapes or dtypes.
-
-    Args:
-        module: the layer.
-        weight: as it was read from the layer's tensors, which running the layer may rearrange.
-
-    Raises:
-        ModelError: if they differ by more than rounding.
-    """
-    matrix = weight.dequantize()
-    scales: Any = module.scales
-    bias: Any = getattr(module, "bias", None)
-    dtype = scales.dtype if scales.is_floating_point() else torch.float16
-    probes = torch.randn(_PROBES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(scales.device, dtype)
-    try:
-        found = module(probes).float()
-    except Exception as error:  # packages raise many kinds, down to those of compilers
-        raise rearranged(module, f"it does not run here ({type(error).__name__})") from error
-    expected = probes.float() @ matrix.to(probes.device).float().T
-    if bias is not None:
-        found = found - bias.float()
-    share = float((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
-    if not share <= _AGREEMENT:
-        raise rearranged(module, f"on random inputs the two differ by {share:.0%}")
-
-
-def rearranged(module: nn.Module, reason: str) -> ModelError:
-    """Return the error for a layer whose kernel holds its codes in an order of its own."""
-    return ModelError(
-        f"Expected a layer that computes with its tensors as a checkpoint holds them, got {type(module).__name__}, "
-        f"whose kernel seems to have rearranged them: {reason}. Load the model with a plain kernel, such as "
-        "GPTQConfig(backend='gptq_torch')."
-    )
+_STOCK_BLOCK_SIZE = 64
 
 
 @final
@@ -257,10 +33,14 @@ class LiveBase:
     model: Any
 
     @property
-    def name(self) -> str:
-        """Hub name or folder that the model was loaded from; its class if it does not say."""
-        config = getattr(self.model, "config", None)
-        return str(getattr(config, "_name_or_path", "") or type(self.model).__name__)
+    def title(self) -> str:
+        """What to call it in messages."""
+        return self.place or type(self.model).__name__
+
+    @property
+    def place(self) -> str:
+        """Hub name or folder that the model was loaded from; empty if it does not say."""
+        return str(getattr(getattr(self.model, "config", None), "_name_or_path", "") or "")
 
     @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -278,6 +58,20 @@ class LiveBase:
         """Names of the quantized layers."""
         return frozenset(self.modules)
 
+    @cached_property
+    def checkpoint(self) -> str | None:
+        """Where the model was loaded from, if it was quantized there already; None if it was quantized on the way."""
+        try:
+            return self.place if self.place and quantization_of(self.place) else None
+        except ModelError:
+            return None
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """The quantizer of bitsandbytes that made all layers while the model was loaded; None for every other base."""
+        made = {quantizer_of(module) for module in self.modules.values()}
+        return made.pop() if len(made) == 1 and self.checkpoint is None else None
+
     def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:
         """Return the weight of a layer as it computes with it.
 
@@ -290,7 +84,7 @@ class LiveBase:
             ModelError: if there is no quantized layer of this name, or as `live_weight` does; the message names it.
         """
         if layer not in self.modules:
-            raise ModelError(f"Expected a quantized layer {layer} in {self.name!r}, and there is none.")
+            raise ModelError(f"Expected a quantized layer {layer} in {self.title!r}, and there is none.")
         try:
             weight = live_weight(self.modules[layer], dtype, device)
         except (ModelError, NumericalError) as error:
@@ -298,3 +92,18 @@ class LiveBase:
         if weight is None:
             raise ModelError(f"Layer {layer} is not quantized any more: it was replaced after the base was read.")
         return weight
+
+
+def quantizer_of(module: Any) -> Quantizer | None:
+    """Return the quantizer that stock transformers has applied to a layer of bitsandbytes; None for other layers."""
+    if kind_of(module) != "bitsandbytes":
+        return None
+    if hasattr(module, "state"):
+        return Int8()
+    state = getattr(module.weight, "quant_state", None)
+    quantizers = {"nf4": NF4, "fp4": FP4}
+    if state is None or state.blocksize != _STOCK_BLOCK_SIZE or state.quant_type not in quantizers:
+        return None
+    rearranged = getattr(state, "packing_format_for_cpu", False)  # for the CPU, see `as_stored`
+    nested = state.original_nested if rearranged else state.nested
+    return quantizers[state.quant_type](double_quantization=bool(nested))

@@ -126,14 +126,22 @@ def convert(file: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' remarks on loading, and its progress bars, which it prints to files, too."""
+    """Silence transformers' remarks on loading, and its progress bars, which it prints to files, too.
+
+    Also those of accelerate, which say of weights on disk that they are there. Everything is as before afterwards.
+    """
     from transformers.utils import logging as transformers_logging
 
-    level = transformers_logging.get_verbosity()
+    accelerate = logging.getLogger("accelerate")
+    bars = transformers_logging.is_progress_bar_enabled()
+    level, other = transformers_logging.get_verbosity(), accelerate.level
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    accelerate.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        accelerate.setLevel(other)
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()

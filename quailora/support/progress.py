@@ -53,3 +53,14 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
         for item in items:
             yield item
             counter.advance()
+
+
+@contextmanager
+def shown(show: bool) -> Iterator[None]:
+    """Keep progress bars away for a `with` statement, unless they are to be shown."""
+    before = console.quiet
+    console.quiet = before or not show
+    try:
+        yield
+    finally:
+        console.quiet = before

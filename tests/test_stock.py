@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples import examples
 from families import save_llama
 from questions import save_task
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from examples import examples
 from quailora import GPTQ, Optimal, Prequantized, Uniform
 from quailora.adapters.convert import convert
 from quailora.bases.awq import ORDER
@@ -139,7 +139,10 @@ def adapter(tokenizer, tmp_path):
 
 def test_trl_trains_an_adapter(adapter, tmp_path):
     """The blocks of the page on training, one after the other; `convert` takes what comes out."""
-    load, train = examples("docs/training.md")[:2]
+    blocks = examples("docs/training.md")
+    load, train = (
+        next(block for block in blocks if call in block) for call in ("PeftModel.from_pretrained(", "SFTTrainer(")
+    )
     texts = [shipped_text("evaluate")[start : start + 200] for start in range(0, 3200, 200)]
     given = f"MODEL = {str(tmp_path / 'model')!r}"
     data = f"from datasets import Dataset; dataset = Dataset.from_dict({{'text': {texts!r}}})"

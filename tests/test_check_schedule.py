@@ -93,5 +93,5 @@ def test_a_broken_law_of_schedules_is_named(schedule, message):
 def test_a_quantizer_that_a_schedule_cannot_work_with_is_refused():
     from quailora import Int8
 
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(ConfigurationError, match=r"Int8\(\)"):
         check_schedule(HeldOut(Once()), quantizer=Int8())

@@ -213,6 +213,6 @@ def test_bad_pairs_are_refused(original, tmp_path):
     ):
         convert(str(tmp_path / "a"), **arguments)
     convert(str(tmp_path / "a"), model="me/original", **arguments)
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(OutputExistsError, match=r"out.* already"):
         convert(str(tmp_path / "a"), model="me/original", **arguments)
     assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 28

@@ -31,12 +31,13 @@ def launch(model, out, inputs, **more):
 def assert_same_corrections(found, expected):
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (found, expected))
     assert found.keys() == expected.keys()
-    for name in found:
-        if "lora_A" in name:
-            other = name.replace("lora_A", "lora_B")
-            correction = expected[other] @ expected[name]
-            left = found[other] @ found[name] - correction
-            assert left.norm() < 1e-3 * correction.norm(), name
+    names = [name for name in found if "lora_A" in name]
+    assert len(names) == 14
+    for name in names:
+        other = name.replace("lora_A", "lora_B")
+        correction = expected[other] @ expected[name]
+        left = found[other] @ found[name] - correction
+        assert left.norm() < 1e-3 * correction.norm(), name
 
 
 @pytest.mark.parametrize("inputs", ["full", "asymmetric"])

@@ -113,11 +113,20 @@ def test_the_commands_of_a_page_are_understood(page, monkeypatch, tmp_path):
     write_package(monkeypatch)
     for name, function in list(cli.COMMANDS.items()):
         monkeypatch.setitem(cli.COMMANDS, name, stub(function))
-    for block in examples(page, "console"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ ").partition("  #")[0])
-            if words[:1] == ["quailora"] and not any(word.endswith(".help") for word in words):
-                assert main(words[1:]) == 0, line
+    for words in commands(page):
+        assert main(words[1:]) == 0, words
+
+
+def commands(page):
+    """Return the words of every command of ours on a page, but those that only ask for help."""
+    lines = [line for block in examples(page, "console") for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line.removeprefix("$ ").partition("  #")[0]) for line in lines]
+    return [each for each in words if each[:1] == ["quailora"] and not any(word.endswith(".help") for word in each)]
+
+
+def test_the_pages_show_every_command():
+    shown = {words[1] for page in PAGES for words in commands(page)}
+    assert shown | {"demo"} == cli.COMMANDS.keys()  # which `make demo` runs
 
 
 def write_package(monkeypatch):

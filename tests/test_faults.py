@@ -43,8 +43,14 @@ def assert_refused(model, tmp_path, offload, told):
 
 
 @each_offload
-def test_shards_load(sharded, tmp_path, offload):
+def test_shards_are_one_model(sharded, tiny_llama, tmp_path, offload):
     run(sharded, tmp_path, offload=offload)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "out")
+    run(tiny_llama, tmp_path, offload=offload)
+    expected = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(expected) == 28
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @each_offload
@@ -75,7 +81,7 @@ def test_pickles_are_refused_unless_allowed(tiny_llama, tmp_path, offload):
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file(tiny_llama / "model.safetensors"), folder / "pytorch_model.bin")
-    assert_refused(folder, tmp_path, offload, r"pickle format, which can run any code.*--allow-pickle")
+    assert_refused(folder, tmp_path, offload, r"pickle format, which can run any code.*allow_pickle=True")
     run(folder, tmp_path, offload=offload, allow_pickle=True)
     loaded, expected = load_model(str(folder), allow_pickle=True).model, load_model(str(tiny_llama)).model
     torch.testing.assert_close(loaded.state_dict(), expected.state_dict())

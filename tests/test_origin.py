@@ -174,15 +174,15 @@ def arguments(attempt, folder, model):
 
 
 def test_entries_of_other_types(adapters, tiny_llama, tmp_path):
-    for number, entries in enumerate([
-        {"origin": [1]},
-        {"base": [1]},
-        {"base": {"model.layers.0.mlp.up_proj": 3}},
-        {"calibration": 3},
+    for number, (entries, told) in enumerate([
+        ({"origin": [1]}, "its entry 'version' is missing or of another type"),
+        ({"base": [1]}, "should list the layers of the base and the calibration"),
+        ({"base": {"model.layers.0.mlp.up_proj": 3}}, "Expected the hashes and the sketch of a quantized base, got 3"),
+        ({"calibration": 3}, "should list the layers of the base and the calibration"),
     ]):
         folder = copied(adapters / "nf4", tmp_path / str(number))
         change_json(folder / "quailora.json", **entries)
-        with pytest.raises(ModelError):
+        with pytest.raises(ModelError, match=told):
             check(folder, base=tiny_llama)
     folder = copied(adapters / "nf4", tmp_path / "copied")
     shutil.copy(adapters / "int8" / "quailora.json", folder)

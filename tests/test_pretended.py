@@ -86,7 +86,7 @@ def test_its_memory_is_counted_and_can_be_full(gpu):
     here = torch.zeros(500)
     there = here.to("cuda")
     assert (gpu.used, gpu.uploaded, torch.cuda.mem_get_info()[0]) == (2000, 2000, 2000)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 4000 bytes"):
         torch.cat([there, there])
     del there
     assert gpu.used == 0

@@ -120,7 +120,7 @@ def test_a_finished_result_is_kept_and_an_unfinished_one_is_no_result(tiny_llama
     out = tmp_path / "out"
     run(tiny_llama, out)
     before = content(out)
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(OutputExistsError, match=r"out.* already"):
         run(tiny_llama, out)
     with killed_after(12, monkeypatch):
         run(tiny_llama, out, rank=2, overwrite=True)

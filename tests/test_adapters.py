@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from families import make_model
 from peft import PeftModel
 from safetensors import safe_open
 
@@ -30,24 +31,6 @@ SCALINGS = [
     LoraScaling(4, 8.0, rank_pattern={"q_proj": 2, r".*\.1\.mlp\.down_proj": 7}),
     LoraScaling(4, 8.0, True, {"o_proj": 6}, {"up_proj": 3.0, "o_proj": 5.0}),
 ]
-
-
-def make_model(family):
-    """A random model of two blocks."""
-    import transformers
-
-    torch.manual_seed(0)
-    small = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    configs = {
-        "Llama": {**small, "intermediate_size": 48, "num_key_value_heads": 2},
-        "OPT": {**small, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
-        "GPT2": {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-        "GPTNeoX": {**small, "intermediate_size": 48, "max_position_embeddings": 64},
-        "Bloom": {"vocab_size": 120, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    }
-    config = getattr(transformers, f"{family}Config")(**configs[family], bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    cls = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
-    return getattr(transformers, cls)(config).eval()
 
 
 @pytest.fixture
@@ -99,7 +82,7 @@ def test_scaling_is_folded_in_once(scaling, ids, tmp_path):
             assert module.r["default"] == corrections[name].rank == scaling.rank_of(name)
             assert module.scaling["default"] == pytest.approx(scaling.scale_of(name))
             checked += 1
-    assert checked == len(corrections) == 14
+    assert checked == len(corrections) == 21
 
 
 def test_error_does_not_depend_on_alpha(ids, tmp_path):
@@ -144,7 +127,7 @@ def test_zero_start_leaves_the_model_as_it_is_and_trains(ids, tmp_path):
     torch.testing.assert_close(wrapped(ids).logits, before)
     wrapped(ids, labels=ids).loss.backward()
     gradients = [parameter.grad for name, parameter in wrapped.named_parameters() if "lora_B" in name]
-    assert len(gradients) == 14
+    assert len(gradients) == 21
     assert all(gradient.any() for gradient in gradients)
 
 
@@ -156,7 +139,7 @@ def test_every_direction_of_an_adapter_gets_gradients(ids, tmp_path):
     wrapped = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
     wrapped(ids, labels=ids).loss.backward()
     gradients = {name: parameter.grad for name, parameter in wrapped.named_parameters() if "lora_B" in name}
-    assert len(gradients) == 14
+    assert len(gradients) == 21
     assert [name for name, gradient in gradients.items() if not gradient.any(dim=0).all()] == []
 
 

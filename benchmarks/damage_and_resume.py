@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from jsonargparse import auto_cli
 
+from quailora import RECIPES, Calibration, LoraScaling, Output, initialize_model
 from quailora.models.locate import resolve
-from quailora.pipeline.init import init
 
 Moment = Literal["any", "end"]
 
@@ -52,7 +53,9 @@ def work(model: Path, out: Path, inputs: str, seed: int) -> None:
     logging.disable(logging.WARNING)
     sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 # for the rest of the process
     torch.set_num_threads(1)
-    init(model, out=out, rank=8, samples=8, sequence_length=256, inputs=inputs, seed=seed, overwrite=True)
+    recipe = replace(RECIPES["quailora"], inputs=inputs)
+    calibration = Calibration(samples=8, sequence_length=256, seed=seed)
+    initialize_model(model, recipe, calibration, scaling=LoraScaling(8), out=Output(out, overwrite=True))
 
 
 def content(adapter: Path) -> bytes:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from quailora import QuailoraError
+from quailora import Calibration, LoraScaling, QuailoraError, initialize_model
 from quailora.calibration.blocks import WholeModel
 from quailora.calibration.capture import captured
 from quailora.calibration.empty_pass import find_reach
@@ -37,7 +37,6 @@ from quailora.calibration.text import shipped_text
 from quailora.calibration.walk import Walk, collect_statistics
 from quailora.models.layers import linear_layers
 from quailora.models.load import empty_model, load_model
-from quailora.pipeline.init import init
 
 SECONDS = 240
 SIZES: dict[str, Any] = {
@@ -162,7 +161,8 @@ def outcome(kind: str, folder: Path) -> tuple[str, str]:
     said = Lines()
     logging.getLogger("quailora").addHandler(said)
     try:
-        init(str(folder / "model"), out=str(folder / "out"), rank=4, samples=2, sequence_length=32)
+        calibration = Calibration(samples=2, sequence_length=32)
+        initialize_model(str(folder / "model"), "quailora", calibration, scaling=LoraScaling(4), out=folder / "out")
         lost = check_in_peft(folder)
         if lost:
             return "PARTIAL", lost

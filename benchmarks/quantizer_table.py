@@ -18,6 +18,7 @@ from jsonargparse import auto_cli
 
 from quailora import FP4, GPTQ, HQQ, NF4, NF4GPTQ, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
 from quailora.adapters.lora import LoraScaling
+from quailora.calibration.sources import TextCalibration
 from quailora.calibration.text import TextSource
 from quailora.calibration.windows import Calibration
 from quailora.comparison.compare import evaluation_sources, evaluation_texts
@@ -83,8 +84,8 @@ def main(
     logging.getLogger("quailora").setLevel(logging.INFO)
     loaded = load_model(model)
     layers = linear_layers(loaded.model)
-    source = Calibration(TextSource(calibration), samples, 1024)
-    seen = source.windows(loaded.tokenizer)
+    source = TextCalibration(Calibration(TextSource(calibration), samples, 1024))
+    seen = source.tokens(loaded.tokenizer)
     texts = dict(evaluation_texts(loaded, evaluation_sources([text]), windows, 2048))
     work = Path(out) / "work"
     work.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ after it, which is quantization, all solutions and all errors of the report.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -17,13 +17,14 @@ from jsonargparse import auto_cli
 
 from quailora import NF4, Initializer, Optimal
 from quailora.adapters.lora import LoraScaling
+from quailora.calibration.collector import LayerInputs
 from quailora.calibration.text import TextSource
 from quailora.calibration.walk import Block, collect_statistics
 from quailora.calibration.windows import Calibration
 from quailora.methods.method import Method
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
-from quailora.pipeline.layerwise import run_methods
+from quailora.pipeline.layerwise import initialize_layer
 from quailora.support.tables import markdown_table
 
 
@@ -77,14 +78,20 @@ def main(
         measure("plain, in bfloat16", lambda: plain_pass(loaded.model, windows, bfloat16=True))
         statistics = measure("calibration pass", lambda: collect_statistics(loaded.model, layers, windows))
         for rank in ranks:
-            method = {"optimal": Method(Initializer(NF4(), Optimal()), LoraScaling(rank))}
-            block = Block(0, layers, dict(statistics), {name: windows.numel() for name in layers})
-            run = partial(run_methods, [block], method)
-            measure(f"everything after it, rank {rank}", run)
+            methods = {"optimal": Method(Initializer(NF4(), Optimal()), LoraScaling(rank))}
+            inputs = {name: LayerInputs(layers[name], statistics[name], windows.numel()) for name in layers}
+            measure(f"everything after it, rank {rank}", partial(initialize, Block(0, inputs), methods))
     plain = seconds["plain forward pass"]
     rows = [[name, f"{took:.1f}", f"{took / plain:.2f}"] for name, took in seconds.items()]
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {loaded.model.dtype}\n")
     print(markdown_table(("phase", "seconds", "of the plain pass"), rows))
+
+
+def initialize(block: Block, methods: Mapping[str, Method]) -> None:
+    """Initialize all layers of a block; nothing is kept."""
+    for one in block.drain():
+        for _ in initialize_layer(one.layer, one.statistics, methods, seed=0):
+            pass
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Quantization-aware initialization of low-rank adapters.
 
+Whole models: `initialize_model` for a model by name, folder or object, `replace_lora_weights` with the arguments of
+PEFT's function for LoftQ, `load` for a base with its adapter. One layer: `Initializer`.
+
 Names are imported when they are first used, so that the command line's help does not wait for PyTorch.
 """
 
@@ -8,25 +11,56 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bases import Prequantized
-    from .core.metrics import Diagonal, Gram, Identity
+    from .adapters.lora import LoraScaling
+    from .bases import ExistingBase, StoredBase
+    from .calibration.text import TextSource
+    from .calibration.windows import Calibration
+    from .core.metrics import Diagonal, Gram, Identity, Metric
     from .core.statistics import InputStatistics
+    from .core.weightings import (
+        DiagonalWeighting,
+        FisherWeighting,
+        GramWeighting,
+        IdentityWeighting,
+        MagnitudeWeighting,
+        ShrunkWeighting,
+        Weighting,
+    )
     from .errors import QuailoraError
+    from .evaluation.load import load
     from .layer.initializer import Initializer, LayerInitialization
+    from .methods.method import Method
+    from .methods.recipes import RECIPES, Recipe
+    from .pipeline.initialize_model import InitializedModel, initialize_model
+    from .pipeline.options import Output, Resources
     from .pipeline.replace_weights import replace_lora_weights
     from .quantizers import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
+    from .schedules import Schedule
     from .solvers import SVD, AlternatingLeastSquares, LowRank, Optimal, Solver, Zero
 
 _HOMES = {
-    "bases": ("Prequantized",),
-    "core.metrics": ("Diagonal", "Gram", "Identity"),
+    "adapters.lora": ("LoraScaling",),
+    "bases": ("ExistingBase", "StoredBase"),
+    "calibration.text": ("TextSource",),
+    "calibration.windows": ("Calibration",),
+    "core.metrics": ("Diagonal", "Gram", "Identity", "Metric"),
     "core.statistics": ("InputStatistics",),
+    "core.weightings": (
+        *("DiagonalWeighting", "FisherWeighting", "GramWeighting", "IdentityWeighting", "MagnitudeWeighting"),
+        *("ShrunkWeighting", "Weighting"),
+    ),
     "errors": ("QuailoraError",),
+    "evaluation.load": ("load",),
     "layer.initializer": ("Initializer", "LayerInitialization"),
+    "methods.method": ("Method",),
+    "methods.recipes": ("RECIPES", "Recipe"),
+    "pipeline.initialize_model": ("InitializedModel", "initialize_model"),
+    "pipeline.options": ("Output", "Resources"),
     "pipeline.replace_weights": ("replace_lora_weights",),
     "quantizers": (
         *("FP4", "GPTQ", "HQQ", "NF4", "NF4GPTQ", "NF4MSE", "AutoGPTQ", "Int8", "Quantizer", "TorchaoInt8", "Uniform"),
     ),
+    "schedules": ("Schedule",),
     "solvers": ("SVD", "AlternatingLeastSquares", "LowRank", "Optimal", "Solver", "Zero"),
 }
 """The names that there are at top level, by the module that each is imported from; above, for type checkers."""
@@ -38,25 +72,46 @@ __all__ = [
     "NF4",
     "NF4GPTQ",
     "NF4MSE",
+    "RECIPES",
     "SVD",
     "AlternatingLeastSquares",
     "AutoGPTQ",
+    "Calibration",
     "Diagonal",
+    "DiagonalWeighting",
+    "ExistingBase",
+    "FisherWeighting",
     "Gram",
+    "GramWeighting",
     "Identity",
+    "IdentityWeighting",
+    "InitializedModel",
     "Initializer",
     "InputStatistics",
     "Int8",
     "LayerInitialization",
+    "LoraScaling",
     "LowRank",
+    "MagnitudeWeighting",
+    "Method",
+    "Metric",
     "Optimal",
-    "Prequantized",
+    "Output",
     "QuailoraError",
     "Quantizer",
+    "Recipe",
+    "Resources",
+    "Schedule",
+    "ShrunkWeighting",
     "Solver",
+    "StoredBase",
+    "TextSource",
     "TorchaoInt8",
     "Uniform",
+    "Weighting",
     "Zero",
+    "initialize_model",
+    "load",
     "replace_lora_weights",
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 
 from quailora import (
@@ -21,6 +23,9 @@ from quailora import (
     Uniform,
     Zero,
 )
+from quailora.cli.commands.init import init as command
+from quailora.cli.initializing import run_init
+from quailora.core.weightings import GramWeighting
 from quailora.methods.recipes import RECIPES
 
 # Each with whether it is idempotent in float32.
@@ -66,3 +71,11 @@ each_quantizer = pytest.mark.parametrize("quantizer", [row[0] for row in QUANTIZ
 each_quantizer_row = pytest.mark.parametrize(("quantizer", "idempotent"), QUANTIZERS, ids=repr)
 each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 each_recipe = pytest.mark.parametrize("name", list(RECIPES))
+
+
+def init(model, **options):
+    """`quailora init` with these options, from Python: quantizer, solver and metric are objects."""
+    defaults = {name: parameter.default for name, parameter in signature(command).parameters.items()}
+    defaults |= {"quantizer": NF4(), "solver": AlternatingLeastSquares(), "metric": GramWeighting()}
+    assert options.keys() <= defaults.keys()
+    return run_init({**defaults, "model": model, **options})

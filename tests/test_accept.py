@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from families import save_llama
+from helpers import init
 from safetensors.torch import load_file, save_file
 
 from quailora.comparison.compare import compare
@@ -15,7 +16,6 @@ from quailora.errors import ConfigurationError, ModelError, OutputExistsError, S
 from quailora.evaluation.check import check
 from quailora.evaluation.evaluate import evaluate
 from quailora.models.load import empty_model, load_model, resolve_device
-from quailora.pipeline.init import init
 
 SMALL = {"rank": 4, "samples": 2, "sequence_length": 16}
 

@@ -13,13 +13,15 @@ from safetensors import safe_open
 
 from quailora import NF4, SVD, Initializer, LowRank, Zero
 from quailora.adapters.lora import LoraScaling, write_lora
+from quailora.calibration.tokens import CalibrationTokens
 from quailora.calibration.walk import Walk
 from quailora.core.objective import Deferred
 from quailora.errors import ConfigurationError
 from quailora.evaluation.evaluate import quantize_in_place
 from quailora.methods.method import Method
 from quailora.models.layers import explicit_targets, linear_layers, select_layers
-from quailora.pipeline.layerwise import run_methods
+from quailora.pipeline.run import ModelRun
+from quailora.pipeline.store import MemoryStore
 
 SCALINGS = [
     LoraScaling(4),
@@ -40,8 +42,10 @@ def ids(generator):
 
 def initialize(model, ids, scaling, solver=SVD(), targets="all-linear"):  # noqa: B008
     layers = select_layers(model, targets)
-    result = run_methods(Walk(model, layers, ids), {"only": Method(Initializer(NF4(), solver), scaling)})["only"]
-    return layers, result.corrections
+    walk = Walk(model, layers, CalibrationTokens.of_windows(ids))
+    run = ModelRun(walk, layers, {"": Method(Initializer(NF4(), solver), scaling)}, MemoryStore())
+    run.finish()
+    return layers, {name: stored.correction for name, stored in run.finished("").items()}
 
 
 def reload(model, folder, layers, corrections, scaling):

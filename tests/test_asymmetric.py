@@ -10,9 +10,10 @@ from scipy.linalg import lstsq, svd
 
 from quailora import GPTQ, NF4, Gram, Initializer, Optimal, Uniform
 from quailora.core.paired import PairedStatistics
+from quailora.core.weightings import DiagonalWeighting
 from quailora.errors import CalibrationError, ConfigurationError
 from quailora.layer import asymmetric as module
-from quailora.layer.asymmetric import RIDGES, TRUST, HeldOutFit, initialize_asymmetric, shift
+from quailora.layer.asymmetric import RIDGES, STEP, HeldOutFit, initialize_asymmetric, shift
 from quailora.schedules import HeldOut, Once
 from quailora.testing import INPUT_KINDS, make_problem, optimal_error, rounding
 
@@ -116,7 +117,7 @@ def test_shrinkage_follows_the_evidence(noise, tokens, low, high):
     weight, full, quantized = problem(3, 2 * tokens, 12, 16, noise)
     pair = both(full, quantized, tokens)
     initializer = Initializer(NF4(), Optimal(), 3)
-    layer, asymmetry = initialize_asymmetric(initializer, weight, *pair, trust=1.0)
+    layer, asymmetry = initialize_asymmetric(initializer, weight, *pair, step=1.0)
     assert low <= asymmetry <= high
     assert layer.error_optimal <= layer.error * (1 + 1e-6)
     assert layer.error <= layer.error_uncalibrated * (1 + 1e-6) <= layer.error_none * (1 + 1e-5)
@@ -127,7 +128,7 @@ def test_equal_inputs_give_the_symmetric_solution(tokens):
     weight, full, quantized = problem(3, 2 * tokens, noise=0.0)
     pair = both(full, quantized, tokens)
     initializer = Initializer(NF4(), Optimal(), 3)
-    layer, asymmetry = initialize_asymmetric(initializer, weight, *pair, trust=1.0)
+    layer, asymmetry = initialize_asymmetric(initializer, weight, *pair, step=1.0)
     symmetric = initializer(weight, pair[0].quantized)
     assert asymmetry == 0
     assert layer.low_rank.dense().norm() > 0
@@ -195,14 +196,14 @@ def test_laws_hold_for_inputs_of_every_kind(kind, seed, noise, rank):
     every, held = both(full, quantized, seen)
     base = Uniform(3, 16)
     layer, asymmetry = initialize_asymmetric(Initializer(base, Optimal(), rank), weight, every, held)
-    assert 0 <= asymmetry <= TRUST
+    assert 0 <= asymmetry <= STEP
 
     fit = HeldOutFit.of(weight, every, held)
     ridge, share = fit.choose()
     judge = full[seen:], quantized[seen:], weight
     before = output_error(*judge, weight)
     after = output_error(*judge, weight + asymmetry * fit.shift(ridge))
-    assert asymmetry == TRUST * share
+    assert asymmetry == STEP * share
     assert after <= before + 1e-6 * output_error(*judge, torch.zeros_like(weight))
 
     moment = every.quantized.second_moment
@@ -266,10 +267,8 @@ def test_an_input_takes_five_moments(quantizer, schedule, most, monkeypatch):
 def test_what_cannot_be_fitted_is_refused():
     weight, full, quantized = problem(5)
     every, held = both(full, quantized, 300)
-    with pytest.raises(
-        ConfigurationError, match="Asymmetric inputs need the metric 'gram' or 'shrunk', got 'diagonal'"
-    ):
-        initialize_asymmetric(Initializer(NF4(), Optimal(), 3, "diagonal"), weight, every, held)
+    with pytest.raises(ConfigurationError, match=r"keeps correlations of the inputs, got DiagonalWeighting\(\)"):
+        initialize_asymmetric(Initializer(NF4(), Optimal(), 3, DiagonalWeighting()), weight, every, held)
     initializer = Initializer(NF4(), Optimal(), 3)
     for part in (every, PairedStatistics(16)):
         with pytest.raises(CalibrationError, match=r"some of 400 tokens to be held out, got (400|0)\."):

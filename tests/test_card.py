@@ -8,21 +8,23 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from helpers import init
 
 from quailora import NF4, Initializer, Optimal, Uniform
+from quailora.adapters.lora import LoraScaling
 from quailora.layer.record import LayerRecord
-from quailora.methods.distillation import Polish
+from quailora.methods.distillation import Distillation
+from quailora.methods.method import Method
 from quailora.methods.recipes import RECIPES
 from quailora.pipeline.card import model_card
-from quailora.pipeline.init import init
 
 RECORD = LayerRecord("model.layers.0.mlp.up_proj", (8, 8), 2, 4.1, 64, 2.0, 1.5, 1.0, 0.9, 0.1, 0)
 
 
 def card(name, quantizer=NF4(), **options):  # noqa: B008 # frozen
-    return model_card(
-        Initializer(quantizer, Optimal()), [RECORD], model=name, base_model=name, calibration_tokens=64, **options
-    )
+    parts = {key: options.pop(key) for key in ("distillation", "recipe") if key in options}
+    method = Method(Initializer(quantizer, Optimal()), LoraScaling(16), **parts)
+    return model_card(method, [RECORD], model=name, base_model=name, calibration_tokens=64, **options)
 
 
 @pytest.mark.parametrize("name", ["plain", "it's", 'say "x": {y}', "a\\b", "a: b # c", "x\ny", "ü", "long" * 60, "no"])
@@ -40,23 +42,25 @@ def test_any_name_is_quoted(name, own_base):
 def test_training_is_told():
     assert "It has not been\ntrained." in card("m")
     assert "this adapter before its training" not in card("m")
-    distilled = card("m", polish=Polish(steps=7), recipe="polished")
+    distilled = card("m", distillation=Distillation(steps=7), recipe="distilled")
     assert "distilled to predict what full precision does: 7 steps of 2 x 512 tokens" in distilled
-    assert "by the recipe `polished`" in distilled
+    assert "by the recipe `distilled`" in distilled
     assert "calibration inputs), before the training:" in distilled
-    assert "fine-tuned on the text itself" in card("m", polish=Polish(target="text"))
+    assert "fine-tuned on the text itself" in card("m", distillation=Distillation(target="text"))
 
 
 def test_a_distilled_adapter_says_so(tiny_llama, tmp_path, monkeypatch, capsys):
-    row = RECIPES["polished"]
-    monkeypatch.setitem(RECIPES, "polished", replace(row, polish=replace(row.polish, steps=2, sequence_length=32)))
+    row = RECIPES["distilled"]
+    monkeypatch.setitem(
+        RECIPES, "distilled", replace(row, distillation=replace(row.distillation, steps=2, sequence_length=32))
+    )
     result = init(tiny_llama, out=tmp_path / "out", recipe="polished", rank=4, samples=4, sequence_length=32)
     result.show()
     assert "before its training" in capsys.readouterr().out
     assert "It has not been\ntrained." not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     sidecar = json.loads((tmp_path / "out" / "quailora.json").read_text(encoding="utf-8"))
-    assert sidecar["recipe"] == "polished"
+    assert sidecar["recipe"] == "distilled"
     assert sidecar["inputs"] == "asymmetric"
-    assert 0 < sidecar["trust"] <= 1
+    assert 0 < sidecar["step"] <= 1
     assert sidecar["training"]["init_args"]["steps"] == 2
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["training"] == sidecar["training"]

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from families import save_llama
+from helpers import init
 from peft import PeftModel
 from scipy import stats
 from torch.nn import functional
@@ -30,7 +31,6 @@ from quailora.evaluation.scores import Difference, Scores, log_probabilities, sc
 from quailora.methods.recipes import RECIPES
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
-from quailora.pipeline.init import init
 
 SMALL = {"samples": 8, "sequence_length": 64, "windows": 3, "window_length": 128}
 
@@ -42,8 +42,8 @@ def everything(tiny_llama, tmp_path_factory):
     base = Uniform(bits=3, group_size=32)
     with pytest.MonkeyPatch.context() as patch:
         for name, row in list(RECIPES.items()):
-            if row.polish is not None:
-                patch.setitem(RECIPES, name, replace(row, polish=replace(row.polish, steps=3)))
+            if row.distillation is not None:
+                patch.setitem(RECIPES, name, replace(row, distillation=replace(row.distillation, steps=3)))
         return folder, compare(str(tiny_llama), out=str(folder), ranks=(2, 4), quantizer=base, **SMALL)
 
 
@@ -66,7 +66,7 @@ def test_rows_equal_evaluating_the_adapter(everything, tiny_llama, tmp_path):
     _, comparison = everything
     rows = {row.name: row for row in comparison.rows}
     common = {"samples": 8, "sequence_length": 64, "rank": 4, "quantizer": Uniform(bits=3, group_size=32)}
-    for name in ("qera-exact", "caldera", "asymmetric", "eora", "lq-lora", "best-joint"):
+    for name in ("qera-exact", "caldera", "asymmetric", "eora", "lq-lora", "asymmetric-half-srr"):
         init(str(tiny_llama), out=str(tmp_path / name), recipe=name, save_base=True, **common)
         found = evaluate(str(tiny_llama), adapter=str(tmp_path / name), windows=3, sequence_length=128).results
         row = rows[f"{name} r4"].scores["shipped text"]
@@ -79,7 +79,7 @@ def test_training_starts_from_what_a_walk_has_made(everything):
     """Rows that differ in a training share their walk, and differ in nothing before it."""
     _, comparison = everything
     rows = {row.name: row for row in comparison.rows}
-    for start, *trained in (("best r4", "polished r4", "fine-tuned r4"), ("qlora r4", "rilq r4")):
+    for start, *trained in (("asymmetric-half r4", "distilled r4", "fine-tuned r4"), ("qlora r4", "rilq r4")):
         for name in trained:
             assert rows[name].layers == rows[start].layers
             assert rows[name].scores != rows[start].scores
@@ -226,7 +226,7 @@ def whole_blocks(tmp_path, tokenizer):
     return save_llama(tmp_path / "model", tokenizer)
 
 
-@pytest.mark.parametrize("name", ["loftq", "cloq", "best-joint"])
+@pytest.mark.parametrize("name", ["loftq", "cloq", "asymmetric-half-srr"])
 def test_a_changed_nf4_base_is_a_stock_checkpoint(name, whole_blocks, tmp_path):
     """Written beside the adapter in 4 bits, it loads without quailora and computes what the row was measured with."""
     from bitsandbytes.nn import Linear4bit

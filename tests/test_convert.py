@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from families import make_model
+from helpers import init
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -19,7 +20,6 @@ from quailora.errors import ConfigurationError, ModelError, OutputExistsError
 from quailora.evaluation.check import check
 from quailora.evaluation.evaluate import evaluate
 from quailora.models.layers import linear_layers
-from quailora.pipeline.init import init
 
 FAST = {"solver": Optimal(), "samples": 4, "sequence_length": 64}
 FUSED = FAST | {"sequence_length": 32, "targets": ["q_proj", "experts"], "save_base": True}

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import make_model
+from helpers import init
 from safetensors.torch import load_file
 
 from quailora import GPTQ, NF4, AlternatingLeastSquares, Int8, Optimal
@@ -17,12 +18,11 @@ from quailora.errors import DoesNotFitError
 from quailora.evaluation.check import check
 from quailora.evaluation.evaluate import evaluate
 from quailora.evaluation.scores import Corrected, measure
-from quailora.methods.distillation import Polish
+from quailora.methods.distillation import Distillation
 from quailora.methods.recipes import RECIPES
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
 from quailora.pipeline.estimate import _FIXED, Estimate
-from quailora.pipeline.init import init
 from quailora.support.machine import within_memory
 
 # In float32, since "auto" would be bfloat16 on some CPUs and on no GPU.
@@ -88,8 +88,8 @@ def test_adapters(family_folder, on_cpu, on_gpu, tmp_path, family, inputs, offlo
 @pytest.mark.parametrize("recipe", ["best-joint", "polished"])
 def test_recipes(tiny_llama, on_gpu, tmp_path, monkeypatch, recipe):
     """One with a random split, held-out tokens and a base of its own, one that is trained."""
-    short = replace(RECIPES["polished"], polish=Polish(steps=3, batch=1, sequence_length=24))
-    monkeypatch.setitem(RECIPES, "polished", short)
+    short = replace(RECIPES["distilled"], distillation=Distillation(steps=3, batch=1, sequence_length=24))
+    monkeypatch.setitem(RECIPES, "distilled", short)
     options = {**SETTINGS, "solver": AlternatingLeastSquares(), "recipe": recipe, "targets": ["q_proj"]}
     init(str(tiny_llama), out=str(tmp_path / "cpu"), device="cpu", **options)
     with on_gpu():
@@ -170,7 +170,9 @@ def test_distillation_copies_quantized_weights_once_if_they_fit(tiny_llama, gpu,
     gpu.capacity = capacity and gpu.used + 2 * size - 1
     windows = torch.arange(4 * 12).view(4, 12)
     before = gpu.uploaded
-    trained = Polish(steps=4, batch=1, sequence_length=12).train(model, layers, quantized, factors, windows, "model")
+    trained = Distillation(steps=4, batch=1, sequence_length=12).train(
+        model, layers, quantized, factors, windows, "model"
+    )
     copies = 4 if capacity else 1
     start = sum(factor.nbytes for pair in factors.values() for factor in pair)
     assert gpu.uploaded - before == copies * size + start + windows.nbytes
@@ -197,7 +199,7 @@ def test_a_full_gpu_is_one_line(tiny_llama, gpu, tmp_path, bytes_free):
     gpu.capacity = bytes_free
     options = {**SETTINGS, "out": str(tmp_path / "out"), "offload": "never"}
     with pytest.raises(
-        DoesNotFitError, match=r"^The memory is full \(CUDA out of memory.*\)\. Try --offload always.*$"
+        DoesNotFitError, match=r"^The memory is full \(CUDA out of memory.*\)\. Try `offload='always'`.*$"
     ):
         init(str(tiny_llama), **options)
 

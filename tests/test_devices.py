@@ -8,14 +8,13 @@ from helpers import each_quantizer, each_solver
 
 from quailora import NF4, AlternatingLeastSquares, Initializer, InputStatistics, Optimal, Uniform
 from quailora.adapters.lora import LoraScaling
-from quailora.core.metrics import METRICS
 from quailora.core.paired import PairedStatistics
+from quailora.core.weightings import WEIGHTINGS, Sensitivity
 from quailora.layer.asymmetric import initialize_asymmetric
 from quailora.methods.recipes import RECIPES
 from quailora.pipeline.layerwise import seeded
 from quailora.quantizers import HQQ
 from quailora.schedules import SRR, HeldOut, Once
-from quailora.solvers.fisher import Sensitivity
 from quailora.testing import make_problem
 
 PROBLEM = make_problem(24, 64, "decaying")
@@ -55,9 +54,9 @@ def test_the_search_for_directions(accelerator):
     assert_same_on(accelerator, Initializer(Uniform(), Optimal(), 4), WIDE)
 
 
-@pytest.mark.parametrize("metric", [*METRICS, "fisher"])
-def test_every_metric(accelerator, metric):
-    assert_same_on(accelerator, Initializer(NF4(), Optimal(), 4, metric), sensitivity=SENSITIVITY)
+@pytest.mark.parametrize("weighting", WEIGHTINGS.values())
+def test_every_weighting(accelerator, weighting):
+    assert_same_on(accelerator, Initializer(NF4(), Optimal(), 4, weighting()), sensitivity=SENSITIVITY)
 
 
 ASYMMETRIC = {name: recipe for name, recipe in RECIPES.items() if recipe.inputs == "asymmetric"}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import init
 from safetensors.torch import load_file
 
-from quailora.pipeline.init import init
 from quailora.support.distributed import packed
 
 # In float32: batches of other sizes round to other bfloat16 numbers.

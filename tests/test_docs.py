@@ -66,7 +66,7 @@ def test_readme_example_prints_what_it_says():
 
 
 def test_training_example_for_peft(tiny_llama, tmp_path, monkeypatch):
-    from quailora.pipeline.init import init
+    from helpers import init
 
     init(str(tiny_llama), out=str(tmp_path / "adapter"), rank=4, samples=4, sequence_length=64)
     monkeypatch.chdir(tmp_path)
@@ -77,7 +77,7 @@ def test_training_example_for_peft(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_readme_example_loads_an_adapter(tiny_llama, tmp_path, monkeypatch):
-    from quailora.pipeline.init import init
+    from helpers import init
 
     init(str(tiny_llama), out=str(tmp_path / "adapter"), rank=4, samples=4, sequence_length=64)
     monkeypatch.chdir(tmp_path)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from families import FAMILIES, make_model
+from helpers import init
 from safetensors.torch import load_file
 from torch import nn
 
-from quailora import GPTQ, NF4, Optimal
+from quailora import GPTQ, NF4, Initializer, Optimal
+from quailora.adapters.lora import LoraScaling
 from quailora.errors import ConfigurationError, DoesNotFitError, ModelError, TargetError
+from quailora.methods.method import Method
 from quailora.models.layers import Layer
 from quailora.pipeline.estimate import Estimate, bits_of
-from quailora.pipeline.init import init
 from quailora.support.machine import duration, parse_size, size
 
 SETTINGS = {"rank": 4, "samples": 4, "sequence_length": 32}
@@ -72,11 +74,15 @@ def test_time_counts_rounds_and_training(tiny_llama, tmp_path, monkeypatch):
     assert seconds["qera-exact"] < seconds["best"] < seconds["best-joint"] < seconds["polished"]
 
 
+def by(quantizer):
+    return Method(Initializer(quantizer, Optimal()), LoraScaling(4))
+
+
 def test_bits_count_everything():
     weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1))
     small, large = (Layer("layer", nn.Linear(*sides, device="meta")) for sides in ((1024, 64), (14336, 5000)))
-    assert bits_of(NF4(), small) == pytest.approx(NF4().quantize(weight).bits_per_weight, abs=0.01)
-    assert 3 < bits_of(GPTQ(bits=3), large) < 4
+    assert bits_of(by(NF4()), small) == pytest.approx(NF4().quantize(weight).bits_per_weight, abs=0.01)
+    assert 3 < bits_of(by(GPTQ(bits=3)), large) < 4
 
 
 def test_a_limit_decides_where_weights_stay(tiny_llama, tmp_path, monkeypatch):
@@ -84,7 +90,7 @@ def test_a_limit_decides_where_weights_stay(tiny_llama, tmp_path, monkeypatch):
     between = str((needed.in_memory + needed.streamed) // 2)
     assert dry(tiny_llama, tmp_path, memory_limit=between).verdict.startswith("fits block by block")
     asked = []
-    from quailora.pipeline import init as pipeline
+    from quailora.pipeline import initialize_model as pipeline
 
     original = pipeline.load_model
     monkeypatch.setattr(pipeline, "load_model", lambda *a, **b: asked.append(b["offload"]) or original(*a, **b))
@@ -95,7 +101,7 @@ def test_a_limit_decides_where_weights_stay(tiny_llama, tmp_path, monkeypatch):
         DoesNotFitError, match=r"below 100 MiB, but the run needs about \d+ MiB of memory with the weights"
     ):
         init(str(tiny_llama), out=str(tmp_path / "no"), memory_limit="100MiB", **SETTINGS)
-    with pytest.raises(DoesNotFitError, match="--offload auto"):
+    with pytest.raises(DoesNotFitError, match="`offload='auto'`"):
         init(str(tiny_llama), out=str(tmp_path / "no"), memory_limit=between, offload="never", **SETTINGS)
     assert not (tmp_path / "no").exists()
 

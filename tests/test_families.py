@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from families import FAMILIES, make_model
+from helpers import init
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -15,7 +16,6 @@ from quailora.calibration.walk import collect_statistics
 from quailora.calibration.windows import Calibration
 from quailora.models.layers import all_layers
 from quailora.models.load import load_model
-from quailora.pipeline.init import init
 
 MIXTURES = ["Mixtral", "Qwen3Moe"]
 

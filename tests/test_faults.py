@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
+from helpers import init
 from safetensors.torch import load_file, save_file
 
 from quailora.errors import ModelError, NumericalError
 from quailora.evaluation.evaluate import evaluate
 from quailora.models.load import load_model
-from quailora.pipeline.init import init
 
 each_offload = pytest.mark.parametrize("offload", ["always", "never"])
 

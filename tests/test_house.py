@@ -17,7 +17,6 @@ def test_no_file_has_more_than_300_lines():
     assert {place: lines for place, lines in OURS.files.items() if lines > 300} == {}
 
 
-@not_yet
 def test_no_function_has_more_than_60_lines():
     assert len(OURS.functions) > 500
     assert [(each.place, each.name, each.lines) for each in OURS.long] == []

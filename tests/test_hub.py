@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from helpers import init
 from hub import Hub, serving
 from safetensors.torch import load_file
 
 from quailora.adapters.hub import adapter_folder
 from quailora.errors import ModelError
-from quailora.pipeline.init import init
 
 SMALL = ["--rank", "4", "--samples", "2", "--sequence-length", "32"]
 

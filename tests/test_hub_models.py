@@ -6,12 +6,12 @@ import json
 import shutil
 
 import torch
+from helpers import init
 from hub import Hub, serving
 from safetensors.torch import load_file, save_file
 from test_hub import SMALL, run
 
 from quailora import NF4
-from quailora.pipeline.init import init
 
 
 def split(folder):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quailora import GPTQ, NF4, SVD, AlternatingLeastSquares, Initializer, InputStatistics, Optimal, Uniform, Zero
+from quailora.core.weightings import WEIGHTINGS
 from quailora.errors import CalibrationError, NumericalError
 from quailora.testing import make_problem
 
@@ -39,8 +40,8 @@ def test_without_statistics_errors_are_frobenius():
 def test_other_metrics_are_judged_in_the_gram_metric():
     problem = make_problem(30, 40, "decaying")
     errors = {
-        metric: Initializer(Uniform(bits=3), Optimal(), 4, metric)(problem.weight, problem.statistics).error
-        for metric in ("gram", "diagonal", "identity")
+        name: Initializer(Uniform(bits=3), Optimal(), 4, WEIGHTINGS[name]())(problem.weight, problem.statistics).error
+        for name in ("gram", "diagonal", "identity")
     }
     assert errors["gram"] < errors["diagonal"] < errors["identity"]
 

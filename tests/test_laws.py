@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from strategies import problems
 
 from quailora import SVD, Gram, Initializer, InputStatistics, Optimal, Uniform
-from quailora.core.metrics import METRICS
-from quailora.solvers.fisher import Sensitivity
+from quailora.core.weightings import WEIGHTINGS, FisherWeighting, Sensitivity
 from quailora.testing import check_quantizer, check_solver, indefiniteness, make_problem, optimal_error, rounding
 
 
@@ -25,12 +24,12 @@ def test_quantizer_laws(quantizer, idempotent, problem):
 
 
 @each_solver
-@pytest.mark.parametrize("metric", list(METRICS))
+@pytest.mark.parametrize("weighting", [cls() for cls in WEIGHTINGS.values()], ids=list(WEIGHTINGS))
 @settings(max_examples=15)
 @given(problem=problems())
-def test_solver_laws(solver, metric, problem):
+def test_solver_laws(solver, weighting, problem):
     """Laws 2 and 3 on an arbitrary error matrix, in every metric that solvers see."""
-    check_solver(solver, problem, metric=metric)
+    check_solver(solver, problem, weighting=weighting)
 
 
 @each_solver
@@ -48,7 +47,7 @@ def test_solver_laws_where_outputs_count_too(solver, problem, data):
     scaled, moment = rows.sqrt()[:, None] * error, columns.diag()
 
     def solve(solver, rank):
-        initializer = Initializer(base, solver, rank, "fisher")
+        initializer = Initializer(base, solver, rank, FisherWeighting())
         return initializer(problem.weight, problem.statistics, Sensitivity(rows, columns)).low_rank
 
     def weighted(matrix):

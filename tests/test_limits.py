@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from families import save_llama
+from helpers import init
 
 from quailora import GPTQ
 from quailora.comparison.compare import compare, distinct_names
@@ -15,7 +16,6 @@ from quailora.evaluation.evaluate import evaluate
 from quailora.evaluation.scores import perplexity_of
 from quailora.models.limits import check_token_ids, fitting_length, longest_sequence
 from quailora.models.load import empty_model
-from quailora.pipeline.init import init
 
 
 def small(family, **options):

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+from helpers import init
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quailora.adapters.convert import convert
 from quailora.errors import TargetError
-from quailora.pipeline.init import init
 
 FAST = {"rank": 4, "samples": 2, "sequence_length": 32}
 

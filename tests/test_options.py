@@ -17,13 +17,11 @@ from quailora.cli.arguments import arguments_of, taken_components
 from quailora.cli.commands import COMMANDS
 from quailora.cli.commands.compare import compare as compare_command
 from quailora.cli.commands.evaluate import evaluate as evaluate_command
-from quailora.cli.commands.init import init as init_command
 from quailora.cli.components import Component
 from quailora.cli.parser import as_options
 from quailora.comparison.compare import compare
 from quailora.errors import ConfigurationError
 from quailora.evaluation.evaluate import evaluate
-from quailora.pipeline.init import init
 from quailora.support.settings import build, describe
 
 FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
@@ -131,7 +129,7 @@ def test_options_are_spelled_with_either_dash(dash):
     words = ["demo", "--out", "a_b", "--save_base", "--no_overwrite", "--no_quantizer.double_quantization"]
     words += ["--quantizer.block_size", "128", "--base_format=auto"]
     typed = [word.replace("_", dash) if word.startswith("--") else word for word in words]
-    found = arguments_of("init", init_command, typed)
+    found = arguments_of("init", COMMANDS["init"], typed)
     assert (found["out"], found["save_base"], found["overwrite"]) == ("a_b", True, False)
     assert found["quantizer"].made("quantizer") == NF4(block_size=128, double_quantization=False)
 
@@ -171,7 +169,6 @@ def test_one_group_a_row_can_be_written_down(run, tiny_llama, tmp_path):
         ),
         (["init", "demo"], "Expected --out, which is missing. See: quailora init --help"),
         (["init", "demo", "--out", "x", "--rank", "a"], "--rank: Expected int, got a. See: quailora init --help"),
-        (["init", "demo", "--out", "x", "--metric", "y"], "--metric: Expected one of 'identity', 'magnitude'"),
         (["init", "demo", "--out", "x", "--rank-pattern", "y"], "Expected dict[str, int], NoneType, got y"),
         (["init", "demo", "--out", "x", "--bogus", "1"], "Unknown options or words: --bogus 1"),
         (["nonsense"], "There is no command 'nonsense'. Expected one of init, evaluate"),
@@ -227,7 +224,7 @@ def test_top_level_names_are_those_of_the_table():
 
 
 def test_every_command_has_the_parameters_and_the_defaults_of_what_it_calls():
-    for command, library in ((init_command, init), (compare_command, compare), (evaluate_command, evaluate)):
+    for command, library in ((compare_command, compare), (evaluate_command, evaluate)):
         typed, called = (signature(function).parameters for function in (command, library))
         assert list(typed) == list(called)
         for name, parameter in typed.items():

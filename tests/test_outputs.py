@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers import init
 
 from quailora import Int8
+from quailora.core.weightings import FisherWeighting
 from quailora.errors import ConfigurationError, OutputExistsError, StorageError
-from quailora.pipeline.init import init
 from quailora.support import files as outputs
 from quailora.support.files import new_folder
 
@@ -127,7 +128,7 @@ def test_seeds_that_no_generator_takes(tiny_llama, tmp_path, seed):
 
 
 def test_a_recipe_that_the_quantizer_cannot_follow(tiny_llama, tmp_path):
-    with pytest.raises(ConfigurationError, match=r"There are no scales to choose for Int8\(\)"):
+    with pytest.raises(ConfigurationError, match=r"Int8\(\) rounds in one way only"):
         init(tiny_llama, out=tmp_path / "out", dry_run=True, quantizer=Int8(), recipe="best-joint", **SETTINGS)
-    with pytest.raises(ConfigurationError, match='The metric "fisher" weighs'):
-        init(tiny_llama, out=tmp_path / "out", dry_run=True, metric="fisher", inputs="asymmetric", **SETTINGS)
+    with pytest.raises(ConfigurationError, match="keeps the correlations between inputs, got FisherWeighting"):
+        init(tiny_llama, out=tmp_path / "out", dry_run=True, metric=FisherWeighting(), inputs="asymmetric", **SETTINGS)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import init
 from torch.nn import functional
 
 from quailora import SVD, Initializer, Uniform
+from quailora.calibration.sources import TextCalibration
 from quailora.calibration.windows import Calibration
 from quailora.core.objective import Factors
 from quailora.errors import ConfigurationError, NumericalError
 from quailora.evaluation.scores import Corrected, measure
-from quailora.methods.distillation import Polish, corrected, next_token_loss
+from quailora.methods.distillation import Distillation, corrected, next_token_loss
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
 from quailora.models.weights import replaced
-from quailora.pipeline.init import init
 
 
 def test_distillation_lowers_the_divergence_and_leaves_the_model(tiny_llama, tokenizer):
@@ -23,15 +24,15 @@ def test_distillation_lowers_the_divergence_and_leaves_the_model(tiny_llama, tok
     model = load_model(str(tiny_llama)).model
     layers = linear_layers(model)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    source = Calibration(samples=8, sequence_length=64)
+    source = TextCalibration(Calibration(samples=8, sequence_length=64))
     quantized, factors = {}, {}
     for name, layer in layers.items():
         found = Initializer(Uniform(bits=2), SVD(), 4)(layer.weight)
         quantized[name] = found.quantized.dequantize()
         factors[name] = Factors(found.low_rank.lora_B, found.low_rank.lora_A)
-    polish = Polish(steps=20, batch=2, sequence_length=64, learning_rate=3e-3)
-    windows = polish.windows(source, tokenizer)
-    trained = polish.train(model, layers, quantized, factors, windows, "model")
+    distillation = Distillation(steps=20, batch=2, sequence_length=64, learning_rate=3e-3)
+    windows = distillation.windows(source, tokenizer)
+    trained = distillation.train(model, layers, quantized, factors, windows, "model")
     scores = measure(
         model, layers, {"start": Corrected(quantized, factors), "end": Corrected(quantized, trained)}, windows[:8]
     )
@@ -50,9 +51,9 @@ def test_plain_fine_tuning_lowers_the_loss_on_its_text(tiny_llama, tokenizer):
     factors = {
         name: Factors(torch.zeros(each.shape[0], 4), torch.randn(4, each.shape[1]) / 8) for name, each in layers.items()
     }
-    polish = Polish(steps=20, batch=2, sequence_length=64, learning_rate=3e-3, target="text")
-    windows = polish.windows(Calibration(samples=8, sequence_length=64), tokenizer)
-    trained = polish.train(model, layers, weights, factors, windows, "model")
+    distillation = Distillation(steps=20, batch=2, sequence_length=64, learning_rate=3e-3, target="text")
+    windows = distillation.windows(TextCalibration(Calibration(samples=8, sequence_length=64)), tokenizer)
+    trained = distillation.train(model, layers, weights, factors, windows, "model")
     scores = measure(model, layers, {"start": {}, "end": Corrected(weights, trained)}, windows)
     assert scores["end"].perplexity < 0.95 * scores["start"].perplexity
     ids, logits = torch.arange(10).view(2, 5), torch.randn(2, 5, 20)
@@ -92,12 +93,13 @@ def test_bad_training_is_refused(tiny_llama, tmp_path):
             sequence_length=32,
         )
     with pytest.raises(ConfigurationError, match="got 0 steps of 2 x 512"):
-        Polish(steps=0)
+        Distillation(steps=0)
     model = load_model(str(tiny_llama)).model
     layers = linear_layers(model)
     weights = {name: layer.weight * float("nan") for name, layer in layers.items()}
     factors = {
         name: Factors(torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1])) for name, layer in layers.items()
     }
+    distillation = Distillation(steps=1, batch=1, sequence_length=8)
     with pytest.raises(NumericalError, match="The loss of step 1 is nan"):
-        Polish(steps=1, batch=1, sequence_length=8).train(model, layers, weights, factors, torch.ones(1, 8).long())
+        distillation.train(model, layers, weights, factors, torch.ones(1, 8).long())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 
 import pytest
+from helpers import init
 from rich.console import Console
 
 from quailora import NF4, Optimal
-from quailora.pipeline.init import init
 from quailora.support import progress
 
 

@@ -20,16 +20,15 @@ from strategies import problems
 from quailora import FP4, GPTQ, NF4, NF4GPTQ, NF4MSE, SVD, Gram, Initializer, InputStatistics, Int8, Optimal, Uniform
 from quailora.adapters.lora import LoraScaling
 from quailora.core.paired import PairedStatistics
+from quailora.core.weightings import FisherWeighting, GramWeighting, IdentityWeighting, Sensitivity
 from quailora.errors import CalibrationError, ConfigurationError
 from quailora.layer.asymmetric import initialize_asymmetric
 from quailora.methods.recipes import RECIPES, find_recipe
-from quailora.quantizers.variants import with_feedback, with_least_error
 from quailora.schedules import SRR, Alternate, HeldOut, Once, ProjQ, Schedule
 from quailora.schedules.layer import QuantizedLayer, Validation
 from quailora.schedules.magr import MagR, onto_l1_ball, reduced
 from quailora.schedules.projq import deflated
 from quailora.schedules.srr import preserved_rank
-from quailora.solvers.fisher import Sensitivity
 from quailora.support.settings import build, describe
 from quailora.testing import make_problem, rounding
 
@@ -68,7 +67,7 @@ def initialized(recipe, base, rank, problem, noise=0.1):
         every, held_out = (
             PairedStatistics.from_inputs(full[:tokens], quantized[:tokens]) for tokens in (len(full), len(full) // 2)
         )
-        return initialize_asymmetric(method, problem.weight, every, held_out, recipe.trust)[0]
+        return initialize_asymmetric(method, problem.weight, every, held_out, recipe.step)[0]
     statistics = InputStatistics.from_inputs(full if recipe.inputs == "full" else quantized)
     return method(problem.weight, statistics, some_sensitivity(problem.weight.shape))
 
@@ -89,9 +88,9 @@ def test_every_recipe_keeps_the_order_of_errors(name, problem, base, data):
     slack = 2 * rounding(layer.error_uncalibrated, layer.error_none, torch.float32) + 1e-9 * layer.error_none
     assert layer.error_optimal <= layer.error + slack
     assert layer.low_rank.gain >= -1e-6 * layer.low_rank.total.value  # in the metric of the method
-    if recipe.metric != "fisher":  # whose weights of outputs promise nothing about the plain error
+    if recipe.weighting != FisherWeighting():  # whose weights of outputs promise nothing about the plain error
         assert layer.error <= layer.error_none + slack
-    if recipe.solver.needs_calibration and recipe.metric == "gram":
+    if recipe.solver.needs_calibration and recipe.weighting == GramWeighting():
         assert layer.error <= layer.error_uncalibrated + slack
 
 
@@ -100,12 +99,12 @@ def test_no_two_recipes_are_the_same_method():
     parts = {
         name: (
             recipe.solver,
-            recipe.metric,
+            recipe.weighting,
             recipe.schedule,
             recipe.rounding,
             recipe.inputs,
-            recipe.polish,
-            recipe.trust,
+            recipe.distillation,
+            recipe.step,
         )
         for name, recipe in RECIPES.items()
     }
@@ -119,12 +118,12 @@ def test_no_two_recipes_are_the_same_method():
     }
     assert same == {
         ("qlora", "rilq"),
-        ("best", "polished"),
-        ("best", "fine-tuned"),
-        ("polished", "fine-tuned"),
-        ("best-joint", "polished-joint"),
+        ("asymmetric-half", "distilled"),
+        ("asymmetric-half", "fine-tuned"),
+        ("distilled", "fine-tuned"),
+        ("asymmetric-half-srr", "distilled-joint"),
     }
-    assert all(RECIPES[other].polish is not None for _, other in same)
+    assert all(RECIPES[other].distillation is not None for _, other in same)
 
 
 PROMISING = [name for name, row in RECIPES.items() if not isinstance(row.schedule, Once | MagR)]
@@ -153,7 +152,10 @@ def test_schedules_are_never_worse_than_quantizing_once(name, problem, base, dat
 def test_a_recipe_changes_the_base_if_and_only_if_it_says_so(name):
     recipe, base, problem = find_recipe(name), Uniform(bits=3, group_size=16), planted()
     stored = initialized(recipe, base, 4, problem).quantized.dequantize()
-    assert torch.equal(stored, base.quantize(problem.weight).dequantize()) != recipe.changes_base
+    assert (
+        torch.equal(stored, base.quantize(problem.weight).dequantize())
+        != recipe.method(base, LoraScaling(2)).changes_base
+    )
 
 
 def test_the_methods_do_what_they_claim():
@@ -196,7 +198,7 @@ def test_alternation_by_hand(start):
         taken[:, loud] = weight[:, loud]
     candidates = [base.quantize(weight).dequantize(), base.quantize(weight - taken).dequantize()]
     expected = min((weight - q - best(weight - q)).square().sum().item() for q in candidates)
-    alternating = Initializer(base, SVD(), 3, "identity", Alternate(rounds=1, start=start))
+    alternating = Initializer(base, SVD(), 3, IdentityWeighting(), Alternate(rounds=1, start=start))
     layer = alternating(weight, problem.statistics)
     assert layer.low_rank.error == pytest.approx(expected, rel=1e-4)
 
@@ -300,19 +302,23 @@ def test_schedules_survive_the_sidecar(name):
 
 
 def test_feedback_keeps_the_grid():
-    assert with_feedback(NF4(block_size=128)) == NF4GPTQ(block_size=128, shrinkage=0.0)
-    assert with_feedback(Uniform(3, 32, symmetric=True)) == GPTQ(3, 32, symmetric=True, shrinkage=0.0)
-    assert with_feedback(GPTQ(activation_order=True)) == GPTQ(activation_order=True)
-    assert with_feedback(NF4GPTQ(damping=0.3, mse=True)) == NF4GPTQ(damping=0.3, mse=True)
+    assert NF4(block_size=128).with_feedback() == NF4GPTQ(block_size=128, shrinkage=0.0)
+    assert Uniform(3, 32, symmetric=True).with_feedback() == GPTQ(3, 32, symmetric=True, shrinkage=0.0)
+    assert GPTQ(activation_order=True).with_feedback() == GPTQ(activation_order=True)
+    assert NF4GPTQ(damping=0.3, mse=True).with_feedback() == NF4GPTQ(damping=0.3, mse=True)
     damped = NF4GPTQ(block_size=128, damping=1.0, mse=True, shrinkage=0.0)
-    assert with_feedback(with_least_error(NF4(block_size=128)), 1.0) == damped
-    assert with_feedback(with_least_error(GPTQ(3, 32))) == GPTQ(3, 32, mse=True, shrinkage=0.0)
-    assert with_least_error(with_feedback(NF4())) == NF4MSE()
+    assert NF4(block_size=128).with_least_error().with_feedback(1.0) == damped
+    assert GPTQ(3, 32).with_least_error().with_feedback() == GPTQ(3, 32, mse=True, shrinkage=0.0)
+    assert NF4().with_feedback().with_least_error() == NF4MSE()
     for other in (Int8(), FP4()):
+        assert other.with_feedback() is None
+        assert other.with_least_error() is None
         with pytest.raises(ConfigurationError, match=r"no rounding with error feedback for .*; take NF4 or Uniform"):
-            with_feedback(other)
-        with pytest.raises(ConfigurationError, match=r"no scales to choose for .*; take NF4 or Uniform"):
-            with_least_error(other)
+            RECIPES["cloq"].method(other, LoraScaling(2))
+        with pytest.raises(ConfigurationError, match=r"rounds in one way only, .*\. Take NF4 or Uniform"):
+            RECIPES["asymmetric-half-srr"].method(other, LoraScaling(2)).check()
+    with pytest.raises(ConfigurationError, match="for a base that is quantized already; take NF4"):
+        RECIPES["cloq"].method(None, LoraScaling(2))
 
 
 def test_the_rounding_is_chosen_by_the_tokens_that_are_held_out():
@@ -321,8 +327,8 @@ def test_the_rounding_is_chosen_by_the_tokens_that_are_held_out():
     part = make_problem(24, 64, "decaying", seed=1).statistics
     base = Uniform(bits=3, group_size=16)
     schedule = HeldOut(Once(), (0.01, 1.0))
-    nearest = with_least_error(base)
-    candidates = [base, nearest, with_feedback(nearest, 0.01), with_feedback(nearest, 1.0)]
+    nearest = base.with_least_error()
+    candidates = [base, nearest, nearest.with_feedback(0.01), nearest.with_feedback(1.0)]
     solve = partial(Optimal().minimise, rank=2)
     layer = QuantizedLayer.of(base, problem.weight, problem.statistics)
     part_layer = QuantizedLayer.of(base, problem.weight, part)
@@ -346,7 +352,7 @@ def test_bad_compositions_are_refused():
     with pytest.raises(ConfigurationError, match="needs calibration and a quantizer with error feedback"):
         Initializer(NF4(), Optimal(), 2, schedule=ProjQ())(problem.weight, problem.statistics)
     with pytest.raises(ConfigurationError, match="needs held-out tokens, which only asymmetric inputs have"):
-        initializer(RECIPES["best-joint"], NF4(), 2)(problem.weight, problem.statistics)
+        initializer(find_recipe("best-joint"), NF4(), 2)(problem.weight, problem.statistics)
     with pytest.raises(CalibrationError, match="needs calibration"):
         initializer(RECIPES["srr"], NF4(), 2)(problem.weight)
     with pytest.raises(ConfigurationError, match=r"Unknown recipe 'lora'. Expected one of qlora, "):

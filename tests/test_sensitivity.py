@@ -10,11 +10,12 @@ from torch.nn import functional
 
 from quailora import NF4, SVD, Initializer, Optimal
 from quailora.calibration.gradients import find_sensitivities
-from quailora.core.metrics import METRICS
+from quailora.calibration.tokens import CalibrationTokens
+from quailora.core.metrics import gram
+from quailora.core.weightings import FisherWeighting, IdentityWeighting, Sensitivity
 from quailora.errors import CalibrationError, NumericalError
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
-from quailora.solvers.fisher import Sensitivity
 from quailora.testing import make_problem
 
 
@@ -24,7 +25,7 @@ def test_sensitivities_are_means_of_squared_gradients(family):
     model = make_model(family)
     layers = linear_layers(model)
     windows = torch.arange(3 * 20).reshape(3, 20) % 250
-    found = find_sensitivities(model, layers, windows, "model")
+    found = find_sensitivities(model, layers, CalibrationTokens.of_windows(windows), "model")
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     expected = {name: torch.zeros(layer.shape) for name, layer in layers.items()}
@@ -46,7 +47,9 @@ def test_the_weighted_optimum_against_scipy():
     sensitivity = Sensitivity(
         torch.rand(12, generator=generator).double(), torch.rand(20, generator=generator).double()
     )
-    layer = Initializer(NF4(block_size=32), Optimal(), 3, "fisher")(problem.weight, problem.statistics, sensitivity)
+    layer = Initializer(NF4(block_size=32), Optimal(), 3, FisherWeighting())(
+        problem.weight, problem.statistics, sensitivity
+    )
     error = (problem.weight - layer.quantized.dequantize()).double()
     left, right = sensitivity.rows.sqrt()[:, None], sensitivity.columns.sqrt()
     u, s, vh = svd((left * error * right).numpy())
@@ -55,16 +58,14 @@ def test_the_weighted_optimum_against_scipy():
     weighted = (left * (error - layer.low_rank.dense()) * right).square().sum().item()
     assert layer.low_rank.error == pytest.approx(weighted, rel=1e-4)
     assert weighted == pytest.approx((s[3:] ** 2).sum(), rel=1e-4)
-    assert layer.error == pytest.approx(
-        METRICS["gram"](problem.statistics).energy(error - layer.low_rank.dense()), rel=1e-4
-    )
+    assert layer.error == pytest.approx(gram(problem.statistics).energy(error - layer.low_rank.dense()), rel=1e-4)
 
 
 def test_equal_weights_are_the_plain_decomposition():
     problem = make_problem(10, 16)
     even = Sensitivity(torch.ones(10).double(), torch.ones(16).double())
-    found = Initializer(NF4(block_size=32), Optimal(), 4, "fisher")(problem.weight, problem.statistics, even)
-    plain = Initializer(NF4(block_size=32), SVD(), 4, "identity")(problem.weight, problem.statistics)
+    found = Initializer(NF4(block_size=32), Optimal(), 4, FisherWeighting())(problem.weight, problem.statistics, even)
+    plain = Initializer(NF4(block_size=32), SVD(), 4, IdentityWeighting())(problem.weight, problem.statistics)
     torch.testing.assert_close(found.low_rank.dense(), plain.low_rank.dense(), rtol=1e-4, atol=1e-5)
 
 
@@ -72,7 +73,7 @@ def test_equal_weights_are_the_plain_decomposition():
 def test_outputs_that_no_gradient_reached(rows):
     problem = make_problem(8, 12)
     blind = Sensitivity(rows.double(), torch.ones(12).double())
-    found = Initializer(NF4(block_size=32), Optimal(), 2, "fisher")(problem.weight, problem.statistics, blind)
+    found = Initializer(NF4(block_size=32), Optimal(), 2, FisherWeighting())(problem.weight, problem.statistics, blind)
     assert found.low_rank.dense().isfinite().all()
     assert found.error > 0
 
@@ -80,11 +81,11 @@ def test_outputs_that_no_gradient_reached(rows):
 def test_what_is_missing_or_not_finite_is_named(tiny_llama):
     problem = make_problem(8, 12)
     with pytest.raises(CalibrationError, match="needs the Sensitivity of the layer"):
-        Initializer(NF4(), Optimal(), 2, "fisher")(problem.weight, problem.statistics)
+        Initializer(NF4(), Optimal(), 2, FisherWeighting())(problem.weight, problem.statistics)
     model = load_model(str(tiny_llama)).model
     layers = linear_layers(model)
     name = list(layers)[-1]
     with torch.no_grad():
         layers[name].module.weight[0, 0] = torch.nan
     with pytest.raises(NumericalError, match=r"The gradient of .* is NaN or infinite"):
-        find_sensitivities(model, layers, torch.arange(16)[None])
+        find_sensitivities(model, layers, CalibrationTokens.of_windows(torch.arange(16)[None]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from quailora import GPTQ, NF4, SVD, AlternatingLeastSquares, Prequantized, Quantizer, Solver, Uniform
+from quailora import GPTQ, NF4, SVD, AlternatingLeastSquares, Quantizer, Solver, Uniform
 from quailora.quantizers import QUANTIZERS
 from quailora.schedules import SCHEDULES, SRR, HeldOut, Schedule
 from quailora.solvers import SOLVERS
@@ -37,7 +37,6 @@ def through_json(value):
     [
         (Quantizer, NF4(), "nf4"),
         (Quantizer, GPTQ(bits=3), "gptq"),
-        (Quantizer, Prequantized("folder"), "Prequantized"),
         (Quantizer, Doubled(3), f"{__name__}.Doubled"),
         (Solver, AlternatingLeastSquares(), "quailora"),
         (Schedule, HeldOut(SRR()), "held_out"),
@@ -58,7 +57,6 @@ def test_a_schedule_in_a_schedule_has_a_short_name_too():
     ("interface", "path", "expected"),
     [
         (Quantizer, "quailora.quantizers.nf4.NF4", NF4),
-        (Quantizer, "quailora.bases.prequantized.Prequantized", Prequantized),
         (Quantizer, "quailora.NF4", NF4),
         (Quantizer, "quailora.some.module.that.has.moved.GPTQ", GPTQ),
         (Quantizer, "Doubled", Doubled),

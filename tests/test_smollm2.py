@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import init
 
 from quailora import AlternatingLeastSquares, Optimal
 from quailora.evaluation.evaluate import evaluate
-from quailora.pipeline.init import init
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from families import save_llama, with_special_tokens
+from helpers import init
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quailora import GPTQ, Uniform
@@ -15,7 +16,6 @@ from quailora.calibration.text import shipped_text
 from quailora.calibration.windows import given_tokens
 from quailora.comparison.compare import compare
 from quailora.evaluation.evaluate import evaluate
-from quailora.pipeline.init import init
 
 FRONT = [301, 300]  # <eos> <bos>
 

@@ -7,7 +7,7 @@ import torch
 
 from quailora import InputStatistics
 from quailora.core.linalg import safe_cholesky, triangular_inverse
-from quailora.core.metrics import METRICS
+from quailora.core.metrics import gram
 from quailora.core.statistics import self_product
 from quailora.errors import CalibrationError, NumericalError, NumericalWarning
 
@@ -129,7 +129,7 @@ def test_what_depends_on_the_inputs_is_computed_once(generator):
 def test_the_second_moment_is_not_copied(generator):
     statistics = InputStatistics.from_inputs(torch.randn(50, 8, generator=generator))
     assert statistics.second_moment is statistics.second_moment
-    assert METRICS["gram"](statistics) is METRICS["gram"](statistics)
+    assert gram(statistics) is gram(statistics)
 
 
 def test_sums_of_products_from_elsewhere(generator):

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import save_llama
+from helpers import init
 from questions import save_task
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from examples import examples
-from quailora import GPTQ, Optimal, Prequantized, Uniform
+from quailora import GPTQ, Optimal, StoredBase, Uniform
 from quailora.adapters.convert import convert
 from quailora.bases.awq import ORDER
 from quailora.calibration.text import shipped_text
@@ -25,7 +26,6 @@ from quailora.evaluation.check import check
 from quailora.evaluation.evaluate import evaluate, quantize_in_place
 from quailora.models.layers import linear_layers
 from quailora.models.locate import resolve
-from quailora.pipeline.init import init
 from quailora.quantizers.packing import pack_words, unpack_words
 
 PYTHON = os.environ.get("QUAILORA_STOCK")
@@ -122,7 +122,7 @@ def test_awq(tokenizer, tmp_path):
     )
     stock("-c", code, base, tmp_path / "logits.pt")
     ours = AutoModelForCausalLM.from_pretrained(model)
-    quantize_in_place(ours, Prequantized(str(base)))
+    quantize_in_place(ours, StoredBase(str(base)))
     expected = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(ours(torch.arange(64)[None]).logits, expected, rtol=1e-2, atol=2e-3)
 
@@ -139,10 +139,7 @@ def adapter(tokenizer, tmp_path):
 
 def test_trl_trains_an_adapter(adapter, tmp_path):
     """The blocks of the page on training, one after the other; `convert` takes what comes out."""
-    blocks = examples("docs/training.md")
-    load, train = (
-        next(block for block in blocks if call in block) for call in ("PeftModel.from_pretrained(", "SFTTrainer(")
-    )
+    load, train = examples("docs/training.md")[:2]
     texts = [shipped_text("evaluate")[start : start + 200] for start in range(0, 3200, 200)]
     given = f"MODEL = {str(tmp_path / 'model')!r}"
     data = f"from datasets import Dataset; dataset = Dataset.from_dict({{'text': {texts!r}}})"

@@ -10,11 +10,24 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from quailora import NF4, AlternatingLeastSquares, Initializer, InputStatistics
 from quailora.calibration.blocks import find_chain
+from quailora.calibration.tokens import CalibrationTokens
 from quailora.calibration.walk import Walk, collect_statistics
 from quailora.errors import CalibrationError, ModelError, NumericalError, named
 from quailora.models.layers import Layer, all_layers, linear_layers, select_layers
 from quailora.models.load import load_model
 from quailora.models.weights import is_offloaded, replaced, resident
+
+
+def walked(model, layers, ids, inputs="full", dtype="auto"):
+    """What a walk finds out about the inputs of layers, which stay as they are."""
+    found = {}
+
+    def visit(block):
+        found.update({one.layer.name: one for one in block.drain()})
+        return {name: layer.weight for name, layer in block.layers.items()}
+
+    Walk(model, layers, CalibrationTokens.of_windows(ids), inputs, dtype).run(visit)
+    return found
 
 
 @pytest.fixture
@@ -55,22 +68,22 @@ def test_an_expert_sees_what_the_router_sends_it(family, ids):
     hidden, chosen, _ = calls[0]
     width = hidden.shape[-1]
     layers = {key: layer for key, layer in all_layers(model).items() if layer.group == f"{name}.gate_up_proj"}
-    block = next(iter(Walk(model, layers, ids, dtype="model")))
+    inputs = walked(model, layers, ids, dtype="model")
     sent = [hidden[(chosen == expert).any(-1)].double() for expert in range(len(layers))]
-    assert list(block.tokens.values()) == [len(tokens) for tokens in sent]
+    assert [one.tokens for one in inputs.values()] == [len(tokens) for tokens in sent]
     pool = sum(tokens.T @ tokens for tokens in sent) / sum(map(len, sent))
-    for tokens, statistics in zip(sent, block.statistics.values(), strict=True):
+    for tokens, one in zip(sent, inputs.values(), strict=True):
         expected = (tokens.T @ tokens + width * pool) / (len(tokens) + width)
-        torch.testing.assert_close(statistics.second_moment, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.statistics.second_moment, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_an_expert_without_tokens_gets_the_average(ids):
     model = make_model("Qwen3Moe")
-    block = next(iter(Walk(model, select_layers(model, ["experts"]), ids[:1, :2], dtype="model")))
-    silent = [name for name, tokens in block.tokens.items() if tokens == 0]
+    inputs = walked(model, select_layers(model, ["experts"]), ids[:1, :2], dtype="model")
+    silent = [one for one in inputs.values() if one.tokens == 0]
     assert silent
-    for name in silent:
-        assert block.statistics[name].second_moment.diagonal().sum() > 0
+    for one in silent:
+        assert one.statistics.second_moment.diagonal().sum() > 0
 
 
 def test_quantized_inputs_are_those_after_the_replaced_blocks(tiny_llama, ids):
@@ -80,17 +93,20 @@ def test_quantized_inputs_are_those_after_the_replaced_blocks(tiny_llama, ids):
     before = collect_statistics(model, layers, ids, "model")
     changed: dict[str, torch.Tensor] = {}
     groups = []
-    for block in Walk(model, layers, ids, "quantized", "model"):
+
+    def visit(block):
         groups.append([name.rpartition(".")[2] for name in block.layers])
         other = load_model(str(tiny_llama)).model
         with replaced(linear_layers(other), changed):
             expected = collect_statistics(other, linear_layers(other), ids, "model")
-        for name in block.layers:
-            found = block.statistics[name].second_moment
-            torch.testing.assert_close(found, expected[name].second_moment, rtol=1e-5, atol=1e-7)
-        own = {name: 0.5 * layer.weight for name, layer in block.layers.items()}
-        block.replacements.update(own)
-        changed |= own
+        for one in block.drain():
+            found = one.statistics.second_moment
+            torch.testing.assert_close(found, expected[one.layer.name].second_moment, rtol=1e-5, atol=1e-7)
+        weights = {name: 0.5 * layer.weight for name, layer in block.layers.items()}
+        changed.update(weights)
+        return weights
+
+    Walk(model, layers, CalibrationTokens.of_windows(ids), "quantized", "model").run(visit)
     assert groups == 2 * [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     after = collect_statistics(model, layers, ids, "model")  # and the model is as it was
     for name in layers:
@@ -131,7 +147,7 @@ def test_models_that_are_no_chain_are_run_whole(tiny_llama, tmp_path, ids, monke
     name = "model.layers.0.self_attn.q_proj"
     assert (found[name].second_moment - expected[name].second_moment).norm() > 0
     with pytest.raises(ModelError, match=r"block by block.*in memory only, on full-precision inputs"):
-        next(iter(Walk(model, layers, ids, "quantized")))
+        walked(model, layers, ids, "quantized")
     offloaded = load_model(str(tiny_llama), offload=tmp_path).model
     with pytest.raises(ModelError, match=r"block by block.*in memory only"):
         collect_statistics(offloaded, linear_layers(offloaded), ids)
@@ -164,7 +180,7 @@ def test_blocks_that_share_more_than_hidden_states_are_no_chain(tiny_llama, ids,
 def test_too_few_windows_to_hold_some_out(tiny_llama, ids):
     model = load_model(str(tiny_llama)).model
     with pytest.raises(CalibrationError, match=r"at least 4 calibration samples for asymmetric inputs.*got 3"):
-        next(iter(Walk(model, linear_layers(model), ids, "asymmetric")))
+        walked(model, linear_layers(model), ids, "asymmetric")
 
 
 def test_inputs_that_are_overwritten_are_refused(tiny_llama, ids, monkeypatch):
@@ -210,4 +226,12 @@ def test_a_layer_without_tokens_is_named_for_quantized_inputs(tiny_llama, ids):
     model = load_model(str(tiny_llama)).model
     silent = {"model.layers.0.unused": Layer("model.layers.0.unused", nn.Linear(64, 64))}
     with pytest.raises(CalibrationError, match=r"1 layers received no calibration token, model\.layers\.0\.unused"):
-        list(Walk(model, silent, ids, "quantized"))
+        walked(model, silent, ids, "quantized")
+
+
+def test_a_visit_that_forgets_a_layer_is_refused(tiny_llama, ids):
+    """What comes after would be fitted to the model as it was."""
+    model = load_model(str(tiny_llama)).model
+    walk = Walk(model, linear_layers(model), CalibrationTokens.of_windows(ids), "quantized")
+    with pytest.raises(ValueError, match=r"a weight for each layer of the block, got none for model\.layers\.0\."):
+        walk.run(lambda _: {})

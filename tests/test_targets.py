@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quailora import NF4, LowRank
+from quailora import LowRank
 from quailora.adapters.lora import LoraScaling, expert_stacks, write_lora
 from quailora.adapters.peft_check import dropped
 from quailora.adapters.written import check_files
@@ -99,7 +99,7 @@ def test_stock_transformers_decides_what_its_base_quantizes(tmp_path):
         quantized = {name for name, module in base.named_modules() if type(module).__name__ == "Linear4bit"}
         assert quantized == {name for name, layer in linear_layers(model).items() if stock_quantizes(layer)}
     with pytest.raises(TargetError, match=r"No layer is left.*full precision, see --save-base"):
-        plan_adapter(empty(small_config("falcon")), ALL, LoraScaling(4), NF4())
+        plan_adapter(empty(small_config("falcon")), ALL, LoraScaling(4), stock=True)
     assert plan_adapter(empty(small_config("falcon")), ALL, LoraScaling(4)).layers
 
 

@@ -31,7 +31,7 @@ class Origin:
     Attributes:
         version: version of quailora that made the adapter.
         model: hub name or folder of the full-precision model.
-        quantizer: description of the base's quantizer; see `describe`.
+        quantizer: description of the base's quantizer, see `describe`; empty if the base was there before the adapter.
         checkpoint: hub name or folder of the base, if it was there before the adapter.
         needs: what it takes besides the model and the quantizer to make the base: nothing but the "model"; also its
             "calibration"; or it cannot be made again, and has to be there as a "base".
@@ -61,6 +61,18 @@ class Origin:
             ModelError: if it is unknown here.
         """
         return build(Quantizer, self.quantizer)  # type: ignore[type-abstract]
+
+    @property
+    def stock_quantizer(self) -> Quantizer | None:
+        """The quantizer that makes the base while stock transformers loads the model; None if nothing does.
+
+        Raises:
+            ModelError: if it is unknown here.
+        """
+        if self.needs != "model" or not self.quantizer:
+            return None
+        quantizer = self.built_quantizer
+        return quantizer if quantizer.stock_config() is not None else None
 
     @classmethod
     def read(cls, content: Any, file: Path) -> Origin:

@@ -1,5 +1,5 @@
-"""Bases that are quantized already: read layer by layer from the checkpoints of other tools."""
+"""Bases that are quantized already: read layer by layer from the checkpoints of other tools, and written."""
 
-from .prequantized import Prequantized as Prequantized
+from .existing import ExistingBase as ExistingBase
 from .reader import READERS as READERS
 from .reader import StoredBase as StoredBase

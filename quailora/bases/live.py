@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import ModelError, NumericalError
 from ..models.quantized import quantization_of
 from ..quantizers import FP4, NF4, Int8, QuantizedWeight, Quantizer
+from .existing import ExistingBase
 from .live_weights import kind_of, live_weight
 
 _INNER = "base_layer"
@@ -23,7 +24,7 @@ _STOCK_BLOCK_SIZE = 64
 
 @final
 @dataclass(frozen=True, eq=False)
-class LiveBase:
+class LiveBase(ExistingBase):
     """The quantized layers of a model in memory, by the names that they have in the model without an adapter.
 
     Attributes:

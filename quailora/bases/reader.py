@@ -11,6 +11,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..errors import ModelError, NumericalError
 from ..models.accept import is_known, read_config, skeleton
@@ -23,6 +24,7 @@ from ..quantizers import QuantizedWeight
 from ..quantizers.base import check_finite
 from .awq import read_awq
 from .bitsandbytes import read_bitsandbytes
+from .existing import ExistingBase
 from .gptq import read_gptq
 from .hqq import read_hqq
 from .torchao import read_torchao
@@ -50,14 +52,24 @@ _MARKS = {
 
 @final
 @dataclass(frozen=True)
-class StoredBase:
-    """A quantized checkpoint.
+class StoredBase(ExistingBase):
+    """A quantized checkpoint, whose configuration and index are read once.
 
     Attributes:
         name: hub name or folder.
     """
 
     name: str
+
+    @property
+    @override
+    def title(self) -> str:
+        return self.name
+
+    @property
+    @override
+    def checkpoint(self) -> str:
+        return self.name
 
     @cached_property
     def described(self) -> dict[str, Any]:
@@ -117,21 +129,12 @@ class StoredBase:
         return {key.removesuffix(".weight"): (new or key).removesuffix(".weight") for key, new in keys.items()}
 
     @property
+    @override
     def layers(self) -> frozenset[str]:
-        """Names of the quantized layers; raises as `index` does."""
         return frozenset(self.index)
 
+    @override
     def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:
-        """Return the weight of a layer.
-
-        Args:
-            layer: module name.
-            dtype: the dtype that the layer computes in.
-            device: the device that tensors are read to.
-
-        Raises:
-            ModelError: if the layer is not there, not quantized, or damaged; the message names it and its file.
-        """
         if layer not in self.index:
             raise ModelError(f"Expected a quantized layer {layer} in {self.name!r}, and there is none.")
         stored = {name: entry for name, entry in self.index[layer].items() if name != "bias"}

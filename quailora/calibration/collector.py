@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Generic, TypeVar, final
 
@@ -21,7 +23,39 @@ Kind = TypeVar("Kind", InputStatistics, PairedStatistics)
 
 
 @final
-class Tally(Generic[Kind]):
+@dataclass(frozen=True, eq=False)
+class PairedInputs:
+    """Statistics of the inputs of a layer in two networks.
+
+    Attributes:
+        all_tokens: of all tokens.
+        held_out: of those that are held out, which are counted in `all_tokens`, too.
+    """
+
+    all_tokens: PairedStatistics
+    held_out: PairedStatistics
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """A layer, and what calibration knows of its inputs.
+
+    Attributes:
+        layer: the layer.
+        statistics: of its inputs; layers with the same input share one object.
+        tokens: calibration tokens that it saw.
+        paired: for asymmetric inputs, those of both networks; `statistics` are then a part of them. None for experts.
+    """
+
+    layer: Layer
+    statistics: InputStatistics
+    tokens: int
+    paired: PairedInputs | None = None
+
+
+@final
+class StatisticsCollector(Generic[Kind]):
     """Adds up inputs. Layers that are run on the very same tensors (query, key and value) share one object.
 
     Args:
@@ -34,13 +68,15 @@ class Tally(Generic[Kind]):
         self._device = device
         self._found: dict[tuple[str, ...], Kind] = {}
 
-    def add(self, inputs: Mapping[str, Sequence[tuple[Tensor, ...]]]) -> None:
+    def add(self, inputs: Mapping[str, Sequence[tuple[Tensor, ...]]], counted: Tensor | None = None) -> None:
         """Add the inputs of one batch.
 
         Args:
             inputs: what each layer was run on, call by call, as `update` of the statistics takes it.
+            counted: the tokens of the batch that count, shape (samples, length); all of them if None.
 
         Raises:
+            CalibrationError: if some tokens do not count, and a layer sees others than all tokens of the batch.
             NumericalError: if one is NaN or infinite; the message names its layer.
         """
         tensors = {name: [tensor for call in calls for tensor in call] for name, calls in inputs.items()}
@@ -49,7 +85,7 @@ class Tally(Generic[Kind]):
                 if names not in self._found:
                     self._found[names] = self._kind(call[-1].shape[-1], self._device)
                 with named(names[0]):
-                    self._found[names].update(*call)
+                    self._found[names].update(*(among_counted(tensor, counted) for tensor in call))
 
     def result(self, layers: Mapping[str, Layer]) -> tuple[dict[str, Kind], dict[str, int]]:
         """Return the statistics of each layer that saw a token, and the tokens that it saw, over all processes.
@@ -92,7 +128,7 @@ class Tally(Generic[Kind]):
 
 
 @final
-class BlockTally:
+class BlockCollector:
     """Adds up the inputs of the layers of a block, in one network or, token by token, in two.
 
     Experts have the inputs of one network in any case: two do not send the same tokens to them.
@@ -106,30 +142,31 @@ class BlockTally:
     def __init__(self, layers: Mapping[str, Layer], device: torch.device, *, paired: bool) -> None:
         self._layers = layers
         self._linear = {name: layer for name, layer in layers.items() if paired and layer.expert is None}
-        self._alone = Tally(InputStatistics, device)
-        self._seen, self._held = Tally(PairedStatistics, device), Tally(PairedStatistics, device)
+        self._alone = StatisticsCollector(InputStatistics, device)
+        self._seen, self._held = (
+            StatisticsCollector(PairedStatistics, device),
+            StatisticsCollector(PairedStatistics, device),
+        )
 
-    def add(self, inputs: Inputs, full: Inputs, *, held_out: bool) -> None:
+    def add(self, inputs: Inputs, full: Inputs, counted: Tensor | None = None, *, held_out: bool) -> None:
         """Add the inputs of one batch.
 
         Args:
             inputs: of the network that layers are fitted in.
             full: in full precision.
+            counted: the tokens of the batch that count; all of them if None.
             held_out: whether the batch is held out.
 
         Raises:
             NumericalError: if one is NaN or infinite; the message names its layer.
         """
         pairs = {name: list(zip(full[name], inputs[name], strict=True)) for name in self._linear if name in inputs}
-        (self._held if held_out else self._seen).add(pairs)
-        self._alone.add({name: [(each,) for each in calls] for name, calls in inputs.items() if name not in pairs})
+        (self._held if held_out else self._seen).add(pairs, counted)
+        alone = {name: [(tensor,) for tensor in calls] for name, calls in inputs.items() if name not in pairs}
+        self._alone.add(alone, counted)
 
-    def result(
-        self,
-    ) -> tuple[dict[str, InputStatistics], dict[str, int], dict[str, PairedStatistics], dict[str, PairedStatistics]]:
-        """Return statistics, tokens, pairs of all tokens, and pairs of those that are held out, of each layer.
-
-        Where there are pairs, the statistics are those of the quantized network in them.
+    def result(self) -> dict[str, LayerInputs]:
+        """Return what is known of the inputs of each layer, in the order of the layers.
 
         Raises:
             CalibrationError: if a layer, or every expert of a fused parameter, saw no token.
@@ -137,14 +174,41 @@ class BlockTally:
         others = {name: layer for name, layer in self._layers.items() if name not in self._linear}
         statistics, tokens = self._alone.result(others)
         support_rare_experts(self._layers, statistics)
+        alone = {name: LayerInputs(self._layers[name], statistics[name], tokens[name]) for name in others}
         if not self._linear:
-            return statistics, tokens, {}, {}
+            return alone
         pairs, seen = self._seen.result(self._linear)
         held_out, held = self._held.result(self._linear)
         for one, other in {id(pairs[name]): (pairs[name], held_out[name]) for name in pairs}.values():
             one.include(other)
-        statistics |= {name: pair.quantized for name, pair in pairs.items()}
-        return statistics, tokens | {name: seen[name] + held[name] for name in seen}, pairs, held_out
+        paired = {
+            name: LayerInputs(
+                self._layers[name], pair.quantized, seen[name] + held[name], PairedInputs(pair, held_out[name])
+            )
+            for name, pair in pairs.items()
+        }
+        return {name: alone[name] if name in alone else paired[name] for name in self._layers}
+
+
+def among_counted(inputs: Tensor, counted: Tensor | None) -> Tensor:
+    """Return those inputs of a layer that belong to tokens which count.
+
+    Args:
+        inputs: shape (samples, length, in_features), or with samples and length in one dimension.
+        counted: shape (samples, length); every token counts if it is None.
+
+    Raises:
+        CalibrationError: if the layer saw a part of the tokens only, since it is not known which of them count.
+    """
+    if counted is None:
+        return inputs
+    if math.prod(inputs.shape[:-1]) != counted.numel():
+        raise CalibrationError(
+            f"Some calibration tokens do not count, and this layer saw {math.prod(inputs.shape[:-1])} of the "
+            f"{counted.numel()} tokens of a batch, as experts do. Pass batches in which every token counts, or leave "
+            "these layers out of the targets."
+        )
+    return inputs.reshape(-1, inputs.shape[-1])[counted.flatten().to(inputs.device)]
 
 
 def support_rare_experts(layers: Mapping[str, Layer], found: dict[str, InputStatistics]) -> None:

@@ -7,16 +7,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
+from ..core.weightings import Sensitivity
 from ..errors import NumericalError
 from ..models.layers import Layer
-from ..solvers.fisher import Sensitivity
 from ..support import distributed
 from ..support.progress import track
 from .capture import arithmetic
+from .tokens import IGNORED_LABEL, CalibrationTokens
 from .windows import CalibrationDtype
 
 
@@ -35,17 +35,17 @@ def frozen(model: Any) -> Iterator[None]:
 def find_sensitivities(
     model: Any,
     layers: Mapping[str, Layer],
-    windows: Int[Tensor, "samples sequence_length"],
+    tokens: CalibrationTokens,
     dtype: CalibrationDtype = "auto",
 ) -> dict[str, Sensitivity]:
-    """Return the sensitivity of each layer, from one backward pass a window; several processes share the windows.
+    """Return the sensitivity of each layer, from one backward pass a sequence; processes share the sequences.
 
     A gradient is dropped as soon as it is summed up, so only one layer's is held at a time.
 
     Args:
         model: a transformers causal language model in memory; it is left as it was.
         layers: its linear layers, no fused experts among them.
-        windows: token ids; the loss is the mean over a window's tokens.
+        tokens: the loss is the mean over a sequence's tokens that count.
         dtype: arithmetic; see `Calibration`.
 
     Raises:
@@ -66,19 +66,21 @@ def find_sensitivities(
 
         return hook
 
-    mine = windows[distributed.rank() :: distributed.world_size()]
+    sequences = list(tokens)
+    mine = sequences[distributed.rank() :: distributed.world_size()]
     with frozen(model), ExitStack() as hooks, torch.enable_grad():
         for name, layer in layers.items():
             weight = getattr(layer.module, layer.parameter).requires_grad_()
             hooks.callback(weight.register_post_accumulate_grad_hook(collecting(name)).remove)
-        for window in track(mine, "Taking gradients", total=len(mine)):
-            ids = window.to(device)
+        for sequence, counted in track(mine, "Taking gradients", total=len(mine)):
+            ids = sequence.to(device)
+            targets = ids[1:] if counted is None else ids[1:].where(counted[1:].to(device), IGNORED_LABEL)
             with arithmetic(model, dtype):
                 logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-            torch.autograd.backward(functional.cross_entropy(logits.float(), ids[1:]))
+            torch.autograd.backward(functional.cross_entropy(logits.float(), targets))
     found = {}
     for name in layers:
-        total = [distributed.add_up(each[name]) / len(windows) for each in (rows, columns)]
+        total = [distributed.add_up(each[name]) / len(sequences) for each in (rows, columns)]
         if not total[0].isfinite().all():
             raise NumericalError(f"The gradient of {name} is NaN or infinite. Try another calibration dtype.")
         found[name] = Sensitivity(*total)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,9 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ..core.paired import PairedStatistics
 from ..core.statistics import InputStatistics
-from ..errors import CalibrationError, ModelError, NumericalError
+from ..errors import ModelError, NumericalError
 from ..models.layers import Layer
 from ..models.weights import execution_device, is_offloaded, replaced, resident
 from ..support import distributed
@@ -23,62 +21,72 @@ from ..support.choices import InputsOf as InputsOf  # noqa: PLC0414 # imported f
 from .activations import Activations
 from .blocks import Call, Chain, WholeModel, explained, find_chain
 from .capture import Inputs, arithmetic, captured, shared_inputs
-from .collector import BlockTally
+from .collector import BlockCollector, LayerInputs
+from .tokens import CalibrationTokens, TokenBatch
 from .windows import CalibrationDtype
 
 Forward = Callable[[int, Tensor], Tensor]
 """Runs one block on the hidden states of a batch, given by its number."""
 
-Run = Callable[..., Inputs]
+RunBlock = Callable[..., Inputs]
 """Runs one block on a batch in one network, and returns what layers were run on; see `Walk._visit`."""
 
-TOKENS_PER_PASS = 4096
-"""Tokens of a batch, but for windows that are longer."""
 
 _PROBE_TOKENS = 8
-_HELD_OUT_EVERY = 4  # of the windows, where some are held out
 
 
 @final
-@dataclass(frozen=True, eq=False)
 class Block:
-    """One block of a model, or the layers in it that share an input, resident while the walk waits at it.
+    """One block of a model, or the layers in it that share an input, resident while it is visited.
 
-    Attributes:
+    Args:
         index: its place in the model; what lies outside all blocks comes last.
-        layers: the layers in it, by name.
-        statistics: the inputs of each layer; layers with the same input share one object. Taking entries out of it
-            frees them.
-        tokens: calibration tokens that each layer saw.
-        paired: for asymmetric inputs, those of both networks, but for experts; `statistics` are then a part of them.
-        held_out: the same from the batches that are held out, which are counted in `paired`, too.
-        replacements: what the layers will compute with in the quantized network; to be filled in by whoever walks.
+        inputs: what is known of the inputs of each layer in it, by name.
     """
 
-    index: int
-    layers: Mapping[str, Layer]
-    statistics: dict[str, InputStatistics]
-    tokens: Mapping[str, int]
-    paired: dict[str, PairedStatistics] = field(default_factory=dict)
-    held_out: dict[str, PairedStatistics] = field(default_factory=dict)
-    replacements: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, index: int, inputs: Mapping[str, LayerInputs]) -> None:
+        self.index = index
+        self.layers: Mapping[str, Layer] = {name: one.layer for name, one in inputs.items()}
+        self._inputs = dict(inputs)
+
+    def drain(self) -> Iterator[LayerInputs]:
+        """Yield what is known of the inputs of each layer, in the order of the model, once.
+
+        Statistics are freed when the last layer that shares them has been yielded and is not used any more.
+        """
+        previous: InputStatistics | None = None
+        while self._inputs:
+            current = self._inputs.pop(next(iter(self._inputs)))
+            if previous is not None and previous is not current.statistics:
+                previous.clear_cache()
+            previous = current.statistics
+            yield current
+            del current
+        if previous is not None:
+            previous.clear_cache()
+
+
+Visit = Callable[[Block], Mapping[str, Tensor]]
+"""Works on a block; returns what its layers compute with from now on in the quantized network, (out_features,
+in_features) by name: of every layer, where layers are fitted to other inputs than those of full precision; else
+nothing."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """Runs a model block by block on calibration windows.
+    """Runs a model block by block on calibration tokens.
 
     Each block is brought into memory, run on what the block before it returned, and dropped. Layers in it get the
-    statistics of their inputs; with several processes each runs its share of the windows, and statistics are summed.
+    statistics of their inputs; with several processes each runs its share of the tokens, and statistics are summed.
 
     Attributes:
         model: a transformers causal language model, in memory or on disk.
         layers: the layers to watch, by name.
-        windows: token ids.
+        tokens: to run it on.
         inputs: "full": of the full-precision model. "quantized": of the network in which all layers before are
-            replaced by `Block.replacements`; blocks then come in groups of layers with the same input, and are run
-            once more for each. "asymmetric": of both, paired.
+            replaced by what their visit has returned; blocks then come in groups of layers with the same input, and are
+            run once more for each. "asymmetric": of both, paired.
         dtype: arithmetic; see `Calibration`.
         activations: keeps hidden states between blocks.
         start: blocks that an earlier walk has done.
@@ -88,7 +96,7 @@ class Walk:
 
     model: Any
     layers: Mapping[str, Layer]
-    windows: Int[Tensor, "samples sequence_length"]
+    tokens: CalibrationTokens
     inputs: InputsOf = "full"
     dtype: CalibrationDtype = "auto"
     activations: Activations = field(default_factory=Activations)
@@ -97,24 +105,29 @@ class Walk:
     on_batch: Callable[[str], object] = str
 
     @torch.no_grad()
-    def __iter__(self) -> Iterator[Block]:
-        """Yield the blocks that have layers, in order.
+    def run(self, visit: Visit) -> None:
+        """Visit the blocks that have layers, in order.
+
+        Args:
+            visit: called with each block while its weights are resident.
 
         Raises:
-            CalibrationError: if a layer is never run, or there are too few windows to hold some out.
+            CalibrationError: if a layer is never run, or there are too few sequences to hold some out.
             NumericalError: if a weight or an input is NaN or infinite.
             ModelError: if the model has to be run block by block and cannot be.
+            ValueError: if layers are fitted to other inputs than those of full precision, and a visit returns no weight
+                for one of them.
         """
         if any(layer.expert is not None for layer in self.layers.values()):
             self.model.set_experts_implementation("eager")  # a product for each expert, which can be watched
         chain = self._chain()
         batches, held_out = self._batches()
         calls = {}
-        for index, ids in batches.items():
+        for number, batch in batches.items():
             with arithmetic(self.model, self.dtype), explained(self.model):
-                hidden, calls[index] = chain.record(ids)
+                hidden, calls[number] = chain.record(batch.ids)
             for network in self._networks if self.start == 0 else ():
-                self.activations.save(0, network, index, hidden)
+                self.activations.save(0, network, number, hidden)
         members = [self._members(name) for name in chain.names]
         outside = [name for name in self.layers if not any(name in inside for inside in members)]
         last = len(members) if outside else max((i + 1 for i, inside in enumerate(members) if inside), default=0)
@@ -122,7 +135,7 @@ class Walk:
             with resident(chain.blocks[index]):
                 check_finite_parameters(chain.names[index], chain.blocks[index])
                 forward = partial(_run_block, chain, calls, index)
-                yield from self._visit(index, members[index], forward, batches, held_out)
+                self._run_at(index, members[index], forward, batches, held_out, visit)
             distributed.barrier()
             if self.on_done is not None:
                 self.on_done(index + 1)
@@ -134,7 +147,7 @@ class Walk:
                 for layer in rest.values():
                     weights.enter_context(resident(layer.module))
                 forward = partial(_run_outside, chain, batches)
-                yield from self._visit(last, rest, forward, batches, held_out)
+                self._run_at(last, rest, forward, batches, held_out, visit)
 
     @property
     def _networks(self) -> tuple[str, ...]:
@@ -142,38 +155,31 @@ class Walk:
 
     def _chain(self) -> Chain | WholeModel:
         try:
-            return find_chain(self.model, self.windows[:1, :_PROBE_TOKENS])
+            return find_chain(self.model, self.tokens.probe(_PROBE_TOKENS))
         except ModelError as error:
             if self.inputs == "full" and not is_offloaded(self.model):
                 return WholeModel(self.model)
             raise ModelError(f"{error} It can be calibrated in memory only, on full-precision inputs.") from error
 
-    def _batches(self) -> tuple[dict[int, Tensor], set[int]]:
+    def _batches(self) -> tuple[dict[int, TokenBatch], set[int]]:
         """Return this process's batches by number, and which of all batches are held out."""
-        samples, length = self.windows.shape
-        held = torch.arange(samples) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-        if self.inputs != "asymmetric":
-            held = torch.zeros_like(held)
-        elif samples < _HELD_OUT_EVERY:
-            raise CalibrationError(
-                f"Expected at least {_HELD_OUT_EVERY} calibration samples for asymmetric inputs, of which every "
-                f"{_HELD_OUT_EVERY}th is held out, got {samples}."
-            )
-        batches: list[Tensor] = []
-        counts = []
-        for part in (self.windows[~held], self.windows[held]):
-            size = max(1, min(TOKENS_PER_PASS // length, math.ceil(len(part) / distributed.world_size())))
-            batches += torch.split(part, size) if len(part) else ()
-            counts.append(len(batches))
+        batches, held_from = self.tokens.batches(distributed.world_size(), hold_out=self.inputs == "asymmetric")
         mine = range(distributed.rank(), len(batches), distributed.world_size())
-        return {index: batches[index] for index in mine}, set(range(*counts))
+        return {number: batches[number] for number in mine}, set(range(held_from, len(batches)))
 
     def _members(self, block: str) -> dict[str, Layer]:
         return {name: layer for name, layer in self.layers.items() if not block or name.startswith(f"{block}.")}
 
-    def _visit(
-        self, index: int, layers: Mapping[str, Layer], forward: Forward, batches: Iterable[int], held_out: set[int]
-    ) -> Iterator[Block]:
+    def _run_at(
+        self,
+        index: int,
+        layers: Mapping[str, Layer],
+        forward: Forward,
+        batches: Mapping[int, TokenBatch],
+        held_out: set[int],
+        visit: Visit,
+    ) -> None:
+        """Run a block on all batches, visit it, and keep what it returns for the next one."""
         device = execution_device(self.model)
 
         def run(batch: int, network: str, watched: Mapping[str, Layer], *, keep: bool, cut: bool = False) -> Inputs:
@@ -192,8 +198,8 @@ class Walk:
         groups, cut = self._in_order(layers, batches, run)
         replacements: dict[str, Tensor] = {}
         for members in groups:
-            tally = BlockTally(members, device, paired=self.inputs == "asymmetric")
-            for batch in batches:
+            collector = BlockCollector(members, device, paired=self.inputs == "asymmetric")
+            for batch, tokens in batches.items():
                 full: Inputs = {}
                 inputs: Inputs = {}
                 if self.inputs != "quantized":
@@ -201,17 +207,26 @@ class Walk:
                 if self.inputs != "full":
                     with replaced(layers, replacements):
                         inputs = run(batch, "quantized", members, keep=False, cut=cut)
-                tally.add(full if self.inputs == "full" else inputs, full, held_out=batch in held_out)
-                del full, inputs  # they would stay while the block is worked on
+                collected = full if self.inputs == "full" else inputs
+                collector.add(collected, full, tokens.counted, held_out=batch in held_out)
+                del full, inputs, collected  # they would stay while the block is worked on
             if members:
-                yield Block(index, members, *tally.result(), replacements)
+                replacements |= self._visited(Block(index, collector.result()), visit)
         if self.inputs != "full":
             with replaced(layers, replacements):
                 for batch in batches:
                     run(batch, "quantized", {}, keep=True)
 
+    def _visited(self, block: Block, visit: Visit) -> Mapping[str, Tensor]:
+        """Visit a block, and return what its layers compute with from now on."""
+        weights = visit(block)
+        missing = [] if self.inputs == "full" else [name for name in block.layers if name not in weights]
+        if missing:
+            raise ValueError(f"Expected a weight for each layer of the block, got none for {missing[0]}.")
+        return weights
+
     def _in_order(
-        self, layers: Mapping[str, Layer], batches: Iterable[int], run: Run
+        self, layers: Mapping[str, Layer], batches: Iterable[int], run: RunBlock
     ) -> tuple[list[Mapping[str, Layer]], bool]:
         """Return the layers in groups with the same input, or of the same fused parameter, in the order they run in.
 
@@ -242,8 +257,8 @@ def _run_block(
     return chain.run(index, calls[batch][index], hidden)
 
 
-def _run_outside(chain: Chain | WholeModel, batches: Mapping[int, Tensor], batch: int, hidden: Tensor) -> Tensor:
-    return chain.finish(batches[batch], hidden)
+def _run_outside(chain: Chain | WholeModel, batches: Mapping[int, TokenBatch], batch: int, hidden: Tensor) -> Tensor:
+    return chain.finish(batches[batch].ids, hidden)
 
 
 def check_finite_parameters(name: str, block: nn.Module) -> None:
@@ -264,9 +279,19 @@ def collect_statistics(
 ) -> dict[str, InputStatistics]:
     """Return the statistics of all layers at once, from one walk through the full-precision model.
 
-    See `Walk` for arguments and errors; it holds one block's statistics at a time.
+    Args:
+        model: a transformers causal language model.
+        layers: the layers to watch.
+        windows: token ids.
+        dtype: arithmetic; see `Calibration`.
+
+    See `Walk.run` for errors.
     """
     collected: dict[str, InputStatistics] = {}
-    for block in Walk(model, layers, windows, dtype=dtype):
-        collected |= block.statistics
+
+    def collect(block: Block) -> Mapping[str, Tensor]:
+        collected.update({one.layer.name: one.statistics for one in block.drain()})
+        return {}
+
+    Walk(model, layers, CalibrationTokens.of_windows(windows), dtype=dtype).run(collect)
     return {name: collected[name] for name in layers}

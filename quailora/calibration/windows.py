@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, final
 
 import torch
@@ -30,7 +30,7 @@ class Calibration:
     Attributes:
         text: where the text comes from.
         samples: number of windows.
-        sequence_length: tokens in a window.
+        sequence_length: tokens in a window; 1024 if None, or all positions that the model has where these are fewer.
         seed: seed of the random draw of windows.
         dtype: arithmetic of the pass: "auto" is bfloat16 on a CPU that multiplies in it, else that of the model;
             "model" is always that of the model.
@@ -41,16 +41,21 @@ class Calibration:
 
     text: TextSource = field(default_factory=TextSource)
     samples: int = 16
-    sequence_length: int = DEFAULT_LENGTH
+    sequence_length: int | None = None
     seed: int = 0
     dtype: CalibrationDtype = "auto"
     bos: BosPlacement = "every-window"
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.sequence_length < 1:
+        if self.samples < 1 or self.length < 1:
             raise ConfigurationError(
-                f"Expected at least one sample of at least one token, got {self.samples} x {self.sequence_length}."
+                f"Expected at least one sample of at least one token, got {self.samples} x {self.length}."
             )
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+        return DEFAULT_LENGTH if self.sequence_length is None else self.sequence_length
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
@@ -77,7 +82,7 @@ class Calibration:
         every = self._every_window(tokenizer, self.samples)
         if len(every.ids) < self.samples:
             raise CalibrationError(
-                f"Expected at least {self.samples} x {self.sequence_length} tokens of calibration text, got "
+                f"Expected at least {self.samples} x {self.length} tokens of calibration text, got "
                 f"{every.tokens} from {self.text.source or 'the shipped text'}. Use a longer text, fewer samples "
                 "or a shorter sequence length."
             )
@@ -103,8 +108,13 @@ class Calibration:
         order = torch.cat([torch.randperm(len(available), generator=generator) for _ in range(rounds)])
         return available[order[:count]]
 
+    def other_windows(self, tokenizer: Any, count: int, length: int) -> Int[Tensor, "count length"]:
+        """Draw `count` windows with another seed than those of calibration, and no longer ones; see `repeated`."""
+        length = min(length, self.length)
+        return replace(self, samples=1, sequence_length=length, seed=self.seed + 1).repeated(tokenizer, count)
+
     def _every_window(self, tokenizer: Any, needed: int) -> _Windows:
-        return _windows(tokenizer, self.text.documents(tokenizer), needed, self.sequence_length, self.bos)
+        return _windows(tokenizer, self.text.documents(tokenizer), needed, self.length, self.bos)
 
 
 def evaluation_source(source: str | None, fields: Sequence[str]) -> TextSource:

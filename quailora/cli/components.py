@@ -54,10 +54,11 @@ class Component:
 
 def interfaces() -> dict[str, type[Any]]:
     """Return the interface of the objects that each option asks for."""
+    from ..core.weightings import Weighting
     from ..quantizers import Quantizer
     from ..solvers import Solver
 
-    return {"quantizer": Quantizer, "solver": Solver}
+    return {"quantizer": Quantizer, "solver": Solver, "metric": Weighting}
 
 
 def class_of(option: str, name: str) -> type[Any]:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ..comparison.compare import compare
 from ..comparison.table import Comparison
-from ..pipeline.init import init
+from ..pipeline.initialize_model import initialize_model
+from ..pipeline.options import Output
 from ..support.choices import StrPath
+from .initializing import InitResult
 
 
 def demo(out: StrPath | None = None) -> Comparison:
@@ -22,7 +24,9 @@ def demo(out: StrPath | None = None) -> Comparison:
         out: folder for the adapter and the comparison; nothing is kept by default.
     """
     with nullcontext(out) if out else tempfile.TemporaryDirectory() as folder:
-        init("demo", out=str(Path(folder) / "adapter"), recipe="qera-exact", overwrite=True).show()
+        output = Output(Path(folder) / "adapter", overwrite=True)
+        result = initialize_model("demo", "qera-exact", out=output)
+        InitResult(Path(output.folder), result.report).show()
         return compare(
             "demo",
             out=str(Path(folder) / "comparison"),

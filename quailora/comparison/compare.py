@@ -12,7 +12,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..adapters.lora import LoraScaling
+from ..calibration.sources import TextCalibration
 from ..calibration.text import TextSource
+from ..calibration.tokens import CalibrationTokens
 from ..calibration.windows import (
     DEFAULT_LENGTH,
     BosPlacement,
@@ -24,14 +26,13 @@ from ..calibration.windows import (
 from ..errors import ConfigurationError
 from ..evaluation.evaluate import EVALUATION_LENGTH
 from ..evaluation.tasks import Tasks
-from ..methods.recipes import RECIPES, find_recipe
+from ..methods.recipes import RECIPES, find_recipe, resolved_name
 from ..models.layers import ALL_LINEAR, Layer, linear_layers
 from ..models.limits import check_token_ids, fitting_length
-from ..models.load import DeviceName, DtypeName, LoadedModel, empty_model, load_model
+from ..models.load import DeviceName, DtypeName, LoadedModel, empty_model, load_model, resolve_device
 from ..pipeline.checkpoint import locked
+from ..pipeline.checks import check_scaling, check_seed, check_tokens
 from ..pipeline.fingerprint import digest, fingerprint
-from ..pipeline.plan import check_scaling, check_tokens
-from ..pipeline.preflight import check_request
 from ..pipeline.report import versions_in_words
 from ..pipeline.targets import in_short, plan_adapter
 from ..quantizers import NF4, Int8, Quantizer, Uniform
@@ -128,7 +129,8 @@ def compare(
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     command = as_command(compare, dict(locals()))
-    names = list(RECIPES) if "all" in recipes else [*recipes]
+    names = list(RECIPES) if "all" in recipes else [resolved_name(name) for name in recipes]
+    against = resolved_name(against)
     chosen = {name: find_recipe(name) for name in dict.fromkeys((against, *names))}
     variants = [Variant.alone("base alone", quantizer), *map(baseline, baselines)]
     variants += [Variant.of(name, recipe, quantizer, rank) for rank in ranks for name, recipe in chosen.items()]
@@ -141,15 +143,17 @@ def compare(
     folder = folder_of(out)
     check_writable(folder)
     for variant in variants:
-        check_request(seed, device, variant.method, variant.inputs)
+        variant.method.check()
+    check_seed(seed)
+    resolve_device(device)
 
     loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     length = fitting_length(loaded.model, sequence_length, DEFAULT_LENGTH)
-    source = Calibration(calibrate_on, samples, length, seed, calibration_dtype, bos)
+    source = TextCalibration(Calibration(calibrate_on, samples, length, seed, calibration_dtype, bos))
     window_length = fitting_length(loaded.model, window_length, EVALUATION_LENGTH)
     layers, targets = compared_layers(loaded.model, model, ranks, trust_remote_code=trust_remote_code)
     check_tokens(layers, source)
-    seen = check_token_ids(loaded.model, source.windows(loaded.tokenizer))
+    seen = CalibrationTokens.of_windows(check_token_ids(loaded.model, source.calibration.windows(loaded.tokenizer)))
     texts = dict(evaluation_texts(loaded, evaluate_on, windows, window_length, bos))
     settings = {"quantizer": describe(quantizer), "seed": seed, "calibration dtype": calibration_dtype}
     settings |= {"tasks": list(tasks), "limit of tasks": task_limit} if tasks else {}

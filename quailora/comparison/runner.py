@@ -14,8 +14,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..calibration.gradients import find_sensitivities
+from ..calibration.sources import TextCalibration
+from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Walk
-from ..calibration.windows import Calibration, given_tokens
+from ..calibration.windows import given_tokens
+from ..core.weightings import Sensitivity
 from ..evaluation.scores import Corrected, Scores, measure
 from ..evaluation.tasks import Tasks
 from ..models.layers import Layer
@@ -23,8 +26,7 @@ from ..models.load import LoadedModel
 from ..models.weights import replaced
 from ..pipeline.checkpoint import open_checkpoint
 from ..pipeline.fingerprint import digest
-from ..pipeline.run import Run
-from ..solvers.fisher import Sensitivity
+from ..pipeline.run import ModelRun
 from .store import RowStore
 from .table import Row
 from .variants import Variant, VariantResult, groups
@@ -55,8 +57,8 @@ class ComparisonRunner:
     loaded: LoadedModel
     layers: Mapping[str, Layer]
     targets: Mapping[str, Layer]
-    source: Calibration
-    seen: Int[Tensor, "samples sequence_length"]
+    source: TextCalibration
+    seen: CalibrationTokens
     texts: Mapping[str, Int[Tensor, "windows window_length"]]
     tasks: Tasks
     work: Path
@@ -80,7 +82,7 @@ class ComparisonRunner:
             run = self._run(group)
             training = {variant.name: self._train(run, variant) for variant in group}
             results = [
-                VariantResult(variant, run.outcomes(variant.run_key, variant.method.polish)) for variant in group
+                VariantResult(variant, run.finished(variant.run_key, variant.method.distillation)) for variant in group
             ]
             weights = self._weights(results)
             scores, accuracies = self._scores(weights), self._accuracies(weights)
@@ -90,10 +92,10 @@ class ComparisonRunner:
             for result in results:
                 name, method = result.variant.name, result.variant.method
                 seconds = result.seconds + walking + training[name]
-                if method.initializer.metric == "fisher":
+                if method.initializer.weighting.needs_gradients:
                     seconds += self.sensitivities[1]
                 self.store.add(result.row(scores[name], accuracies[name], seconds))
-            run.checkpoint.remove()
+            run.store.remove()
 
     @cached_property
     def sensitivities(self) -> tuple[Mapping[str, Sensitivity], float]:
@@ -102,10 +104,10 @@ class ComparisonRunner:
         sensitivities = find_sensitivities(self.loaded.model, self.layers, self.seen, self.source.dtype)
         return sensitivities, time.perf_counter() - start
 
-    def _train(self, run: Run, variant: Variant) -> float:
+    def _train(self, run: ModelRun, variant: Variant) -> float:
         """Distil a variant whose method asks for it; return how many seconds that took."""
         start = time.perf_counter()
-        run.polish(variant.run_key, variant.method.polish, self.source, self.loaded.tokenizer)
+        run.distil(variant.run_key, variant.method.distillation, self.source, self.loaded.tokenizer)
         return time.perf_counter() - start
 
     def _weights(self, results: Sequence[VariantResult]) -> dict[str, Mapping[str, Tensor]]:
@@ -131,14 +133,14 @@ class ComparisonRunner:
     def _scores(self, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Scores]]:
         """Return the scores of each variant on each text."""
         scores: dict[str, dict[str, Scores]] = {name: {} for name in weights}
-        given = given_tokens(self.loaded.tokenizer, self.source.bos)
+        given = given_tokens(self.loaded.tokenizer, self.source.calibration.bos)
         for text, ids in self.texts.items():
             of_text = measure(self.loaded.model, self.layers, weights, ids, f"Evaluating on {text}", given)
             for name, score in of_text.items():
                 scores[name][text] = score
         return scores
 
-    def _run(self, group: Sequence[Variant]) -> Run:
+    def _run(self, group: Sequence[Variant]) -> ModelRun:
         folder = self.work / digest([variant.definition for variant in group])
         folder.mkdir(exist_ok=True)
         checkpoint = open_checkpoint(folder, self.store.fingerprint, fresh=False)
@@ -146,18 +148,18 @@ class ComparisonRunner:
             self.loaded.model,
             self.layers,
             self.seen,
-            inputs=group[0].inputs,
+            inputs=group[0].method.inputs,
             dtype=self.source.dtype,
             activations=checkpoint.activations,
             start=checkpoint.blocks_done,
             on_done=checkpoint.set_blocks_done,
         )
-        methods = {variant.run_key: replace(variant.method, polish=None) for variant in group}
+        methods = {variant.run_key: replace(variant.method, distillation=None) for variant in group}
         keepers = {variant.base_key: variant.run_key for variant in group}.values()
-        distilled = [variant.run_key for variant in group if variant.method.polish]
-        weighted = any(variant.method.initializer.metric == "fisher" for variant in group)
+        distilled = [variant.run_key for variant in group if variant.method.distillation]
+        weighted = any(variant.method.initializer.weighting.needs_gradients for variant in group)
         sensitivities = self.sensitivities[0] if weighted else {}
-        run = Run(
+        run = ModelRun(
             walk, self.targets, methods, checkpoint, {*keepers, *distilled}, seed=self.seed, sensitivities=sensitivities
         )
         run.finish()

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..adapters.lora import LoraScaling
-from ..calibration.walk import InputsOf
 from ..core.objective import Factors
+from ..core.weightings import GramWeighting, IdentityWeighting
 from ..evaluation.scores import Scores
 from ..layer.initializer import Initializer
 from ..methods.method import Method
 from ..methods.recipes import Recipe
-from ..pipeline.checkpoint import Outcome
 from ..pipeline.fingerprint import digest
+from ..pipeline.store import StoredLayer
 from ..quantizers import Quantizer
 from ..solvers import Zero
 from .table import Row
@@ -32,41 +32,37 @@ class Variant:
         name: name of the row.
         method: how layers are initialized.
         recipe: name of the recipe; empty for a base alone.
-        inputs: see `Walk`.
-        changes_base: whether its base is another one than the quantizer alone gives.
     """
 
     name: str
     method: Method
     recipe: str = ""
-    inputs: InputsOf = "full"
-    changes_base: bool = False
 
     @classmethod
     def of(cls, name: str, recipe: Recipe, quantizer: Quantizer, rank: int) -> Variant:
         """Return the variant of a recipe at a rank."""
         method = recipe.method(quantizer, LoraScaling(rank))
-        return cls(f"{name} r{rank}", method, name, recipe.inputs, recipe.changes_base)
+        return cls(f"{name} r{rank}", method, name)
 
     @classmethod
     def alone(cls, name: str, quantizer: Quantizer) -> Variant:
         """Return the variant of a base without an adapter."""
-        return cls(name, Method(Initializer(quantizer, Zero(), 1, "identity"), LoraScaling(1)))
+        return cls(name, Method(Initializer(quantizer, Zero(), 1, IdentityWeighting()), LoraScaling(1)))
 
     @property
     def definition(self) -> str:
         """Everything that the row depends on beside model and data."""
-        return f"{self.method} on {self.inputs} inputs"
+        return str(self.method)
 
     @property
     def run_key(self) -> str:
         """Key of the result before distillation: variants that differ only in distillation share it."""
-        return digest([replace(self, method=replace(self.method, polish=None)).definition])
+        return digest([replace(self, method=replace(self.method, distillation=None)).definition])
 
     @property
     def base_key(self) -> str:
         """Key of the quantized weights that the correction is added to: equal keys mean equal weights."""
-        return self.run_key if self.changes_base else repr(self.method.initializer.quantizer)
+        return self.run_key if self.method.changes_base else repr(self.method.initializer.quantizer)
 
 
 def groups(variants: Sequence[Variant]) -> list[list[Variant]]:
@@ -78,7 +74,7 @@ def groups(variants: Sequence[Variant]) -> list[list[Variant]]:
     # decides by its own results what the layers after see, so that it needs a walk of its own.
     grouped: dict[str, list[Variant]] = {}
     for variant in variants:
-        grouped.setdefault("full" if variant.inputs == "full" else variant.run_key, []).append(variant)
+        grouped.setdefault("full" if variant.method.inputs == "full" else variant.run_key, []).append(variant)
     return list(grouped.values())
 
 
@@ -93,7 +89,7 @@ class VariantResult:
     """
 
     variant: Variant
-    layers: Mapping[str, Outcome]
+    layers: Mapping[str, StoredLayer]
 
     @property
     def quantized(self) -> dict[str, Tensor]:
@@ -118,7 +114,7 @@ class VariantResult:
 
         Empty where the solver does not minimise the output error, and for a base alone.
         """
-        if self.variant.method.initializer.metric != "gram" or not self.variant.recipe:
+        if self.variant.method.initializer.weighting != GramWeighting() or not self.variant.recipe:
             return ()
         shares = [
             layer.correction.energies.cumsum(0) / layer.record.error_none
@@ -142,7 +138,7 @@ class VariantResult:
             tasks=tasks,
             recipe=variant.recipe,
             rank=variant.method.scaling.rank if variant.recipe else 0,
-            changes_base=variant.changes_base,
+            changes_base=variant.method.changes_base,
             seconds=round(seconds, 2),
             layers=[layer.record for layer in self.layers.values() if layer.record],
             spectrum=self.spectrum,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -235,21 +234,15 @@ class Damped(Metric):
         return self.inner.mean_power() + self.ridge
 
 
-MetricName = Literal["identity", "magnitude", "diagonal", "gram", "shrunk", "fisher"]
-"""Those of `METRICS`; "fisher" weighs outputs, too, see `Sensitivity`."""
-
-METRICS: dict[MetricName, Callable[[InputStatistics], Metric]] = {
-    "identity": lambda _: Identity(),
-    "magnitude": lambda statistics: Diagonal(statistics.mean_magnitude.square()),
-    "diagonal": lambda statistics: Diagonal(statistics.second_moment.diagonal()),
-    "gram": lambda statistics: statistics.cached("gram", lambda: Gram(statistics.second_moment)),
-    "shrunk": lambda statistics: statistics.cached("shrunk", lambda: shrunk(statistics)),
-}
+def gram(statistics: InputStatistics) -> Gram:
+    """Return the Gram metric of statistics: the same object for all who ask, until the statistics change."""
+    return statistics.cached("gram", lambda: Gram(statistics.second_moment))
 
 
 def shrunk(statistics: InputStatistics, share: float = SHRINKAGE) -> Shrunk:
-    """Return the metric of statistics with a share of the correlations taken off."""
-    return Shrunk(METRICS["gram"](statistics), Diagonal(statistics.second_moment.diagonal()), share)
+    """Return the metric of statistics with a share of the correlations taken off, likewise shared."""
+    diagonal = Diagonal(statistics.second_moment.diagonal())
+    return statistics.cached(("shrunk", share), lambda: Shrunk(gram(statistics), diagonal, share))
 
 
 def squared_norm(matrix: Float[Tensor, "rows columns"]) -> float:

@@ -75,10 +75,13 @@ class Objective:
     Attributes:
         error: `E = W - Q`, any float dtype.
         metric: `H`.
+        row_scale: the root of each output's weight, where outputs count differently. `error` is then `E` with its rows
+            multiplied by it, and what solvers find is for that; `finish` divides it out of the correction.
     """
 
     error: Float[Tensor, "out_features in_features"]
     metric: Metric
+    row_scale: Float[Tensor, "out_features 1"] | None = None
     _found: dict[Metric, tuple[float, Subspace]] = field(default_factory=dict, init=False, repr=False)
     _searches: dict[Metric, KrylovSearch] = field(default_factory=dict, init=False, repr=False)
 

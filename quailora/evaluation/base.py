@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from ..adapters.provenance import Provenance, unknown_base
-from ..bases import Prequantized, StoredBase
+from ..bases import ExistingBase, StoredBase
 from ..calibration.text import TextSource
 from ..calibration.windows import Calibration
 from ..errors import CalibrationError, ConfigurationError, ModelError
@@ -28,19 +28,22 @@ class ChosenBase:
     """The quantized base that a model is measured on.
 
     Attributes:
-        quantizer: makes it from the full-precision model; None if it is there in dequantized form.
+        base: makes it from the full-precision model, or has its quantized weights; None if it is there in dequantized
+            form.
         folder: folder of the dequantized base.
         calibration: calibration text and windows, for a quantizer that needs statistics.
     """
 
-    quantizer: Quantizer | None
+    base: Quantizer | ExistingBase | None
     folder: str | None = None
     calibration: Calibration | None = None
 
     @property
     def title(self) -> str:
         """The name of the base in messages."""
-        return repr(self.quantizer) if self.quantizer is not None else str(self.folder)
+        if self.base is None:
+            return str(self.folder)
+        return self.base.title if isinstance(self.base, ExistingBase) else repr(self.base)
 
     def check_text(self) -> None:
         """Raise a `CalibrationError` if the text that the quantizer needs cannot be read."""
@@ -50,7 +53,8 @@ class ChosenBase:
     @classmethod
     def at(cls, folder: str) -> ChosenBase:
         """Return a checkpoint as a base: quantized, or dequantized."""
-        return cls(Prequantized(folder)) if StoredBase(folder).described else cls(None, folder)
+        stored = StoredBase(folder)
+        return cls(stored) if stored.described else cls(None, folder)
 
     @classmethod
     def by(cls, quantizer: Quantizer, calibration: Calibration) -> ChosenBase:
@@ -126,6 +130,11 @@ def recorded_calibration(adapter: Path, provenance: Provenance, text: str | None
         raise ModelError(
             f"The base of {adapter} was quantized with calibration, which only the folder that init wrote describes. "
             "Pass that base as `base`; init writes it with `save_base=True`."
+        )
+    if "batches" in provenance.calibration:
+        raise ModelError(
+            f"The base of {adapter} was calibrated on batches of tokens that are not kept, so it cannot be made again. "
+            "Pass the base that was written with the adapter."
         )
     try:
         recorded = Calibration.from_dict(provenance.calibration)

@@ -80,7 +80,7 @@ def check(
     if provenance.incomparable(found):
         raise ModelError(untold(folder, base))
     different = provenance.different(found, exactly=bool(stored.described) and origin.needs != "model")
-    if different and not stored.described and origin.built_quantizer.stock_config() is None:
+    if different and not stored.described and origin.stock_quantizer is None:
         raise ModelError(f"{base} is not quantized, and the base of {folder} is not made while a model loads.")
     if different:
         raise ModelError(
@@ -104,11 +104,11 @@ def fresh_identities(model: Any, origin: Origin, saved: SavedAdapter) -> Iterato
     Layers are quantized first, unless the base is not made while a model loads; then the model should be that base in
     dequantized form.
     """
-    quantizer = origin.built_quantizer
+    quantizer = origin.stock_quantizer
     layers = {name: one for name, one in all_layers(model).items() if saved.corrects(name)}
     for name, layer in track(layers.items(), "Comparing", total=len(layers)):
         with named(name):
-            if quantizer.stock_config() is None or origin.needs != "model":
+            if quantizer is None:
                 found = BaseIdentity.of_dequantized(layer.weight)
             else:
                 found = BaseIdentity.of(quantizer.quantize(layer.weight))

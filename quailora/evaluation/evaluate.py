@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,21 +19,23 @@ from torch.nn import functional
 from ..adapters.hub import adapter_folder
 from ..adapters.provenance import Provenance, read_provenance
 from ..adapters.saved import SavedAdapter
+from ..bases import ExistingBase
 from ..calibration.empty_pass import find_reach
-from ..calibration.walk import Walk
+from ..calibration.tokens import CalibrationTokens
+from ..calibration.walk import Block, Walk
 from ..calibration.windows import BosPlacement, evaluation_source, evaluation_windows, given_tokens
+from ..core.statistics import InputStatistics
 from ..errors import ModelError, NumericalError, named
-from ..models.layers import all_layers, linear_layers, stock_quantizes
+from ..models.layers import Layer, all_layers, linear_layers, stock_quantizes
 from ..models.limits import check_token_ids, fitting_length
 from ..models.load import DeviceName, DtypeName, empty_model, load_model
-from ..pipeline.layerwise import layers_of
 from ..pipeline.plan import quantized_layers
 from ..quantizers import QuantizedWeight, Quantizer
 from ..quantizers.base import check_finite
 from ..quantizers.identity import BaseIdentity
 from ..support.files import StrPath, as_str, write_json
 from ..support.machine import within_memory
-from ..support.progress import track
+from ..support.progress import counting, track
 from ..support.tables import print_table
 from .base import check_measured_on, choose_base, loaded_partly
 from .scores import perplexity_of
@@ -91,32 +93,45 @@ def perplexity(
 
 
 @torch.no_grad()
-def quantize_in_place(model: Any, quantizer: Quantizer, walk: Walk | None = None) -> None:
+def quantize_in_place(
+    model: Any,
+    base: Quantizer | ExistingBase,
+    walk: Walk | None = None,
+    on_layer: Callable[[str, QuantizedWeight], object] = lambda *_: None,
+) -> None:
     """Replace the weight of every linear layer but the output head by its quantized value.
 
     Args:
         model: a transformers model; its layers keep computing in the model's own dtype.
-        quantizer: makes the new weights.
-        walk: through this model's linear layers, on full-precision inputs, for calibrated quantizers.
+        base: makes the new weights, or has them already.
+        walk: through this model's linear layers, on full-precision inputs, for quantizers that need calibration.
+        on_layer: called with the name and the quantized weight of each layer.
     """
-    for _ in each_quantized(model, quantizer, walk):
-        pass
-
-
-def each_quantized(model: Any, quantizer: Quantizer, walk: Walk | None = None) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Do the same layer by layer, and yield the name and the quantized weight of each."""
-    layers = quantized_layers(model, {}, quantizer)
-    if quantizer.stock_config() is not None:
+    existing = base if isinstance(base, ExistingBase) else None
+    layers = quantized_layers(model, {}, existing)
+    if isinstance(base, Quantizer) and base.stock_config() is not None:
         layers = {name: layer for name, layer in layers.items() if stock_quantizes(layer)}
-    blocks = ((None, layer) for layer in layers.values()) if walk is None else layers_of(walk)
-    for block, layer in track(blocks, "Quantizing", total=len(layers)):
-        seen = None if block is None else block.statistics[layer.name]
-        with torch.no_grad(), named(layer.name):
-            stored = quantizer.for_layer(layer.name).quantize(layer.weight, seen)
-            weight = stored.dequantize()
-            check_finite(weight)
-            layer.weight.copy_(weight)
-        yield layer.name, stored
+    with counting("Quantizing", len(layers)) as counter:
+
+        def quantize(layer: Layer, inputs: InputStatistics | None = None) -> None:
+            with named(layer.name):
+                stored = base.quantize(layer.weight, inputs) if isinstance(base, Quantizer) else base.weight_of(layer)
+                weight = stored.dequantize()
+                check_finite(weight)
+                layer.weight.copy_(weight)
+            on_layer(layer.name, stored)
+            counter.advance()
+
+        def visit(block: Block) -> Mapping[str, Tensor]:
+            for one in block.drain():
+                quantize(one.layer, one.statistics)
+            return {}
+
+        if walk is not None:
+            walk.run(visit)
+            return
+        for layer in layers.values():
+            quantize(layer)
 
 
 @contextmanager
@@ -169,7 +184,7 @@ class Evaluation:
         print_table(f"{self.model}, {self.quantizer}, {tokens} tokens", ("weights", "perplexity"), rows)
 
 
-@within_memory("shorter windows (--sequence-length), or --device cpu")
+@within_memory("shorter windows (`sequence_length`), or `device='cpu'`")
 def evaluate(
     model: StrPath,
     *,
@@ -238,13 +253,17 @@ def evaluate(
         seen = check_token_ids(loaded.model, chosen.calibration.windows(loaded.tokenizer))
         reach = find_reach(empty_model(model, dtype, trust_remote_code=trust_remote_code))
         layers = reach.watched(linear_layers(loaded.model))
-        walk = Walk(loaded.model, layers, seen, dtype=chosen.calibration.dtype)
+        tokens = CalibrationTokens.of_windows(seen)
+        walk = Walk(loaded.model, layers, tokens, dtype=chosen.calibration.dtype)
     results = {"full precision": perplexity(loaded.model, ids, "Full precision", given)}
-    identities = {}
-    if chosen.quantizer is not None:
-        for name, stored in each_quantized(loaded.model, chosen.quantizer, walk):
-            if saved is not None and saved.corrects(name):
-                identities[name] = BaseIdentity.of(stored)
+    identities: dict[str, BaseIdentity] = {}
+
+    def identify(name: str, stored: QuantizedWeight) -> None:
+        if saved is not None and saved.corrects(name):
+            identities[name] = BaseIdentity.of(stored)
+
+    if chosen.base is not None:
+        quantize_in_place(loaded.model, chosen.base, walk, identify)
     else:
         del loaded, walk  # two models may not fit
         loaded = load_model(str(chosen.folder), dtype, device, trust_remote_code=trust_remote_code)

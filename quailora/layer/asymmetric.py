@@ -26,16 +26,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.linalg import repaired_cholesky, safe_cholesky
-from ..core.metrics import METRICS
+from ..core.metrics import gram
 from ..core.paired import PairedStatistics
 from ..core.statistics import InputStatistics
 from ..errors import CalibrationError, ConfigurationError
+from ..quantizers import QuantizedWeight
 from ..schedules.layer import QuantizedLayer, Validation
 from .initializer import Initializer, LayerInitialization
 
 RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01)
 """Ridges to choose from, as multiples of the median power of an input channel."""
-TRUST = 0.5
+STEP = 0.5
 """How much of the best share for a layer alone is used. Later layers make up for the same errors of earlier ones."""
 
 _ROWS = 512  # rows of a moment that are converted at a time
@@ -49,7 +50,8 @@ def initialize_asymmetric(
     weight: Tensor,
     statistics: PairedStatistics,
     held_out: PairedStatistics,
-    trust: float = TRUST,
+    step: float = STEP,
+    quantized: QuantizedWeight | None = None,
 ) -> tuple[LayerInitialization, float]:
     """Initialize a layer; return the result and the share of the way from `W` to `W*` that the target is at.
 
@@ -59,18 +61,23 @@ def initialize_asymmetric(
     `W* - Q - C` in the metric `H~`, without the constant that no weight can change.
 
     Args:
-        initializer: quantizer and solver; its metric has to be "gram" or "shrunk".
+        initializer: quantizer and solver; its weighting has to keep correlations.
         weight: `W`.
         statistics: of the inputs of both networks, over all tokens.
         held_out: those of some of these tokens.
-        trust: factor of the share that does best on held-out tokens.
+        step: how much of the share that does best on held-out tokens is taken, from 0 to 1.
+        quantized: `Q`, if it is there already.
 
     Raises:
-        ConfigurationError: if the metric is another.
+        ConfigurationError: if the weighting is another, or the base is not told.
         CalibrationError: if no token, or every one, is held out.
     """
-    if initializer.metric not in {"gram", "shrunk"}:
-        raise ConfigurationError(f"Asymmetric inputs need the metric 'gram' or 'shrunk', got {initializer.metric!r}.")
+    if not initializer.weighting.keeps_correlations:
+        raise ConfigurationError(
+            f"Asymmetric inputs need a weighting that keeps correlations of the inputs, got {initializer.weighting!r}. "
+            "Take the metric gram or shrunk, or full inputs."
+        )
+    base = initializer.base(quantized)
     if not 0 < held_out.tokens < statistics.tokens:
         raise CalibrationError(
             f"Expected some of {statistics.tokens} tokens to be held out, got {held_out.tokens}. "
@@ -79,13 +86,13 @@ def initialize_asymmetric(
     statistics, held_out = statistics.to(weight.device), held_out.to(weight.device)
     fit = HeldOutFit.of(weight, statistics, held_out)
     ridge, share = fit.choose()
-    share *= trust
+    share *= step
     target = (weight.double() + share * shift(weight, statistics, ridge)).float()
-    layer = QuantizedLayer.of(initializer.quantizer, weight, statistics.quantized, target)
+    layer = QuantizedLayer.of(base, weight, statistics.quantized, target)
     if initializer.schedule.needs_validation:
         seen = statistics.quantized.cached(("seen", held_out), lambda: statistics.quantized.without(held_out.quantized))
         target = weight.float() + share * fit.shift(ridge)
-        fitted = QuantizedLayer.of(initializer.quantizer, weight, seen, target)
+        fitted = QuantizedLayer.of(base, weight, seen, target)
         layer = replace(layer, validation=Validation(fitted, fit.error))
     return initializer.correct(layer), share
 
@@ -189,7 +196,7 @@ class HeldOutFit:
         # and cut to [0, 1], where it gains t (2 g - t c). A negative g says that every step in this direction is
         # harmful.
         choices = []
-        metric = METRICS["gram"](self.judge)
+        metric = gram(self.judge)
         for ridge in RIDGES:
             way = self.shift(ridge)
             gradient, curvature = (self.slope * way).sum(dtype=torch.float64).item(), metric.energy(way)
@@ -203,4 +210,4 @@ class HeldOutFit:
         # With V = W + D: E|W x - V x~|^2 = E|W (x - x~)|^2 - 2 <W (G - H~), D> + tr(D H~ D^T). The first term is that
         # of W.
         away = other.float() - self.weight.float()
-        return METRICS["gram"](self.judge).energy(away) - 2 * (self.slope * away).sum(dtype=torch.float64).item()
+        return gram(self.judge).energy(away) - 2 * (self.slope * away).sum(dtype=torch.float64).item()

@@ -8,16 +8,16 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core.metrics import METRICS, Identity, MetricName
+from ..core.metrics import Identity
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
-from ..errors import CalibrationError
+from ..core.weightings import GramWeighting, Sensitivity, Weighting
+from ..errors import CalibrationError, ConfigurationError
 from ..quantizers import QuantizedWeight, Quantizer
 from ..schedules import Once, Schedule
 from ..schedules.layer import QuantizedLayer
 from ..solvers import LowRank, Solver
 from ..solvers.base import check_rank
-from ..solvers.fisher import Sensitivity
 
 
 @final
@@ -71,49 +71,71 @@ class Initializer:
     (torch.Size([32, 8]), torch.Size([8, 48]))
 
     Attributes:
-        quantizer: makes `Q` from `W`.
+        quantizer: makes `Q` from `W`; None for bases that are quantized already, whose `Q` is then an argument.
         solver: makes `C` from `W - Q`.
         rank: rank of `C`.
-        metric: what the solver minimises: "gram" (the layer's output error), "shrunk" (the same with less weight on
-            correlations), "diagonal", "magnitude", "identity", or "fisher", which weighs outputs and inputs by the
-            loss. The errors of the result are always reported in the Gram metric.
+        weighting: which errors count how much for the solver, see `WEIGHTINGS`. The errors of the result are always
+            reported in the Gram metric.
         schedule: how quantization and correction follow each other.
     """
 
-    quantizer: Quantizer
+    quantizer: Quantizer | None
     solver: Solver
     rank: int = 16
-    metric: MetricName = "gram"
+    weighting: Weighting = GramWeighting()  # noqa: RUF009 # frozen
     schedule: Schedule = Once()  # noqa: RUF009 # frozen
 
     def __call__(
-        self, weight: Tensor, statistics: InputStatistics | None = None, sensitivity: Sensitivity | None = None
+        self,
+        weight: Tensor,
+        statistics: InputStatistics | None = None,
+        sensitivity: Sensitivity | None = None,
+        quantized: QuantizedWeight | None = None,
     ) -> LayerInitialization:
         """Initialize one layer.
 
         Args:
             weight: `W`, shape (out_features, in_features), any float dtype, any device.
-            statistics: second moment of the layer's inputs; may be left out if neither part is calibrated.
-            sensitivity: for the metric "fisher".
+            statistics: second moment of the layer's inputs; may be left out if neither part needs calibration.
+            sensitivity: for weightings that need gradients.
+            quantized: `Q`, if it is there already.
 
         Raises:
             ValueError: if the rank or a shape is out of range.
-            CalibrationError: if a part is calibrated and there are no statistics, or no sensitivity.
+            ConfigurationError: if there is neither a quantizer nor `Q`, or both.
+            CalibrationError: if a part needs calibration and there are no statistics, or no sensitivity.
             NumericalError: if the weight has NaN or infinite entries.
         """
-        return self.correct(self.quantize(weight, statistics, sensitivity))
+        return self.correct(self.quantize(weight, statistics, sensitivity, quantized))
 
     @torch.no_grad()
     def quantize(
-        self, weight: Tensor, statistics: InputStatistics | None = None, sensitivity: Sensitivity | None = None
+        self,
+        weight: Tensor,
+        statistics: InputStatistics | None = None,
+        sensitivity: Sensitivity | None = None,
+        quantized: QuantizedWeight | None = None,
     ) -> QuantizedLayer:
         """Quantize a layer, and prepare what every solver needs; see `__call__`."""
         check_rank(self.rank, weight.shape)
-        if statistics is None and self.solver.needs_calibration and self.metric != "identity":
+        if statistics is None and self.solver.needs_calibration and self.weighting.needs_calibration:
             raise CalibrationError(
                 f"{self.solver!r} needs calibration: pass the InputStatistics of the layer's inputs."
             )
-        return QuantizedLayer.of(self.quantizer, weight, statistics, sensitivity=sensitivity)
+        return QuantizedLayer.of(self.base(quantized), weight, statistics, sensitivity=sensitivity)
+
+    def base(self, quantized: QuantizedWeight | None = None) -> Quantizer | QuantizedWeight:
+        """Return what gives `Q`: the quantizer, or what is there already.
+
+        Raises:
+            ConfigurationError: if there is neither, or both.
+        """
+        if (self.quantizer is None) == (quantized is None):
+            raise ConfigurationError(
+                "Expected a quantizer, or a weight that is quantized already, got "
+                f"{'neither' if quantized is None else 'both'}."
+            )
+        return self.quantizer or quantized  # type: ignore[return-value] # one of them is there
 
     @torch.no_grad()
     def correct(self, layer: QuantizedLayer) -> LayerInitialization:
@@ -122,23 +144,19 @@ class Initializer:
         Raises:
             ValueError: if the rank is out of range.
             ConfigurationError: if the schedule cannot work with the quantizer, or without calibration.
-            CalibrationError: if the metric is "fisher" and there is no sensitivity.
+            CalibrationError: if the weighting needs gradients and there is no sensitivity.
         """
         check_rank(self.rank, layer.objective.error.shape)
-        sensitivity = layer.sensitivity
-        if self.metric == "fisher" and sensitivity is None:
-            raise CalibrationError('The metric "fisher" needs the Sensitivity of the layer; see find_sensitivities.')
+
+        def weighed(objective: Objective) -> Objective:
+            return self.weighting.objective(objective, layer.statistics, layer.sensitivity)
 
         def solve(objective: Objective) -> LowRank:
-            if self.metric == "fisher" and sensitivity is not None:
-                return sensitivity.minimise(objective, self.solver, self.rank)
-            if layer.statistics is not None and self.metric != "gram":
-                objective = Objective(objective.error, METRICS[self.metric](layer.statistics))
-            return self.solver.minimise(objective, self.rank)
+            return self.solver.minimise(weighed(objective), self.rank)
 
         layer = self.schedule.choose(layer, solve, self.rank)
         objective, low_rank = layer.objective, solve(layer.objective)
-        own_metric = self.metric == "gram" or (layer.statistics is None and self.metric != "fisher")
+        same_metric = weighed(objective) is objective
         uncalibrated = objective.projection(objective.subspace(self.rank, Identity()))
         return LayerInitialization(
             quantized=layer.quantized,
@@ -146,6 +164,6 @@ class Initializer:
             weight_energy=layer.weight_energy,
             error_none=objective.value_at_zero,
             error_uncalibrated=objective.value(*uncalibrated),
-            error=low_rank.error if own_metric else objective.value(low_rank.lora_B, low_rank.lora_A),
-            error_optimal=(low_rank.bound if own_metric else 0.0) or objective.bound(self.rank),
+            error=low_rank.error if same_metric else objective.value(low_rank.lora_B, low_rank.lora_A),
+            error_optimal=(low_rank.bound if same_metric else 0.0) or objective.bound(self.rank),
         )

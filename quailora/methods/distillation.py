@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from ..calibration.capture import arithmetic
 from ..calibration.gradients import frozen
-from ..calibration.windows import Calibration, CalibrationDtype
+from ..calibration.sources import CalibrationSource
+from ..calibration.windows import CalibrationDtype
 from ..core.objective import Factors
 from ..errors import ConfigurationError, NumericalError, check_choice
 from ..models.layers import Layer
@@ -28,7 +29,7 @@ logger = logging.getLogger("quailora")
 
 @final
 @dataclass(frozen=True)
-class Polish:
+class Distillation:
     """Trains the factors so that the quantized model predicts what full precision does (RILQ's idea).
 
     Minimises the mean over tokens of `KL(p || q)` from the full-precision distribution `p`, by AdamW with a rate that
@@ -58,15 +59,13 @@ class Polish:
             raise ConfigurationError(f"Expected a learning rate above 0, got {self.learning_rate}.")
         check_choice("a target", self.target, ("full precision", "text"))
 
-    def windows(self, calibration: Calibration, tokenizer: Any) -> Int[Tensor, "samples sequence_length"]:
+    def windows(self, calibration: CalibrationSource, tokenizer: Any) -> Int[Tensor, "samples sequence_length"]:
         """Return the windows to train on, `batch` for each step.
 
         They are of the same text, no longer than those of calibration, and drawn with another seed; a short text is
         gone through several times.
         """
-        length = min(self.sequence_length, calibration.sequence_length)
-        drawn = replace(calibration, samples=1, sequence_length=length, seed=calibration.seed + 1)
-        return drawn.repeated(tokenizer, self.steps * self.batch)
+        return calibration.training_windows(tokenizer, self.steps * self.batch, self.sequence_length)
 
     def train(
         self,

@@ -2,28 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from ..adapters.lora import LoraScaling
-from ..layer.asymmetric import TRUST
+from ..bases.existing import ExistingBase
+from ..calibration.walk import InputsOf
+from ..errors import ConfigurationError
+from ..layer.asymmetric import STEP
 from ..layer.initializer import Initializer
-from .distillation import Polish
+from ..models.layers import Layer
+from ..quantizers import QuantizedWeight, Quantizer
+from .distillation import Distillation
 
 
 @final
 @dataclass(frozen=True)
 class Method:
-    """What to do with each layer.
+    """What to do with each layer of a model, and with the whole model afterwards.
 
     Attributes:
-        initializer: quantizer, metric and solver; its rank is replaced by the layer's own.
+        initializer: quantizer, weighting, solver and schedule; its rank is replaced by the layer's own.
         scaling: rank of each layer.
-        polish: training of the whole model that follows, if any.
-        trust: for asymmetric inputs, see `initialize_asymmetric`.
+        inputs: whose inputs layers are fitted to, see `Walk`.
+        replaced: the quantizer that was asked for, where the method rounds with error feedback in its place.
+        distillation: training of the whole model that follows, if any.
+        step: for asymmetric inputs, see `initialize_asymmetric`.
+        base: the base, if it is quantized already; the initializer then has no quantizer.
+        recipe: name of the recipe that the method is; None for one that was put together by hand.
     """
 
     initializer: Initializer
     scaling: LoraScaling
-    polish: Polish | None = None
-    trust: float = TRUST
+    inputs: InputsOf = "full"
+    replaced: Quantizer | None = None
+    distillation: Distillation | None = None
+    step: float = STEP
+    base: ExistingBase | None = None
+    recipe: str | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """What quantizes the base; None if the base is quantized already."""
+        return self.initializer.quantizer
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base is another one than the quantizer alone gives, so that it has to be saved."""
+        return self.initializer.schedule.changes_base or self.replaced is not None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether gradients of the whole model are taken, which then has to fit into memory."""
+        return self.distillation is not None or self.initializer.weighting.needs_gradients
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether some calibration tokens are held out to choose by."""
+        return self.inputs == "asymmetric" or self.initializer.schedule.needs_validation
+
+    def quantized(self, layer: Layer) -> QuantizedWeight | None:
+        """Return the weight of a layer in a base that is quantized already; None if there is no such base.
+
+        Raises:
+            ModelError: if the base does not have the layer, or in another shape.
+        """
+        return None if self.base is None else self.base.weight_of(layer)
+
+    def check(self) -> None:
+        """Raise a `ConfigurationError` if the parts of the method do not go together."""
+        initializer, schedule = self.initializer, self.initializer.schedule
+        if (self.base is None) == (initializer.quantizer is None):
+            raise ConfigurationError("Expected a quantizer or a base that is quantized already, and not both.")
+        if initializer.quantizer is not None:
+            schedule.check(initializer.quantizer)
+        elif schedule.changes_base:
+            raise ConfigurationError(
+                f"The base is quantized already, and {schedule!r} would quantize it again. Take another recipe, such "
+                "as quailora or best."
+            )
+        if self.inputs == "asymmetric" and not initializer.weighting.keeps_correlations:
+            raise ConfigurationError(
+                "Asymmetric inputs need a metric that keeps the correlations between inputs, got "
+                f"{initializer.weighting!r}. Take the metric gram or shrunk, or full inputs."
+            )
+        if schedule.needs_validation and self.inputs != "asymmetric":
+            raise ConfigurationError("This schedule needs held-out tokens, which only asymmetric inputs have.")

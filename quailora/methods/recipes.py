@@ -9,16 +9,24 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from ..adapters.lora import LoraScaling
+from ..bases import ExistingBase
 from ..calibration.walk import InputsOf
-from ..core.metrics import MetricName
+from ..core.weightings import (
+    DiagonalWeighting,
+    FisherWeighting,
+    GramWeighting,
+    IdentityWeighting,
+    MagnitudeWeighting,
+    ShrunkWeighting,
+    Weighting,
+)
 from ..errors import ConfigurationError
-from ..layer.asymmetric import TRUST
+from ..layer.asymmetric import STEP
 from ..layer.initializer import Initializer
 from ..quantizers import Quantizer
-from ..quantizers.variants import with_feedback
 from ..schedules import SRR, Alternate, HeldOut, MagR, Once, ProjQ, Schedule
 from ..solvers import SVD, AlternatingLeastSquares, Optimal, Solver, Zero
-from .distillation import Polish
+from .distillation import Distillation
 from .method import Method
 
 Rounding = Literal["as given", "feedback"]
@@ -33,71 +41,78 @@ class Recipe:
         source: where it is from.
         differs: what is not as in the source.
         solver: finds the correction.
-        metric: in which norm.
+        weighting: which errors count how much.
         schedule: how quantization and correction follow each other.
         rounding: of the quantizer that it is run with: as it is, or with error feedback on the same grid.
         inputs: of which network; see `Walk`.
-        polish: training of the whole model that follows, if any.
-        trust: for asymmetric inputs, see `initialize_asymmetric`.
+        distillation: training of the whole model that follows, if any.
+        step: for asymmetric inputs, see `initialize_asymmetric`.
     """
 
     source: str
     solver: Solver
     differs: str = ""
-    metric: MetricName = "gram"
+    weighting: Weighting = GramWeighting()  # noqa: RUF009 # frozen
     schedule: Schedule = Once()  # noqa: RUF009 # frozen
     rounding: Rounding = "as given"
     inputs: InputsOf = "full"
-    polish: Polish | None = None
-    trust: float = TRUST
+    distillation: Distillation | None = None
+    step: float = STEP
 
-    @property
-    def changes_base(self) -> bool:
-        """Whether the base is another one than the quantizer alone gives, so that it has to be saved."""
-        return self.schedule.changes_base or self.rounding != "as given"
-
-    def method(self, quantizer: Quantizer, scaling: LoraScaling) -> Method:
+    def method(self, quantizer: Quantizer | None, scaling: LoraScaling, base: ExistingBase | None = None) -> Method:
         """Return the method for a base and ranks.
 
+        Args:
+            quantizer: of the base; None if the base is quantized already.
+            scaling: ranks of layers.
+            base: the base, if it is quantized already.
+
         Raises:
-            ConfigurationError: if it needs error feedback and there is none for this quantizer.
+            ConfigurationError: if the method needs error feedback and there is none for this base.
         """
-        chosen = quantizer if self.rounding == "as given" else with_feedback(quantizer)
-        initializer = Initializer(chosen, self.solver, scaling.rank, self.metric, self.schedule)
-        return Method(initializer, scaling, self.polish, self.trust)
+        chosen, replaced = quantizer, None
+        if self.rounding == "feedback":
+            chosen, replaced = quantizer.with_feedback() if quantizer is not None else None, quantizer
+            if chosen is None:
+                given = "a base that is quantized already" if quantizer is None else repr(quantizer)
+                raise ConfigurationError(f"There is no rounding with error feedback for {given}; take NF4 or Uniform.")
+        initializer = Initializer(chosen, self.solver, scaling.rank, self.weighting, self.schedule)
+        return Method(initializer, scaling, self.inputs, replaced, self.distillation, self.step, base)
 
 
 RECIPES: dict[str, Recipe] = {
-    "qlora": Recipe("Dettmers et al., 2023, arXiv 2305.14314", Zero(), "", "identity"),
-    "lorc": Recipe("ZeroQuant-V2, Yao et al., 2023, arXiv 2303.08302", SVD(), "factors are not quantized", "identity"),
+    "qlora": Recipe("Dettmers et al., 2023, arXiv 2305.14314", Zero(), "", IdentityWeighting()),
+    "lorc": Recipe(
+        "ZeroQuant-V2, Yao et al., 2023, arXiv 2303.08302", SVD(), "factors are not quantized", IdentityWeighting()
+    ),
     "loftq": Recipe(
         "Li et al., 2023, arXiv 2310.08659",
         SVD(),
         "the best iterate is kept, and PEFT's scaling divided out",
-        "identity",
+        IdentityWeighting(),
         Alternate(rounds=5),
     ),
     "qpissa": Recipe(
         "Meng et al., 2024, arXiv 2404.02948",
         SVD(),
         "the correction is fitted once more to the last base; the best iterate is kept",
-        "identity",
+        IdentityWeighting(),
         Alternate(rounds=5, start="low-rank"),
     ),
     "lq-lora": Recipe(
         "Guo et al., 2023, arXiv 2311.12023, Fisher-weighted",
         Optimal(),
         "the same bits for all layers; the best iterate is kept",
-        "fisher",
+        FisherWeighting(),
         Alternate(rounds=5),
     ),
     "lqer": Recipe(
         "L2QER, Zhang et al., 2024, arXiv 2402.02446",
         Optimal(),
         "mean magnitudes over all tokens, not the largest of each batch's; factors are not quantized",
-        "magnitude",
+        MagnitudeWeighting(),
     ),
-    "qera-approx": Recipe("Zhang et al., 2024, arXiv 2410.06040, theorem 2", Optimal(), "", "diagonal"),
+    "qera-approx": Recipe("Zhang et al., 2024, arXiv 2410.06040, theorem 2", Optimal(), "", DiagonalWeighting()),
     "qera-exact": Recipe(
         "Zhang et al., 2024, arXiv 2410.06040, theorem 1", Optimal(), "solved without roots or inverses of H"
     ),
@@ -147,42 +162,72 @@ RECIPES: dict[str, Recipe] = {
         Optimal(),
         "the ridge and the share of the target that do best for the layer on held-out tokens",
         inputs="asymmetric",
-        trust=1.0,
+        step=1.0,
     ),
     "rilq": Recipe(
         "Lee et al., 2024, arXiv 2412.01129",
         Zero(),
         "the loss is the divergence of the predictions; starts from plain LoRA",
-        "identity",
-        polish=Polish(learning_rate=1e-3),
+        IdentityWeighting(),
+        distillation=Distillation(learning_rate=1e-3),
     ),
-    "shrunk": Recipe("quailora, the optimum with less trust in correlations", Optimal(), metric="shrunk"),
-    "best": Recipe("quailora, for a base that stays as it is", Optimal(), inputs="asymmetric"),
-    "best-joint": Recipe("quailora, for a base of its own", Optimal(), schedule=HeldOut(SRR()), inputs="asymmetric"),
-    "polished": Recipe("quailora, best and a short distillation", Optimal(), inputs="asymmetric", polish=Polish()),
-    "polished-joint": Recipe(
-        "quailora, best-joint and a short distillation",
+    "shrunk": Recipe("quailora, the optimum with less trust in correlations", Optimal(), weighting=ShrunkWeighting()),
+    "asymmetric-half": Recipe("quailora, half the step of asymmetric", Optimal(), inputs="asymmetric"),
+    "asymmetric-half-srr": Recipe(
+        "quailora, asymmetric-half with a base of its own: srr, rounded as held-out tokens choose",
         Optimal(),
         schedule=HeldOut(SRR()),
         inputs="asymmetric",
-        polish=Polish(),
     ),
-    "fine-tuned": Recipe(
-        "best and plain fine-tuning on the tokens of polished, to compare",
+    "distilled": Recipe(
+        "quailora, asymmetric-half and a short distillation",
         Optimal(),
         inputs="asymmetric",
-        polish=Polish(target="text"),
+        distillation=Distillation(),
+    ),
+    "distilled-joint": Recipe(
+        "quailora, asymmetric-half-srr and a short distillation",
+        Optimal(),
+        schedule=HeldOut(SRR()),
+        inputs="asymmetric",
+        distillation=Distillation(),
+    ),
+    "fine-tuned": Recipe(
+        "asymmetric-half and plain fine-tuning on the tokens of distilled, to compare",
+        Optimal(),
+        inputs="asymmetric",
+        distillation=Distillation(target="text"),
     ),
 }
 """The short names that the command line knows."""
 
 
+ALIASES: dict[str, str] = {
+    "best": "asymmetric-half",
+    "best-joint": "asymmetric-half-srr",
+    "polished": "distilled",
+    "polished-joint": "distilled-joint",
+}
+"""Other names of recipes: what we recommend today, and names of earlier versions. They are resolved before anything is
+written down, so that results say what was done."""
+
+
+def resolved_name(name: str) -> str:
+    """Return the name under which a recipe is written down.
+
+    Raises:
+        ConfigurationError: if there is no recipe of this name.
+    """
+    resolved = ALIASES.get(name, name)
+    if resolved not in RECIPES:
+        raise ConfigurationError(f"Unknown recipe {name!r}. Expected one of {', '.join((*RECIPES, *ALIASES))}.")
+    return resolved
+
+
 def find_recipe(name: str) -> Recipe:
-    """Return a row by its name.
+    """Return a recipe by its name or by one of its `ALIASES`.
 
     Raises:
         ConfigurationError: if there is none of this name.
     """
-    if name not in RECIPES:
-        raise ConfigurationError(f"Unknown recipe {name!r}. Expected one of {', '.join(RECIPES)}.")
-    return RECIPES[name]
+    return RECIPES[resolved_name(name)]

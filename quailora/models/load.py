@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
@@ -12,11 +13,12 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, ModelError
 from ..support.choices import DeviceName as DeviceName  # noqa: PLC0414 # imported from here, too
 from ..support.choices import DtypeName as DtypeName  # noqa: PLC0414 # imported from here, too
 from .accept import check_loaded, check_weights, find_config, skeleton, unreadable
 from .locate import NO_ADAPTER, quiet_transformers, resolve
+from .quantized import already_quantized
 from .weights import compute_on
 
 logger = logging.getLogger("quailora")
@@ -140,3 +142,39 @@ def save_model(folder: Path, loaded: LoadedModel, state: Mapping[str, Tensor] | 
     with quiet_transformers(), warnings.catch_warnings(action="ignore"):  # of shards larger than memory
         model.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD)
     loaded.tokenizer.save_pretrained(folder)
+
+
+def empty_copy(model: Any) -> Any:
+    """Return a model without weights of the same class and configuration as one in memory.
+
+    Raises:
+        ModelError: if it is no causal language model of transformers, or its weights are quantized.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ModelError(
+            f"Expected a causal language model of transformers, its name or its folder, got {type(model).__name__}. "
+            "For a model with a PEFT adapter there is quailora.initialize."
+        )
+    if getattr(model, "quantization_method", None) is not None:
+        raise already_quantized(str(model.name_or_path), str(model.quantization_method))
+    with torch.device("meta"):
+        return type(model)(model.config).to(model.dtype).eval()
+
+
+def model_in_memory(model: Any, tokenizer: Any = None) -> LoadedModel:
+    """Return a model that the caller has loaded, in evaluation mode, with the tokenizer of the same name.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer; loaded from the place that the model was loaded from if None, and left out if there is
+            none.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(model.name_or_path)
+    if tokenizer is None and name:
+        with suppress(Exception):  # only text needs one, and says so
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    return LoadedModel(model, tokenizer, name)

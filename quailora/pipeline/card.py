@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import yaml
 
-from ..layer.initializer import Initializer
 from ..layer.record import LayerRecord, by_ending, error_reduction
-from ..methods.distillation import Polish
+from ..methods.distillation import Distillation
+from ..methods.method import Method
 from ..support.tables import markdown_table
 
 _CARD = """\
@@ -26,7 +26,7 @@ it as an adapter of its own. Do not merge it into its quantized base either: the
 correction.
 
 It is a starting point for training, made by quailora with `{solver}`
-in the {metric} metric, by the schedule `{schedule}`,
+weighted by `{metric}`, by the schedule `{schedule}`,
 from {tokens} calibration tokens, fitted to the inputs of {network}. {training}
 
 ## Load
@@ -70,36 +70,35 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True
 
 
 def model_card(
-    initializer: Initializer,
+    method: Method,
     layers: Sequence[LayerRecord],
     *,
     model: str,
     base_model: str,
     calibration_tokens: int,
-    inputs: str = "full",
     quantized_base: str | None = None,
-    recipe: str | None = None,
-    polish: Polish | None = None,
 ) -> str:
     """Return the text of an adapter's `README.md`.
 
     Args:
-        initializer: what made it.
+        method: what made it.
         layers: errors of each layer.
         model: the model as it was asked for.
         base_model: hub name or folder that the base is loaded from.
         calibration_tokens: tokens that it was calibrated on.
-        inputs: whose inputs layers are fitted to; see `Walk`.
         quantized_base: where the base is loaded from, if it is not quantized while it loads.
-        recipe: name of the recipe, if there was one.
-        polish: training that followed, if there was one.
     """
+    initializer, distillation = method.initializer, method.distillation
+    base = method.quantizer if method.base is None else method.base.title
     front_matter = {"base_model": base_model, "library_name": "peft", "tags": ["lora", "quailora"]}
     share = error_reduction(layers)
     summary = [
         ["no correction", "100.0%"],
         ["uncalibrated SVD", f"{share['error_uncalibrated']:.1%}"],
-        ["**this adapter**" if polish is None else "**this adapter before its training**", f"**{share['error']:.1%}**"],
+        [
+            "**this adapter**" if distillation is None else "**this adapter before its training**",
+            f"**{share['error']:.1%}**",
+        ],
         ["optimum of this rank", f"{share['error_optimal']:.1%}"],
     ]
     kinds = [
@@ -109,31 +108,32 @@ def model_card(
     return _CARD.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True, width=10**6),
         model=" ".join(model.split()),
-        quantizer_name=type(initializer.quantizer).__name__,
-        quantizer=initializer.quantizer,
+        quantizer_name=base if isinstance(base, str) else type(base).__name__,
+        quantizer=base,
         solver=initializer.solver,
-        metric=initializer.metric,
+        metric=initializer.weighting,
         schedule=initializer.schedule,
         tokens=calibration_tokens,
-        network=_NETWORKS[inputs] + (f", by the recipe `{recipe}`" if recipe else ""),
-        training=trained_how(polish),
-        before="" if polish is None else ", before the training",
+        network=_NETWORKS[method.inputs] + (f", by the recipe `{method.recipe}`" if method.recipe else ""),
+        training=trained_how(distillation),
+        before="" if distillation is None else ", before the training",
         count=len(layers),
-        snippet=loading_snippet(initializer, base_model, quantized_base),
+        snippet=loading_snippet(method, base_model, quantized_base),
         summary=markdown_table(("correction", "output error"), summary),
         kinds=markdown_table(("layers", "count", "SVD", "this adapter", "optimum"), kinds),
     )
 
 
-def trained_how(polish: Polish | None) -> str:
+def trained_how(distillation: Distillation | None) -> str:
     """Return a sentence on the training that an adapter has had."""
-    if polish is None:
+    if distillation is None:
         return "It has not been\ntrained."
-    aim = "to predict what full precision does" if polish.target == "full precision" else "on the text itself"
-    kind = "distilled" if polish.target == "full precision" else "fine-tuned"
+    aim = "to predict what full precision does" if distillation.target == "full precision" else "on the text itself"
+    kind = "distilled" if distillation.target == "full precision" else "fine-tuned"
     return (
-        f"Then it has\nbeen {kind} {aim}: {polish.steps} steps of {polish.batch} x {polish.sequence_length} tokens of "
-        f"the calibration text,\nlearning rate {polish.learning_rate:g}. It has not been trained on a task."
+        f"Then it has\nbeen {kind} {aim}: {distillation.steps} steps of {distillation.batch} x "
+        f"{distillation.sequence_length} tokens of the calibration text,\n"
+        f"learning rate {distillation.learning_rate:g}. It has not been trained on a task."
     )
 
 
@@ -142,9 +142,10 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def loading_snippet(initializer: Initializer, base_model: str, quantized_base: str | None) -> str:
+def loading_snippet(method: Method, base_model: str, quantized_base: str | None) -> str:
     """Return Python code that loads the base and the adapter with stock packages."""
-    config = initializer.quantizer.stock_config()
+    quantizer = method.quantizer if method.base is None else method.base.quantizer
+    config = None if quantizer is None else quantizer.stock_config()
     if quantized_base is not None or config is None:
         place = f"{quoted(quantized_base or f'{BESIDE}/base')}, dtype=torch.bfloat16,"
         remark = "" if quantized_base is not None else "  # written by --save-base"

@@ -8,12 +8,13 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
 from safetensors import SafetensorError
 from torch import Tensor
+from typing_extensions import override
 
 from ..calibration.activations import Activations
 from ..errors import ResumeError
@@ -22,6 +23,7 @@ from ..solvers import Correction
 from ..support import distributed
 from ..support.files import storing, write_json, write_tensors
 from ..support.sealed import is_intact, read_sealed, sealed
+from .store import Store, StoredLayer
 
 logger = logging.getLogger("quailora")
 
@@ -30,25 +32,7 @@ _PACKED = "packed."
 
 @final
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """What became of one layer.
-
-    Attributes:
-        record: its errors; None if the layer is only quantized.
-        correction: likewise.
-        dequantized: `Q`, where it is needed later.
-        packed: `QuantizedWeight.packed`, likewise.
-    """
-
-    record: LayerRecord | None = None
-    correction: Correction | None = None
-    dequantized: Tensor | None = None
-    packed: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
+class Checkpoint(Store):
     """A folder with everything that a killed run leaves behind.
 
     Files are complete or absent, and carry a hash of their content, so whatever is there and has kept its hash can be
@@ -70,10 +54,12 @@ class Checkpoint:
         return self.folder / f"run-{digest[:12]}"
 
     @property
+    @override
     def activations(self) -> Activations:
         """Keeps hidden states in this folder."""
         return Activations(self.state / "activations")
 
+    @override
     def folder_for(self, purpose: str) -> Path:
         """Return a folder for temporary files; it goes with the rest."""
         folder = self.state / purpose
@@ -81,41 +67,45 @@ class Checkpoint:
         return folder
 
     @property
+    @override
     def blocks_done(self) -> int:
         """Blocks whose layers and outputs are all here."""
         return int((self.manifest() or {}).get("blocks_done", 0))
 
+    @override
     def set_blocks_done(self, blocks: int) -> None:
         """Write down how many blocks are done."""
         if distributed.rank() == 0:
             content = {"fingerprint": dict(self.fingerprint), "blocks_done": blocks}
             write_json(self.folder / "manifest.json", {**content, "digest": digest_of_json(content)})
 
-    def has(self, layer: str) -> bool:
+    @override
+    def has(self, key: str) -> bool:
         """Return whether a layer is finished."""
-        return self._path(layer).is_file()
+        return self._path(key).is_file()
 
-    def save(self, layer: str, outcome: Outcome) -> None:
-        """Keep a finished layer."""
+    @override
+    def save(self, key: str, layer: StoredLayer) -> None:
         tensors: dict[str, Tensor] = {}
-        if outcome.correction is not None:
-            kept = outcome.correction
+        if layer.correction is not None:
+            kept = layer.correction
             tensors = {"lora_A": kept.lora_A, "lora_B": kept.lora_B, "energies": kept.energies}
-        if outcome.dequantized is not None:
-            tensors["dequantized"] = outcome.dequantized
-        tensors |= {f"{_PACKED}{name}": tensor for name, tensor in outcome.packed.items()}
-        record = json.dumps(asdict(outcome.record) if outcome.record else None)
-        self._path(layer).parent.mkdir(parents=True, exist_ok=True)
+        if layer.dequantized is not None:
+            tensors["dequantized"] = layer.dequantized
+        tensors |= {f"{_PACKED}{name}": tensor for name, tensor in layer.packed.items()}
+        record = json.dumps(asdict(layer.record) if layer.record else None)
+        self._path(key).parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_tensors(self._path(layer), tensors, sealed(tensors, {"record": record}))
+        write_tensors(self._path(key), tensors, sealed(tensors, {"record": record}))
 
-    def load(self, layer: str) -> Outcome:
+    @override
+    def load(self, key: str) -> StoredLayer:
         """Return a finished layer; its tensors are memory-mapped.
 
         Raises:
             ResumeError: if its file is damaged.
         """
-        path = self._path(layer)
+        path = self._path(key)
         try:
             tensors, metadata = read_sealed(path)
             content = json.loads(metadata["record"])
@@ -123,17 +113,17 @@ class Checkpoint:
             raise ResumeError(f"The state in {path} is damaged: {error}. Run the same command again.") from error
         packed = {name.removeprefix(_PACKED): tensor for name, tensor in tensors.items() if name.startswith(_PACKED)}
         if content is None:
-            return Outcome(dequantized=tensors["dequantized"], packed=packed)
+            return StoredLayer(dequantized=tensors["dequantized"], packed=packed)
         record = LayerRecord.read(content)
         correction = Correction(tensors["lora_A"], tensors["lora_B"], tensors["energies"])
-        return Outcome(record, correction, tensors.get("dequantized"), packed)
+        return StoredLayer(record, correction, tensors.get("dequantized"), packed)
 
+    @override
     def remove(self) -> None:
-        """Remove the folder; the run is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, layer: str) -> Path:
-        return self.state / "layers" / f"{layer}.safetensors"
+    def _path(self, key: str) -> Path:
+        return self.state / "layers" / f"{key}.safetensors"
 
     def manifest(self) -> dict[str, Any] | None:
         """Return what is written down of the run that the folder belongs to; None if that is damaged."""

@@ -6,24 +6,23 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import nn
 
 from ..calibration.capture import has_bfloat16, shared_inputs
 from ..calibration.empty_pass import empty_inputs
-from ..calibration.walk import TOKENS_PER_PASS, InputsOf
-from ..calibration.windows import Calibration
+from ..calibration.sources import CalibrationSource
+from ..calibration.tokens import TOKENS_PER_PASS
+from ..calibration.walk import InputsOf
 from ..core.statistics import InputStatistics
 from ..errors import DoesNotFitError
 from ..methods.method import Method
 from ..models.layers import Layer, kind
-from ..quantizers import Quantizer
 from ..support.machine import duration, flops, size
 from ..support.tables import print_table
-
-Offload = Literal["auto", "always", "never"]
+from .options import Offload
 
 _FIXED = {"cpu": 450 * 2**20, "cuda": 256 * 2**20}  # Python with torch and transformers; libraries of a GPU
 _MEMORY = {"cpu": "memory", "cuda": "GPU memory"}
@@ -101,9 +100,8 @@ def estimate(
     model: Any,
     layers: Mapping[str, Layer],
     method: Method,
-    source: Calibration,
+    source: CalibrationSource,
     *,
-    inputs_of: InputsOf,
     device: str,
     available: int,
 ) -> Estimate:
@@ -115,7 +113,6 @@ def estimate(
         layers: the layers that get a correction.
         method: quantizer and ranks.
         source: how much there is to calibrate on.
-        inputs_of: see `Walk`.
         device: kind of device that computes.
         available: bytes of its memory that may be used.
     """
@@ -128,18 +125,18 @@ def estimate(
     ]
     parameters = sum(row[-1] for row in rows)
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
-    quantizer = method.initializer.quantizer
-    stored = sum(len(same) * math.prod(same[0].shape) * bits_of(quantizer, same[0]) for same in groups.values())
+    stored = sum(len(same) * math.prod(same[0].shape) * bits_of(method, same[0]) for same in groups.values())
 
-    tokens = source.samples * source.sequence_length
-    per_pass = max(source.sequence_length, min(tokens, TOKENS_PER_PASS))
-    paired = inputs_of == "asymmetric"
+    samples, length = source.size
+    tokens = samples * length
+    per_pass = max(length, min(tokens, TOKENS_PER_PASS))
+    paired = method.inputs == "asymmetric"
     width = 2 if paired else 1
     inputs = distinct_inputs(model, layers)
     by_block: dict[str, list[int]] = {}
     for layer in inputs.values():
         by_block.setdefault(block_of(layer.name), []).append(layer.shape[1])
-    at_once = inputs_at_once(inputs, inputs_of)
+    at_once = inputs_at_once(inputs, method.inputs)
     element = model.dtype.itemsize
     grams = max(sum(gram_bytes(layer, paired=paired) for layer in group) for group in at_once)
     captured_bytes = max(per_pass * sum(widths) * element * width for widths in by_block.values())
@@ -167,7 +164,7 @@ def estimate(
             tokens=tokens,
             shares={name: share_of_tokens(model, layer) for name, layer in layers.items()},
             width=width,
-            runs=1 if inputs_of == "full" else width * max(map(len, by_block.values())) + 1,
+            runs=1 if method.inputs == "full" else width * max(map(len, by_block.values())) + 1,
             device=device,
             low=element == 2 or (device == "cpu" and has_bfloat16()),
         ),
@@ -227,15 +224,15 @@ def largest_hidden(model: Any) -> int:
     return embeddings.embedding_dim
 
 
-def bits_of(quantizer: Quantizer, layer: Layer) -> float:
-    """Return the stored bits of each weight of a layer, from a small random one unless it is stored already."""
-    own = quantizer.for_layer(layer.name)
-    limits = _SAMPLE if own is quantizer else layer.shape
-    rows, columns = (min(side, limit) for side, limit in zip(layer.shape, limits, strict=True))
+def bits_of(method: Method, layer: Layer) -> float:
+    """Return the stored bits of each weight of a layer: of the base that is there already, or of a small random one."""
+    if method.base is not None or method.quantizer is None:
+        return method.base.weight(layer.name, torch.float32).bits_per_weight if method.base is not None else 0.0
+    rows, columns = (min(side, limit) for side, limit in zip(layer.shape, _SAMPLE, strict=True))
     statistics = InputStatistics(columns)
     statistics.add(torch.eye(columns, dtype=torch.float64), 1)
     sample = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return own.quantize(sample, statistics).bits_per_weight
+    return method.quantizer.quantize(sample, statistics).bits_per_weight
 
 
 def share_of_tokens(model: Any, layer: Layer) -> float:
@@ -266,9 +263,9 @@ def seconds_for(
     single, fast = flops(torch.float32, device), flops(torch.bfloat16 if low else torch.float32, device)
     seen = {name: tokens * share for name, share in shares.items()}
     forward = sum(2 * seen[name] * layer.shape[0] * layer.shape[1] for name, layer in layers.items()) * runs
-    passes = 3.0 * tokens if method.initializer.metric == "fisher" else 0.0
-    if method.polish is not None:  # forward in full precision; forward and backward in the quantized network
-        passes += 4.0 * method.polish.steps * method.polish.batch * method.polish.sequence_length
+    passes = 3.0 * tokens if method.initializer.weighting.needs_gradients else 0.0
+    if method.distillation is not None:  # forward in full precision; forward and backward in the quantized network
+        passes += 4.0 * method.distillation.steps * method.distillation.batch * method.distillation.sequence_length
     forward += sum(2 * passes * layer.shape[0] * layer.shape[1] for layer in layers.values())
     each = 2 * 5 / 8 + (2 if width == 2 else 0)  # a symmetric product; of two networks another, which is not
     grams = sum(each * seen[name] * layer.shape[1] ** 2 for name, layer in inputs.items())
@@ -289,9 +286,10 @@ def choose_offload(asked: Offload, limit: str | None, needed: Estimate) -> bool:
     on_disk = asked == "always" or (asked == "auto" and needed.in_memory > needed.available)
     peak = needed.streamed if on_disk else needed.in_memory
     if limit is not None and peak > needed.available:
+        hint = "" if on_disk else ", or leave the weights on disk with `offload='auto'`"
         raise DoesNotFitError(
             f"Expected to stay below {size(needed.available)}, but the run needs about {size(peak)} of {needed.memory}"
             f"{' with the weights left on disk' if on_disk else ''}. Raise the limit, or use fewer targets "
-            f"or shorter samples{'' if on_disk else ', or leave the weights on disk with --offload auto'}."
+            f"or shorter samples{hint}."
         )
     return on_disk

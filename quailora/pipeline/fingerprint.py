@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..bases import ExistingBase
+from ..calibration.tokens import CalibrationTokens
 from ..models.checkpoint import checkpoint_files
 from ..models.load import LoadedModel
 from ..models.locate import resolve
@@ -20,15 +22,15 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def fingerprint(
-    settings: Mapping[str, Any], loaded: LoadedModel, windows: Tensor, base: str | None = None
+    settings: Mapping[str, Any], loaded: LoadedModel, tokens: CalibrationTokens, base: ExistingBase | None = None
 ) -> dict[str, str]:
     """Return what the layers of a run depend on, item by item.
 
     Args:
         settings: everything that was asked for and can change a layer.
         loaded: the model.
-        windows: the calibration tokens.
-        base: a quantized checkpoint that layers come from, too.
+        tokens: to calibrate on.
+        base: that is quantized already, which layers come from, too.
     """
     items = {name: json.dumps(value) for name, value in settings.items()}
     return {
@@ -37,9 +39,16 @@ def fingerprint(
         "computing device": execution_device(loaded.model).type,
         "weights": weights_of(loaded.name),
         "configuration of the model": configuration_of(loaded),
-        "calibration tokens": digest(windows),
-        **({"weights of the base": weights_of(resolve(base))} if base is not None else {}),
+        "calibration tokens": tokens.digest,
+        **weights_of_base(base),
     }
+
+
+def weights_of_base(base: ExistingBase | None) -> dict[str, str]:
+    """Return the entry for a base that is quantized already and lies in files; nothing for any other."""
+    if base is None or base.checkpoint is None:
+        return {}
+    return {"weights of the base": weights_of(resolve(base.checkpoint))}
 
 
 def configuration_of(loaded: LoadedModel) -> str:

@@ -1,148 +1,214 @@
-"""What a run is asked for, made out and checked before anything is loaded."""
+"""What a run will do, made out and checked before any weight is loaded."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
 
+from ..adapters.hub import check_upload
 from ..adapters.lora import LoraScaling
-from ..bases import Prequantized
-from ..calibration.walk import InputsOf
+from ..adapters.modules import find_modules
+from ..bases import ExistingBase, StoredBase
+from ..calibration.sources import BatchCalibration, CalibrationSource, TextCalibration
+from ..calibration.text import TextSource
 from ..calibration.windows import Calibration
-from ..errors import ConfigurationError, TargetError
-from ..layer.initializer import Initializer
+from ..errors import ConfigurationError
 from ..methods.method import Method
-from ..methods.recipes import find_recipe
-from ..models.layers import Layer, base_layers, kind
+from ..methods.recipes import Recipe, find_recipe, resolved_name
+from ..models.layers import Layer, base_layers
+from ..models.limits import fitting_length
+from ..models.load import empty_copy, empty_model, resolve_device
 from ..quantizers import NF4, Quantizer
-from ..solvers import AlternatingLeastSquares
+from ..support.files import StrPath
+from ..support.machine import memory_available
+from .checks import check_gradients, check_layers, check_seed, output_folder
+from .estimate import Estimate, choose_offload, estimate
+from .options import Output, Resources
+from .targets import AdapterPlan, plan_adapter
 
 logger = logging.getLogger("quailora")
 
+CalibrationGiven = CalibrationSource | Calibration | StrPath | Iterable[Mapping[str, Any]] | None
+"""What callers may calibrate on: a text by file or name, windows of it, batches of tokens; the shipped text if None."""
 
-def base_given(base: str, asked: Quantizer) -> Quantizer:
-    """Return what gives the weights of a base that is there already.
+BaseGiven = Quantizer | ExistingBase | StrPath
+"""What callers may name as base: a quantizer that makes it, or a quantized checkpoint by hub name or folder."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class RunPlan:
+    """What a run will do.
+
+    Attributes:
+        model: a model in memory, or its hub name, folder or file as it was asked for.
+        empty: the model without weights.
+        method: how layers are initialized, with the ranks that they can carry.
+        adapter: which layers get a correction.
+        source: what is calibrated on.
+        targets: as they were asked for.
+        output: what is written; None for a result in memory.
+        resources: what may be used.
+        estimate: what it will take.
+    """
+
+    model: Any
+    empty: Any
+    method: Method
+    adapter: AdapterPlan
+    source: CalibrationSource
+    targets: tuple[str, ...]
+    output: Output | None
+    resources: Resources
+    estimate: Estimate
+
+    @property
+    def save_base(self) -> bool:
+        """Whether the base is written, too: because that was asked for, or because the method chooses it."""
+        return self.method.changes_base or (self.output is not None and self.output.save_base)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the weights stay on disk.
+
+        Raises:
+            DoesNotFitError: if the run stays above the limit of memory that was asked for.
+            ConfigurationError: if the method takes gradients of the whole model, which then cannot be had.
+        """
+        if not isinstance(self.model, str):
+            return False
+        on_disk = choose_offload(self.resources.offload, self.resources.memory_limit, self.estimate)
+        check_gradients(self.method, self.adapter.layers, on_disk)
+        return on_disk
+
+
+def plan_run(
+    model: Any,
+    method: Method,
+    source: CalibrationSource,
+    targets: Sequence[str],
+    output: Output | None,
+    resources: Resources,
+) -> RunPlan:
+    """Make out what a run will do; nothing but configurations and shapes is read.
+
+    Args:
+        model: a transformers causal language model in full precision, or its hub name, folder, `.gguf` file, or "demo".
+        method: how layers are initialized.
+        source: what to calibrate on.
+        targets: see `select_layers`.
+        output: what to write; None for a result in memory.
+        resources: what may be used.
 
     Raises:
-        ConfigurationError: if a quantizer was asked for, too.
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    if asked != NF4():
-        raise ConfigurationError("With --base the weights are quantized already; leave out --quantizer.")
-    return Prequantized(base)
+    if output is not None:
+        output = replace(output, folder=output_folder(output.folder, overwrite=output.overwrite))
+    device = resolve_device(resources.device)
+    source.check()
+    check_seed(source.seed)
+    method.check()
+    save_base = method.changes_base or (output is not None and output.save_base)
+    if isinstance(model, str):
+        empty = empty_model(model, resources.dtype, trust_remote_code=resources.trust_remote_code)
+    else:
+        empty = empty_copy(model)
+    adapter = plan_adapter(empty, targets, method.scaling, method.base, stock=not save_base)
+    method = replace(method, scaling=adapter.scaling)
+    source = fitted_to(source, empty)
+    check_layers(adapter.layers, method, source, save_base)
+    if output is not None:
+        find_modules(empty, output.modules_to_save, adapter.layers)
+    needed = estimate(
+        title_of(model),
+        empty,
+        adapter.layers,
+        method,
+        source,
+        device=device,
+        available=memory_available(resources.memory_limit, device),
+    )
+    return RunPlan(model, empty, method, adapter, source, tuple(targets), output, resources, needed)
 
 
-def method_of(
-    recipe: str | None, asked: Initializer, scaling: LoraScaling, inputs: InputsOf
-) -> tuple[Method, InputsOf, bool]:
-    """Return the method, the inputs that it looks at, and whether it chooses a base of its own.
+def check_plan(plan: RunPlan) -> None:
+    """Check what is asked of others, such as the hub, just before a run begins; say which text it is calibrated on."""
+    if plan.output is not None:
+        check_upload(plan.output.push_to_hub)
+    if isinstance(plan.source, TextCalibration) and plan.source.calibration.text.source is None:
+        logger.warning("Calibrating on the text that ships with quailora; pass a text like that of your task.")
 
-    Args:
-        recipe: its name, if solver, metric and inputs are to be those of a recipe.
-        asked: what was asked for.
-        scaling: ranks and alphas.
-        inputs: likewise.
+
+def title_of(model: Any) -> str:
+    """Return what to call a model: the name that it was asked for, or that it was loaded from."""
+    return model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def fitted_to(source: CalibrationSource, empty: Any) -> CalibrationSource:
+    """Return a source whose windows are as long as was asked for, or as the model has positions for.
 
     Raises:
-        ConfigurationError: if options were given that a recipe decides.
+        ModelError: if the model has no positions for sequences of this length.
     """
-    if recipe is None:
-        return Method(asked, scaling), inputs, False
-    if (asked.solver, asked.metric, inputs) != (AlternatingLeastSquares(), "gram", "full"):
-        raise ConfigurationError("A recipe decides solver, metric and inputs; leave these options out.")
-    row = find_recipe(recipe)
-    return row.method(asked.quantizer, scaling), row.inputs, row.changes_base
+    if isinstance(source, TextCalibration):
+        length = fitting_length(empty, source.calibration.sequence_length, source.calibration.length)
+        return TextCalibration(replace(source.calibration, sequence_length=length))
+    fitting_length(empty, source.size[1], source.size[1])
+    return source
 
 
-def check_layers(layers: Mapping[str, Layer], method: Method, source: Calibration, save_base: bool) -> None:
-    """Raise a `ConfigurationError` or a `TargetError` if layers cannot be initialized so; warn of few tokens.
+def source_of(given: CalibrationGiven) -> CalibrationSource:
+    """Return what callers pass as calibration as a source of tokens.
 
-    Whether they are large enough for their ranks was checked when they were chosen.
+    Raises:
+        CalibrationError: if batches have no tokens, or are of another form.
+    """
+    if given is None or isinstance(given, StrPath):
+        given = Calibration(TextSource(None if given is None else str(given)))
+    if isinstance(given, Calibration):
+        return TextCalibration(given)
+    return given if isinstance(given, CalibrationSource) else BatchCalibration.of(given)
+
+
+def method_of(method: Method | Recipe | str, scaling: LoraScaling | None, base: BaseGiven | None) -> Method:
+    """Return the method that callers describe.
 
     Args:
-        layers: the targets.
-        method: how they are quantized and corrected.
-        source: what they are calibrated on.
-        save_base: whether the base is to be written.
+        method: a method, a recipe, or the name of one.
+        scaling: ranks and alphas for a recipe; rank 16 if None.
+        base: for a recipe; NF4 if None.
+
+    Raises:
+        ConfigurationError: if a method comes with a scaling or a base, which it has of its own, or there is no recipe
+            of this name.
     """
-    check_base(layers, method, save_base)
-    check_tokens(layers, source)
+    if isinstance(method, Method):
+        if scaling is not None or base is not None:
+            raise ConfigurationError("A Method has a scaling and a base of its own. Leave out scaling and base.")
+        return method
+    recipe = find_recipe(method) if isinstance(method, str) else method
+    quantizer, existing = base_of(base)
+    made = recipe.method(quantizer, scaling or LoraScaling(), existing)
+    return replace(made, recipe=resolved_name(method)) if isinstance(method, str) else made
 
 
-def check_base(layers: Mapping[str, Layer], method: Method, save_base: bool) -> None:
-    """Raise a `ConfigurationError` or a `TargetError` if layers are to be corrected that their base does not quantize.
+def base_of(given: BaseGiven | None) -> tuple[Quantizer | None, ExistingBase | None]:
+    """Return the quantizer that makes a base, or the base if it is there already."""
+    if given is None or isinstance(given, Quantizer):
+        return given or NF4(), None
+    return None, given if isinstance(given, ExistingBase) else StoredBase(str(given))
+
+
+def quantized_layers(model: Any, chosen: Mapping[str, Layer], base: ExistingBase | None) -> dict[str, Layer]:
+    """Return every layer that the base of a model has in quantized form, chosen or not.
 
     Args:
-        layers: the targets.
-        method: how they are quantized and corrected.
-        save_base: whether the base is to be written.
+        model: the full-precision model.
+        chosen: the layers that get a correction.
+        base: if it is quantized already.
     """
-    quantizer = method.initializer.quantizer
-    if isinstance(quantizer, Prequantized):
-        if save_base:
-            raise ConfigurationError(
-                "With --base the base is there already: no --save-base, and no recipe that makes one."
-            )
-        quantizer.check(layers)
-    if not save_base and any(layer.expert is not None for layer in layers.values()):
-        raise ConfigurationError(
-            "Stock transformers leaves fused experts in full precision when it quantizes a model, so there would be "
-            "nothing to correct. Pass --save-base for a base with quantized experts, or leave experts out of --targets."
-        )
-
-
-def check_trainable(method: Method, layers: Mapping[str, Layer], on_disk: bool) -> None:
-    """Raise a `ConfigurationError` if a method needs gradients of the whole model and cannot have them."""
-    needed = method.polish is not None or method.initializer.metric == "fisher"
-    if needed and (on_disk or any(layer.expert is not None for layer in layers.values())):
-        raise ConfigurationError(
-            "This method takes gradients of the whole model, which has to fit into memory and to have no fused experts "
-            "among its targets. Take another recipe, such as best."
-        )
-
-
-def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
-    """Raise a `TargetError` that lists the layers too small for their rank, or names a pattern that means no layer."""
-    unused = scaling.unused_patterns({layer.group for layer in layers.values()})
-    if unused:
-        raise TargetError(
-            f"The pattern {unused[0]!r} means none of the {len(layers)} target layers, the first of which is "
-            f"{next(iter(layers))}. Patterns are names, endings at a dot, or regular expressions for an ending."
-        )
-    limits = {layer.group: min(layer.shape) for layer in layers.values()}
-    small = {group: limit for group, limit in limits.items() if scaling.rank_of(group) > limit}
-    if small:
-        shown = ", ".join(f"{group} (at most {limit})" for group, limit in list(small.items())[:5])
-        ranks = {
-            kind(group): min(each for other, each in small.items() if kind(other) == kind(group)) for group in small
-        }
-        raise TargetError(
-            f"{len(small)} of {len(limits)} layers cannot carry the rank they were given: {shown}"
-            f"{', ...' if len(small) > 5 else ''}. Lower the rank, or give these layers their own: "
-            f"--rank-pattern '{json.dumps(ranks)}'."
-        )
-
-
-def check_tokens(layers: Mapping[str, Layer], source: Calibration) -> None:
-    """Warn if there are fewer calibration tokens than inputs of the widest layer.
-
-    The second moment of its inputs is then singular: a correction can be perfect on the calibration text and poor on
-    any other.
-    """
-    widest = max(layers.values(), key=lambda layer: layer.shape[1])
-    tokens = source.samples * source.sequence_length
-    if tokens < widest.shape[1]:
-        logger.warning(
-            "Calibrating on %d tokens, fewer than the %d inputs of %s: the errors that are reported will be too low "
-            "for other text. Use more or longer samples.",
-            tokens,
-            widest.shape[1],
-            widest.name,
-        )
-
-
-def quantized_layers(model: Any, chosen: Mapping[str, Layer], quantizer: Quantizer) -> dict[str, Layer]:
-    """Return every layer that the base of a model has in quantized form, chosen or not."""
     layers = base_layers(model, chosen)
-    return quantizer.among(layers) if isinstance(quantizer, Prequantized) else layers
+    return layers if base is None else base.among(layers)

@@ -9,12 +9,11 @@ from typing import Any, final
 
 from ..adapters.lora import LoraScaling, pattern_key
 from ..adapters.peft_check import unusable_layers
-from ..bases import Prequantized
+from ..bases import ExistingBase
 from ..calibration.empty_pass import Reach, find_reach
 from ..errors import TargetError
 from ..models.layers import Layer, all_layers, ending, kind, named_layers, select_layers, stock_quantizes
-from ..quantizers import Quantizer
-from .plan import check_scaling
+from .checks import check_scaling
 
 logger = logging.getLogger("quailora")
 
@@ -42,7 +41,12 @@ class AdapterPlan:
 
 
 def plan_adapter(
-    model: Any, targets: Sequence[str], scaling: LoraScaling, quantizer: Quantizer | None = None
+    model: Any,
+    targets: Sequence[str],
+    scaling: LoraScaling,
+    base: ExistingBase | None = None,
+    *,
+    stock: bool = False,
 ) -> AdapterPlan:
     """Return what an adapter for these targets consists of, found on a model without weights.
 
@@ -52,8 +56,8 @@ def plan_adapter(
         model: the model without weights; it is left as it was.
         targets: see `select_layers`.
         scaling: ranks and alphas that were asked for.
-        quantizer: of a base that this run does not write, so that others decide which layers it quantizes: stock
-            transformers while it loads the model, or who made the base that is there already.
+        base: that is quantized already, so that who made it has decided which layers are quantized.
+        stock: whether stock transformers will quantize the base while it loads it, and decides likewise.
 
     Raises:
         TargetError: if a target matches nothing, names a layer that cannot be used, or one too small for its rank.
@@ -65,7 +69,7 @@ def plan_adapter(
     reasons = {name: "text never reaches them" for name in chosen if name in reach.silent}
     reasons |= {name: "they do not turn one input into one output" for name in chosen if name in reach.odd}
     linear = {name: layer for name, layer in chosen.items() if layer.expert is None and name not in reasons}
-    reasons |= unquantized(linear, quantizer)
+    reasons |= unquantized(linear, base, stock=stock)
     left = {name: layer for name, layer in chosen.items() if name not in reasons}
     fitted = fit_ranks(left, named, scaling)
     reasons |= unusable_layers(model, left, fitted, run=reach.known)
@@ -80,18 +84,16 @@ def plan_adapter(
     return AdapterPlan(left, fitted, reach)
 
 
-def unquantized(layers: Mapping[str, Layer], quantizer: Quantizer | None) -> dict[str, str]:
+def unquantized(layers: Mapping[str, Layer], base: ExistingBase | None, *, stock: bool) -> dict[str, str]:
     """Return the linear layers that a base which this run does not write has in full precision, with the reason.
 
     A base that is there already has to have a kind of layers everywhere or nowhere; that is checked later.
     """
-    if quantizer is None:
-        return {}
-    if isinstance(quantizer, Prequantized):
-        kinds = {kind(name) for name in quantizer.among(layers)}
+    if base is not None:
+        kinds = {kind(name) for name in base.among(layers)}
         kept = [name for name in layers if kinds and kind(name) not in kinds]
-        return dict.fromkeys(kept, f"they are not quantized in {quantizer.base!r}")
-    kept = [name for name, layer in layers.items() if not stock_quantizes(layer)]
+        return dict.fromkeys(kept, f"they are not quantized in {base.title!r}")
+    kept = [name for name, layer in layers.items() if stock and not stock_quantizes(layer)]
     return dict.fromkeys(kept, "stock transformers leaves them in full precision, see --save-base")
 
 

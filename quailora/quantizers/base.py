@@ -125,10 +125,22 @@ class Quantizer(ABC):
         with torch.no_grad():
             return self.encode(weight.detach(), statistics)
 
-    def for_layer(self, name: str) -> Quantizer:
-        """Return the quantizer of one layer of a model; this one, unless it knows layers by name."""
-        del name
-        return self
+    def with_feedback(self, damping: float | None = None) -> Quantizer | None:
+        """Return the quantizer that rounds to the same format with error feedback; None if there is none.
+
+        Args:
+            damping: of the feedback, see `GPTQ`; as this quantizer's own by default, or that of `GPTQ`. Correlations
+                are shrunk only if this quantizer does so itself, since the published methods do not.
+        """
+        del damping
+        return None
+
+    def with_least_error(self) -> Quantizer | None:
+        """Return the quantizer that rounds to the nearest levels of the same format, with scales of the least error.
+
+        None if the format leaves no scales to choose.
+        """
+        return None
 
     @abstractmethod
     def encode(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol, final
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..core.linalg import safe_cholesky, triangular_inverse
-from ..core.metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
+from ..core.metrics import SHRINKAGE, check_damping, check_shrinkage, gram
 from ..core.statistics import InputStatistics
 from ..errors import check_choice
 from .base import Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
-from .uniform import nearest
+from .uniform import Uniform, nearest
 
 _TIE = 1e-4  # share of the loss by which the sweep has to be better than rounding to nearest, against float32's errors
 
@@ -126,13 +126,21 @@ class GPTQ(Quantizer):
         # It is a difference of two sums in float32, so the sweep has to be better than rounding to nearest by more than
         # their rounding. Where both are nearly equal, rounding to nearest is preferred, whose energy is known exactly.
         plain, plain_grid = nearest(full.float(), self.bits, self.symmetric, group_size, self.mse)
-        plain_energy = METRICS["gram"](statistics).energy(full - plain_grid.decode_groups(plain, group_size))
+        plain_energy = gram(statistics).energy(full - plain_grid.decode_groups(plain, group_size))
         errors = (full - result.dequantize()).square().sum(0, dtype=torch.float64)
         added = errors @ (self.shrinkage * statistics.second_moment.diagonal() + damping)
         energy = (loss - added.item()) / (1 - self.shrinkage)
         if energy + _TIE * loss < plain_energy:
             return result
         return GridWeight.store(plain, plain_grid, group_size=group_size, dtype=weight.dtype)
+
+    @override
+    def with_feedback(self, damping: float | None = None) -> GPTQ:
+        return self if damping is None else replace(self, damping=damping)
+
+    @override
+    def with_least_error(self) -> Uniform:
+        return Uniform(self.bits, self.group_size, self.symmetric, mse=True)
 
     @override
     def stock_config(self) -> dict[str, object] | None:

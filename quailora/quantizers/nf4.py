@@ -12,6 +12,8 @@ from typing_extensions import override
 from ..core.statistics import InputStatistics
 from .base import Quantizer
 from .fourbit import BlockSize, FourBitWeight, check_block_size, encode_four_bit, four_bit_config
+from .nf4_gptq import NF4GPTQ, feedback_of_nf4
+from .nf4_mse import NF4MSE
 
 
 @final
@@ -42,6 +44,14 @@ class NF4(Quantizer):
     ) -> FourBitWeight:
         del statistics
         return encode_four_bit(weight, "nf4", self.block_size, self.double_quantization)
+
+    @override
+    def with_feedback(self, damping: float | None = None) -> NF4GPTQ:
+        return feedback_of_nf4(self.block_size, self.double_quantization, damping)
+
+    @override
+    def with_least_error(self) -> NF4MSE:
+        return NF4MSE(self.block_size, self.double_quantization)
 
     @override
     def stock_config(self) -> dict[str, object] | None:

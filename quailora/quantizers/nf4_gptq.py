@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from ..core.metrics import METRICS, SHRINKAGE, check_damping, check_shrinkage
+from ..core.metrics import SHRINKAGE, check_damping, check_shrinkage, gram
 from ..core.statistics import InputStatistics
 from ..errors import check_choice
 from .base import Quantizer
@@ -83,10 +83,28 @@ class NF4GPTQ(Quantizer):
         # Shifting columns can take them out of the range that their scales cover, which were chosen for the weight
         # itself. So the sweep is compared with rounding to nearest in the metric itself, not in the damped one of the
         # sweep.
-        metric = METRICS["gram"](statistics)
+        metric = gram(statistics)
         energies = [metric.energy(full - each.dequantize().float()) for each in (swept, nearest)]
         return swept if energies[0] < (1 - _TIE) * energies[1] else nearest
 
     @override
+    def with_feedback(self, damping: float | None = None) -> NF4GPTQ:
+        return self if damping is None else replace(self, damping=damping)
+
+    @override
+    def with_least_error(self) -> Quantizer:
+        from .nf4_mse import NF4MSE  # whose feedback is this module's
+
+        return NF4MSE(self.block_size, self.double_quantization)
+
+    @override
     def stock_config(self) -> dict[str, object] | None:
         return None
+
+
+def feedback_of_nf4(
+    block_size: BlockSize, double_quantization: bool, damping: float | None, *, mse: bool = False
+) -> NF4GPTQ:
+    """Return error feedback as published, with nothing shrunk, for an NF4 format; see `Quantizer.with_feedback`."""
+    damping = NF4GPTQ.damping if damping is None else damping
+    return NF4GPTQ(block_size, double_quantization, damping=damping, mse=mse, shrinkage=0.0)

@@ -12,6 +12,7 @@ from typing_extensions import override
 from ..core.statistics import InputStatistics
 from .base import Quantizer
 from .fourbit import BlockSize, FourBitWeight, check_block_size, encode_four_bit, with_least_error
+from .nf4_gptq import NF4GPTQ, feedback_of_nf4
 
 
 @final
@@ -41,6 +42,14 @@ class NF4MSE(Quantizer):
     ) -> FourBitWeight:
         del statistics
         return with_least_error(encode_four_bit(weight, "nf4", self.block_size, self.double_quantization), weight)
+
+    @override
+    def with_feedback(self, damping: float | None = None) -> NF4GPTQ:
+        return feedback_of_nf4(self.block_size, self.double_quantization, damping, mse=True)
+
+    @override
+    def with_least_error(self) -> NF4MSE:
+        return self
 
     @override
     def stock_config(self) -> dict[str, object] | None:

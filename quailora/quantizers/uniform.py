@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 from jaxtyping import Float
@@ -47,6 +47,17 @@ class Uniform(Quantizer):
         group_size = self.group_size or weight.shape[1]
         codes, grid = nearest(weight.float(), self.bits, self.symmetric, group_size, self.mse)
         return GridWeight.store(codes, grid, group_size=group_size, dtype=weight.dtype)
+
+    @override
+    def with_feedback(self, damping: float | None = None) -> Quantizer:
+        from .gptq import GPTQ  # which rounds to the grid of this module
+
+        damping = GPTQ.damping if damping is None else damping
+        return GPTQ(self.bits, self.group_size, self.symmetric, damping=damping, mse=self.mse, shrinkage=0.0)
+
+    @override
+    def with_least_error(self) -> Uniform:
+        return replace(self, mse=True)
 
     @override
     def stock_config(self) -> dict[str, object] | None:

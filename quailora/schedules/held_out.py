@@ -10,7 +10,6 @@ from typing_extensions import override
 from ..core.metrics import check_damping
 from ..errors import ConfigurationError
 from ..quantizers import Quantizer
-from ..quantizers.variants import with_feedback, with_least_error
 from .base import Schedule, Solve
 from .layer import QuantizedLayer
 
@@ -57,8 +56,14 @@ class HeldOut(Schedule):
         self.schedule.check(quantizer)
 
     def _candidates(self, quantizer: Quantizer) -> tuple[Quantizer, ...]:
-        nearest = with_least_error(quantizer)
-        return (quantizer, nearest, *(with_feedback(nearest, damping) for damping in self.dampings))
+        nearest = quantizer.with_least_error()
+        damped = [nearest.with_feedback(damping) if nearest else None for damping in self.dampings]
+        roundings = [rounding for rounding in (quantizer, nearest, *damped) if rounding is not None]
+        if len(roundings) < 2 + len(self.dampings):
+            raise ConfigurationError(
+                f"{quantizer!r} rounds in one way only, and this schedule chooses among several. Take NF4 or Uniform."
+            )
+        return tuple(roundings)
 
     @override
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
@@ -70,6 +75,9 @@ class HeldOut(Schedule):
                 "HeldOut needs held-out tokens, which only asymmetric inputs have. Take `inputs='asymmetric'`, "
                 "or the schedule inside of it."
             )
+
+        if layer.quantizer is None:
+            raise ConfigurationError("This base is quantized already, and the schedule would quantize it again.")
 
         def rounded(layer: QuantizedLayer, rounding: Quantizer) -> QuantizedLayer:
             return replace(layer, quantizer=rounding).requantized(layer.weight)

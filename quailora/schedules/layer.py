@@ -9,11 +9,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core.metrics import METRICS, Identity
+from ..core.metrics import Identity, gram
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
+from ..core.weightings import Sensitivity
+from ..errors import ConfigurationError
 from ..quantizers import QuantizedWeight, Quantizer
-from ..solvers.fisher import Sensitivity
 
 
 @final
@@ -23,18 +24,18 @@ class QuantizedLayer:
 
     Attributes:
         weight: what `Q + C` should come close to: `W`, or a target in its place.
-        quantizer: what makes `Q`.
+        quantizer: what makes `Q`; None where `Q` was there before, and stays.
         quantized: `Q`.
         objective: `E = W - Q` and the metric that errors are reported in, with all that solvers have found so far.
         weight_energy: `tr(W H W^T)`, the energy of the full-precision output.
         statistics: second moment of the layer's inputs, if there was calibration.
         dtype: dtype of `W`, which is what gets quantized.
-        sensitivity: weights of outputs and inputs, for methods in the metric "fisher".
+        sensitivity: weights of outputs and inputs, for weightings that need gradients.
         validation: the layer fitted to a part of the tokens, and its error on the others, where some are held out.
     """
 
     weight: Tensor
-    quantizer: Quantizer
+    quantizer: Quantizer | None
     quantized: QuantizedWeight
     objective: Objective
     weight_energy: float
@@ -46,16 +47,16 @@ class QuantizedLayer:
     @classmethod
     def of(
         cls,
-        quantizer: Quantizer,
+        base: Quantizer | QuantizedWeight,
         weight: Tensor,
         statistics: InputStatistics | None = None,
         target: Tensor | None = None,
         sensitivity: Sensitivity | None = None,
     ) -> QuantizedLayer:
-        """Quantize a weight.
+        """Quantize a weight, or take what it has been quantized to before.
 
         Args:
-            quantizer: makes `Q` from the weight.
+            base: makes `Q` from the weight, or is `Q`.
             weight: `W`.
             statistics: second moment of the inputs.
             target: what `Q + C` should come close to; the weight itself if it is missing.
@@ -67,8 +68,9 @@ class QuantizedLayer:
         weight = weight.detach()
         if statistics is not None:
             statistics = statistics.to(weight.device)
-        metric = Identity() if statistics is None else METRICS["gram"](statistics)
-        quantized = quantizer.quantize(weight, statistics)
+        metric = Identity() if statistics is None else gram(statistics)
+        quantizer = base if isinstance(base, Quantizer) else None
+        quantized = base.quantize(weight, statistics) if isinstance(base, Quantizer) else base
         target = weight if target is None else target
         objective = Objective(difference(target, quantized), metric)
         energy = metric.energy(weight)
@@ -84,7 +86,12 @@ class QuantizedLayer:
         Args:
             matrix: what to quantize.
             statistics: what the quantizer shall see in place of the layer's own.
+
+        Raises:
+            ConfigurationError: if the base was quantized before.
         """
+        if self.quantizer is None:
+            raise ConfigurationError("This base is quantized already, and the schedule would quantize it again.")
         quantized = self.quantizer.quantize(matrix.to(self.dtype), statistics or self.statistics)
         objective = Objective(difference(self.weight, quantized), self.objective.metric)
         return replace(self, quantized=quantized, objective=objective)

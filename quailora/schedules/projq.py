@@ -43,7 +43,7 @@ class ProjQ(Schedule):
     @override
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
         del rank
-        if layer.statistics is None or not layer.quantizer.needs_calibration:
+        if layer.statistics is None or layer.quantizer is None or not layer.quantizer.needs_calibration:
             raise ConfigurationError(
                 "ProjQ needs calibration and a quantizer with error feedback: pass the InputStatistics of the layer's "
                 "inputs, and take GPTQ or NF4GPTQ."

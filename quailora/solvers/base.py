@@ -185,6 +185,25 @@ def finish(
         iterations: rounds that the solver ran; see `LowRank`.
         gains: gain after each round; see `LowRank`.
     """
+    lora_B, lora_A = balanced(objective, factors)
+    # The energies are the eigenvalues of C H C^T = B (A H A^T) B^T. With B = Q R and orthonormal Q those other than
+    # zero are the eigenvalues of R (A H A^T) R^T, which is r x r.
+    gain, gram = objective.measure(lora_B, lora_A)
+    left_r = torch.linalg.qr(lora_B.double()).R
+    square = left_r @ gram @ left_r.T
+    energies = torch.linalg.eigvalsh(near((square + square.T) / 2)).flip(0).clamp(min=0).to(square.device)
+    if objective.row_scale is not None:
+        lora_B, lora_A = balanced(objective, Factors(lora_B / objective.row_scale, lora_A))
+    return LowRank(lora_A, lora_B, gain, energies, objective.total, slack, iterations, gains)
+
+
+def balanced(objective: Objective, factors: Factors) -> Factors:
+    """Return balanced factors of the same product, in the dtype they are stored in; see `LowRank`.
+
+    Args:
+        objective: the problem that was solved.
+        factors: `(lora_B, lora_A)`, any float dtype.
+    """
     # B A = U S V^T = (U sqrt(S)) (sqrt(S) V^T): both factors get the same norm in every direction. Of all splits this
     # one has the least sum of squares, and neither factor is the first to overflow or to vanish when it is rounded.
     dtype = torch.promote_types(objective.error.dtype, torch.float32)
@@ -205,11 +224,4 @@ def finish(
         fresh = uniform(lora_A.shape, lora_A) / math.sqrt(lora_A.shape[1])
         lora_A = torch.where(spent[:, None], fresh, lora_A)
         lora_B = torch.where(spent, 0, lora_B)
-
-    # The energies are the eigenvalues of C H C^T = B (A H A^T) B^T. With B = Q R and orthonormal Q those other than
-    # zero are the eigenvalues of R (A H A^T) R^T, which is r x r.
-    gain, gram = objective.measure(lora_B, lora_A)
-    left_r = torch.linalg.qr(lora_B.double()).R
-    square = left_r @ gram @ left_r.T
-    energies = torch.linalg.eigvalsh(near((square + square.T) / 2)).flip(0).clamp(min=0).to(square.device)
-    return LowRank(lora_A, lora_B, gain, energies, objective.total, slack, iterations, gains)
+    return Factors(lora_B, lora_A)

@@ -23,9 +23,6 @@ CalibrationDtype = Literal["auto", "model", "bfloat16"]
 BosPlacement = Literal["every-window", "stream"]
 """Where the tokens go that a tokenizer puts in front of a text, such as BOS; see `Calibration`."""
 
-MetricName = Literal["identity", "magnitude", "diagonal", "gram", "shrunk", "fisher"]
-"""What a solver minimises."""
-
 Offload = Literal["auto", "always", "never"]
 """Whether weights stay on disk."""
 

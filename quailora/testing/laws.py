@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.metrics import METRICS, MetricName
+from ..core.metrics import gram
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
+from ..core.weightings import GramWeighting, Sensitivity, Weighting
 from ..quantizers import Quantizer
 from ..solvers import SVD, LowRank, Solver
 
@@ -124,6 +125,12 @@ def indefiniteness(
     return max(0.0, -lowest) * float(error.double().square().sum())
 
 
+def made_sensitivity(error: Float[Tensor, "out_features in_features"]) -> Sensitivity:
+    """Return weights of outputs and inputs from one to ten, for weightings that need gradients of a model."""
+    rows, columns = (torch.linspace(1, 10, size, dtype=torch.float64) for size in error.shape)
+    return Sensitivity(rows, columns)
+
+
 def check_quantizer(quantizer: Quantizer, problem: Problem | None = None, *, idempotent: bool = False) -> None:
     """Check the laws of a quantizer.
 
@@ -160,7 +167,7 @@ def check_solver(
     solver: Solver,
     problem: Problem | None = None,
     quantizer: Quantizer | None = None,
-    metric: MetricName = "gram",
+    weighting: Weighting = GramWeighting(),  # noqa: B008 # frozen
 ) -> None:
     """Check the laws of a solver at ranks from 1 to full.
 
@@ -168,25 +175,25 @@ def check_solver(
         solver: the solver.
         problem: one case; the standard cases if it is missing.
         quantizer: makes the error; the weight itself is taken for the error if it is missing.
-        metric: the metric that the solver works in; any but "fisher", which no solver sees.
+        weighting: chooses the metric that the solver works in.
 
     Raises:
         AssertionError: naming the law and the case.
     """
     for case in [problem] if problem else standard_problems():
         error, statistics = case.weight, case.statistics
-        weighing = METRICS[metric](statistics)
-        moment = weighing.product(torch.eye(error.shape[1], dtype=torch.float64))
         if quantizer is not None:
             error = case.weight - quantizer.quantize(case.weight, statistics).dequantize()
         error = error.to(torch.promote_types(error.dtype, torch.float32))
-        objective = Objective(error, weighing)
+        objective = weighting.objective(Objective(error, gram(statistics)), statistics, made_sensitivity(error))
+        error = objective.error
+        moment = objective.metric.product(torch.eye(error.shape[1], dtype=torch.float64))
         floor = 1e-9 * objective.value_at_zero + indefiniteness(error, moment)
         full = min(error.shape)
         previous = objective.value_at_zero
         for rank in sorted({1, 2, max(1, full // 2), full} & set(range(1, full + 1))):
-            where = f"{solver!r}, rank {rank}, metric {metric}, {case.label}"
-            solution = solver.solve(error, objective.metric, rank)
+            where = f"{solver!r}, rank {rank}, {weighting!r}, {case.label}"
+            solution = solver.minimise(objective, rank)
             assert solution.rank == rank, f"returns rank {solution.rank}: {where}"
             _check_solution(solver, solution, objective, optimal_error(error, moment, rank), floor, where)
             slack = rounding(previous, objective.value_at_zero, error.dtype, 64) + floor
@@ -201,7 +208,8 @@ def _check_solution(
     error, total, rank = objective.error, objective.value_at_zero, solution.rank
     assert solution.lora_A.shape == (rank, error.shape[1]), f"lora_A has shape {tuple(solution.lora_A.shape)}: {where}"
     assert solution.lora_B.shape == (error.shape[0], rank), f"lora_B has shape {tuple(solution.lora_B.shape)}: {where}"
-    measured = objective.metric.energy(error.double() - solution.lora_B.double() @ solution.lora_A.double())
+    rows = 1.0 if objective.row_scale is None else objective.row_scale.double()
+    measured = objective.metric.energy(error.double() - rows * solution.lora_B.double() @ solution.lora_A.double())
     tolerance = 1e-6 * measured + floor
     assert abs(measured - solution.error) <= tolerance, f"reports {solution.error}, achieves {measured}: {where}"
     slack = rounding(measured, total, error.dtype) + tolerance
@@ -209,7 +217,7 @@ def _check_solution(
 
     assert measured >= optimum - tolerance, f"below the optimum ({measured} < {optimum}): {where}"
     if solver.needs_calibration:
-        uncalibrated = SVD().solve(error, objective.metric, rank).error
+        uncalibrated = SVD().minimise(objective, rank).error
         assert measured <= uncalibrated + slack, f"worse than the SVD ({measured} > {uncalibrated}): {where}"
         if rank == min(error.shape):
             assert measured <= slack, f"not zero at full rank ({measured} of {total}): {where}"

@@ -12,7 +12,6 @@ from ...support.choices import (
     DeviceName,
     DtypeName,
     InputsOf,
-    MetricName,
     Offload,
     StrPath,
 )
@@ -26,7 +25,7 @@ def init(
     quantizer: Component = Component("nf4"),  # noqa: B008 # frozen
     base: StrPath | None = None,
     solver: Component = Component("quailora"),  # noqa: B008
-    metric: MetricName = "gram",
+    metric: Component = Component("gram"),  # noqa: B008
     recipe: str | None = None,
     rank: int = 16,
     alpha: float | None = None,
@@ -66,10 +65,10 @@ def init(
         base: a checkpoint of this model that is quantized already, hub name or folder, to make the adapter for, in
             place of a quantizer: of bitsandbytes in 4 or 8 bits, GPTQ, AWQ, HQQ, or torchao in 8 bits.
         solver: how the correction is found; `quailora list` names them.
-        metric: what the solver minimises: "gram" is the output error, "shrunk" the same with less weight on
-            correlations of the inputs, which generalises better, "diagonal" ignores them,
-            "magnitude" weighs them by mean magnitude in place of power, "identity" ignores the inputs, "fisher" weighs
-            outputs and inputs by squared gradients of the loss, for which the model has to fit into memory.
+        metric: what the solver minimises: gram is the output error, shrunk the same with less weight on
+            correlations of the inputs, which generalises better, diagonal ignores them, magnitude weighs them by mean
+            magnitude in place of power, identity ignores the inputs, fisher weighs outputs and inputs by squared
+            gradients of the loss, for which the model has to fit into memory.
         recipe: a published method by name, in place of solver, metric and inputs; `quailora list` names them. Methods
             that choose another base than the quantizer alone write it, too.
         rank: rank of the adapter.
@@ -115,42 +114,8 @@ def init(
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    from ...pipeline.init import init as run
+    options = dict(locals())
+    from ..initializing import run_init
 
-    return run(
-        model,
-        out=out,
-        quantizer=quantizer.made("quantizer"),
-        base=base,
-        solver=solver.made("solver"),
-        metric=metric,
-        recipe=recipe,
-        rank=rank,
-        alpha=alpha,
-        rslora=rslora,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        targets=targets,
-        modules_to_save=modules_to_save,
-        calibration=calibration,
-        calibration_fields=calibration_fields,
-        calibration_split=calibration_split,
-        samples=samples,
-        sequence_length=sequence_length,
-        bos=bos,
-        seed=seed,
-        calibration_dtype=calibration_dtype,
-        dtype=dtype,
-        device=device,
-        inputs=inputs,
-        offload=offload,
-        memory_limit=memory_limit,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        save_base=save_base,
-        base_format=base_format,
-        overwrite=overwrite,
-        fresh=fresh,
-        dry_run=dry_run,
-        push_to_hub=push_to_hub,
-    )
+    made = {name: options[name].made(name) for name in ("quantizer", "solver", "metric")}
+    return run_init(options | made)

@@ -1,0 +1,148 @@
+"""What `quailora init` does: typed values from its options, the function of the library, and a summary."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+from ..adapters.lora import LoraScaling
+from ..bases import StoredBase
+from ..calibration.sources import TextCalibration
+from ..calibration.text import TextSource
+from ..calibration.windows import Calibration
+from ..core.weightings import GramWeighting, Weighting
+from ..errors import ConfigurationError
+from ..layer.initializer import Initializer
+from ..methods.method import Method
+from ..methods.recipes import find_recipe, resolved_name
+from ..pipeline.estimate import Estimate
+from ..pipeline.initialize_model import carry_out
+from ..pipeline.options import Output, Resources
+from ..pipeline.plan import plan_run
+from ..quantizers import NF4, Quantizer
+from ..solvers import AlternatingLeastSquares, Solver
+from ..support.choices import InputsOf
+from ..support.files import as_str
+from ..support.tables import print_note, print_table
+
+
+@final
+@dataclass(frozen=True)
+class InitResult:
+    """What `init` returns.
+
+    Attributes:
+        out: folder of the adapter.
+        report: content of its `report.json`; None in all but the first of several processes.
+    """
+
+    out: Path
+    report: Mapping[str, Any] | None
+
+    def show(self) -> None:
+        """Print a summary; only the first of several processes has one."""
+        if self.report is None:
+            return
+        share = self.report["mean_error_share"]
+        rows = [
+            ["quantized, no correction", "100.00 %"],
+            ["uncalibrated SVD", f"{share['error_uncalibrated']:.2%}"],
+            [
+                "this adapter before its training" if self.report["training"] else "this adapter",
+                f"{share['error']:.2%}",
+            ],
+            ["optimum of this rank", f"{share['error_optimal']:.2%}"],
+        ]
+        title = f"{self.out}: {len(self.report['layers'])} layers, {self.report['bits_per_weight']:.2f} bits per weight"
+        print_table(title, ("output error, mean over layers", "share"), rows)
+        print_note(
+            f"Next: {self.out}/README.md has the code that loads the base with this adapter. To measure it:\n"
+            f"  quailora evaluate {shlex.quote(self.report['model'])} --adapter {shlex.quote(str(self.out))} "
+            "--text TEXT_OF_YOUR_TASK"
+        )
+
+
+def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
+    """Initialize an adapter as options say; return what it would take, if that is all that is asked for.
+
+    Args:
+        options: every option of `quailora init` by name, with objects for quantizer, solver and metric.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    text = TextSource(
+        as_str(options["calibration"]), tuple(options["calibration_fields"]), options["calibration_split"]
+    )
+    source = Calibration(
+        text,
+        options["samples"],
+        options["sequence_length"],
+        options["seed"],
+        options["calibration_dtype"],
+        options["bos"],
+    )
+    patterns = options["rank_pattern"] or {}, options["alpha_pattern"] or {}
+    scaling = LoraScaling(options["rank"], options["alpha"], options["rslora"], *patterns)
+    asked = Asked(options["solver"], options["metric"], options["inputs"])
+    method = asked_method(options["recipe"], options["quantizer"], as_str(options["base"]), scaling, asked)
+    output = Output(
+        options["out"],
+        overwrite=options["overwrite"],
+        fresh=options["fresh"],
+        save_base=options["save_base"],
+        base_format=options["base_format"],
+        modules_to_save=tuple(options["modules_to_save"]),
+        push_to_hub=options["push_to_hub"],
+    )
+    resources = Resources(
+        options["dtype"],
+        options["device"],
+        options["offload"],
+        options["memory_limit"],
+        options["allow_pickle"],
+        options["trust_remote_code"],
+    )
+    plan = plan_run(str(options["model"]), method, TextCalibration(source), options["targets"], output, resources)
+    if options["dry_run"]:
+        return plan.estimate
+    result = carry_out(plan)
+    return InitResult(Path(plan.output.folder if plan.output else output.folder), result.report)
+
+
+@final
+@dataclass(frozen=True)
+class Asked:
+    """The parts of a method that a recipe decides.
+
+    Attributes:
+        solver: how the correction is found.
+        metric: which errors count how much.
+        inputs: whose inputs layers are fitted to.
+    """
+
+    solver: Solver = AlternatingLeastSquares()  # noqa: RUF009 # frozen
+    metric: Weighting = GramWeighting()  # noqa: RUF009 # frozen
+    inputs: InputsOf = "full"
+
+
+def asked_method(
+    recipe: str | None, quantizer: Quantizer, base: str | None, scaling: LoraScaling, asked: Asked
+) -> Method:
+    """Return the method that options describe.
+
+    Raises:
+        ConfigurationError: if options contradict each other, or there is no recipe of this name.
+    """
+    if base is not None and quantizer != NF4():
+        raise ConfigurationError("With --base the weights are quantized already; leave out --quantizer.")
+    chosen, existing = (quantizer, None) if base is None else (None, StoredBase(base))
+    if recipe is None:
+        initializer = Initializer(chosen, asked.solver, scaling.rank, asked.metric)
+        return Method(initializer, scaling, asked.inputs, base=existing)
+    if asked != Asked():
+        raise ConfigurationError("A recipe decides solver, metric and inputs; leave these options out.")
+    return replace(find_recipe(recipe).method(chosen, scaling, existing), recipe=resolved_name(recipe))

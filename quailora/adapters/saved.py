@@ -92,6 +92,7 @@ class SavedAdapter:
     @property
     def scaling(self) -> LoraScaling:
         """Ranks and alphas of the layers."""
+        # Values that PEFT leaves at their defaults may be missing or null in the file.
         rank, alpha, rslora, ranks, alphas = (self.config.get(name) for name in SCALING)
         own_alphas = {key: float(value) for key, value in (alphas or {}).items()}
         return LoraScaling(int(rank or 0), float(alpha or 0), bool(rslora), ranks or {}, own_alphas)

@@ -43,6 +43,8 @@ class Component:
             ConfigurationError: if there is no such class, or a file gives fields that do not fit it.
             SystemExit: with status 2 and a printed message, if an option has a value of the wrong type.
         """
+        # Fields from a file and those that were typed go through one parser, which converts both to the types of the
+        # class.
         from .parser import component_parser
 
         cls = class_of(option, self.name)

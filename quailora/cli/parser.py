@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from argparse import SUPPRESS
 from argparse import ArgumentParser as PlainParser
+from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from inspect import Parameter, getdoc, signature
@@ -136,9 +139,6 @@ def plain(message: str, prog: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-QUOTES = "'\""
-"""What stands around a string in Python and may be left out on the command line."""
-
 _ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
@@ -146,8 +146,8 @@ def as_options(message: str, commands: Sequence[Callable[..., Any]]) -> str:
     """Return a message of the library, which speaks of arguments, in the words of the command line.
 
     An argument in backquotes, such as `base` or `save_base=True`, becomes the option `--base` or `--save-base`, and a
-    positional one the word that the help has for it, such as MODEL. `device='cpu'` becomes `--device cpu`. Other words
-    in backquotes stay as they are.
+    positional one the word that the help has for it, such as MODEL. Values become words as a shell takes them:
+    `device='cpu'` becomes `--device cpu`, and a list several words. Other words in backquotes stay as they are.
 
     Args:
         message: what the library says.
@@ -166,6 +166,17 @@ def as_options(message: str, commands: Sequence[Callable[..., Any]]) -> str:
             and known[name].default is Parameter.empty
         ):
             return name.upper()
-        return f"--{name.replace('_', '-')}" + (f" {value.strip(QUOTES)}" if value not in {None, "True"} else "")
+        return f"--{name.replace('_', '-')}" + (f" {as_words(value)}" if value not in {None, "True"} else "")
 
     return _ARGUMENT.sub(spelled, message)
+
+
+def as_words(value: str) -> str:
+    """Return a value as Python writes it in the words that a shell takes for it; what is no Python stays as it is."""
+    try:
+        content = literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
+    if isinstance(content, list):
+        return shlex.join(map(str, content))
+    return shlex.quote(json.dumps(content) if isinstance(content, dict) else str(content))

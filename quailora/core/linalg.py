@@ -38,6 +38,8 @@ def uniform(shape: tuple[int, ...], like: Tensor, seed: int | None = None) -> Te
         like: the tensor whose dtype and device the result has.
         seed: of a generator of their own; torch's global one is used if it is missing.
     """
+    # Uniform numbers are a shift and a product of random bits. Normal ones are computed by vector units, whose results
+    # differ from processor to processor in their last digits.
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return torch.empty(shape, dtype=like.dtype).uniform_(-1, 1, generator=generator).to(like.device)
 

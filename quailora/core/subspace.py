@@ -69,6 +69,7 @@ def worth_iterating(side: int, rank: int, *, decaying: bool) -> bool:
 
 def dense_subspace(moment: Float[Tensor, "rows rows"], rank: int) -> Subspace:
     """Return the leading eigenvectors of a symmetric positive semidefinite matrix by LAPACK, in its dtype."""
+    # LAPACK reads one triangle only; the mean of both halves the rounding errors of the product.
     values, vectors = small_eigh((moment + moment.T) / 2)
     energies = values[-rank:].flip(0).clamp(min=0).double()
     return Subspace(vectors[:, -rank:].flip(1), energies, energies)

@@ -53,6 +53,7 @@ class Tasks:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
+        # The harness gets the model as it stands, with the weights of the variant in place; nothing is saved or loaded.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         results = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),

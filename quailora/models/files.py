@@ -17,6 +17,8 @@ def find_file(name: str, file: str) -> Path | None:
     """
     from transformers.utils import cached_file
 
+    # Without these flags a file that is not there and a hub that cannot be reached are both errors, but a model may
+    # well have no such file, and may lie in the cache.
     try:
         path = cached_file(
             name,

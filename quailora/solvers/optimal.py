@@ -50,5 +50,7 @@ class Optimal(Solver):
         subspace = objective.subspace(rank, objective.metric.damped(self.damping), self.tolerance)
         if not self.damping:
             return finish(objective, objective.projection(subspace), slack=subspace.slack)
+        # With damping the solution is the optimum of another metric, and can be worse in this one than a correction
+        # that does not look at the inputs at all.
         solution = finish(objective, objective.projection(subspace))
         return max(solution, SVD(self.tolerance).minimise(objective, rank), key=lambda candidate: candidate.gain)

@@ -64,6 +64,8 @@ def make_problem(
     weight = scale * torch.randn(out_features, in_features, generator=generator)
     tokens = 1 if kind == "single token" else 2 * in_features + 8
     inputs = torch.randn(tokens, in_features, generator=generator, dtype=torch.float64)
+    # Spectra as language models have them, and the degenerate ones that calibration can meet: fewer directions than
+    # channels, a single token, channels that are always zero, and one that is far louder than the rest.
     if kind == "decaying":
         mixing = torch.randn(in_features, in_features, generator=generator, dtype=torch.float64) / in_features**0.5
         inputs = (inputs * torch.arange(1, in_features + 1) ** -1.0) @ mixing

@@ -47,6 +47,9 @@ def from_folder(folder: Path, split: str) -> Iterator[Record]:
     if any((folder / name).is_file() for name in _SAVED):
         yield from _saved(datasets, folder, split)
         return
+    # The package knows the rules by which names of files and cards of folders say what belongs to a split. Only these
+    # rules are taken from it: its own readers convert types, and would read a file in another way than the same file
+    # given alone.
     try:
         configuration = datasets.load_dataset_builder(str(folder.resolve())).config
         by_split = {str(name): [Path(file) for file in listed] for name, listed in configuration.data_files.items()}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from third_party import TAKEN_OFF, Careful, Signs, TakenOff
+from third_party import TAKEN_OFF, Careful, Loudness, Signs, TakenOff
 
 from quailora.methods.recipes import RECIPES
 from quailora.testing import check_quantizer, check_schedule, check_solver
@@ -31,6 +31,7 @@ def test_its_parts_keep_the_laws():
     check_quantizer(Signs())
     check_quantizer(Signs(groups=3))
     check_solver(Careful())
+    check_solver(Careful(), weighting=Loudness())
     check_schedule(TakenOff(), never_worse=True)
     check_schedule(TakenOff(), quantizer=Signs(), solver=Careful())
 
@@ -39,6 +40,7 @@ def test_its_parts_keep_the_laws():
 def adapter(run, tiny_llama, tmp_path):
     """An adapter on a base that the quantizer of the package has made."""
     words = ["--quantizer", "signs", "--quantizer.groups", "2", "--solver", "careful", "--save-base"]
+    words += ["--metric", "loudness", "--metric.exponent", "0.25"]
     status, _, error = run("init", tiny_llama, "--out", tmp_path / "adapter", *FAST, *PLUGIN, *words)
     assert status == 0, error
     return tmp_path / "adapter"
@@ -47,6 +49,7 @@ def adapter(run, tiny_llama, tmp_path):
 def test_init_evaluate_and_check(run, tiny_llama, adapter, tmp_path):
     sidecar = json.loads((adapter / "quailora.json").read_text(encoding="utf-8"))
     assert sidecar["quantizer"] == {"class_path": "third_party.quantizer.Signs", "init_args": {"groups": 2}}
+    assert sidecar["metric"] == {"class_path": "third_party.weighting.Loudness", "init_args": {"exponent": 0.25}}
     assert sidecar["solver"] == {"class_path": "third_party.solver.Careful", "init_args": {"damping": 0.5}}
     out = tmp_path / "result.json"
     status, _, error = run("evaluate", tiny_llama, "--adapter", adapter, *SHORT, *PLUGIN, "--json", out)
@@ -110,4 +113,4 @@ def test_list_shows_it(run):
     RECIPES["taken-off"] = TAKEN_OFF
     status, shown, _ = run("list", *PLUGIN)
     assert status == 0
-    assert all(name in shown for name in ("signs", "careful", "taken-off"))
+    assert all(name in shown for name in ("signs", "careful", "loudness", "taken-off"))

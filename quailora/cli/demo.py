@@ -6,6 +6,7 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
+from ..calibration.windows import Calibration
 from ..comparison.compare import compare
 from ..comparison.table import Comparison
 from ..pipeline.initialize_model import initialize_model
@@ -13,19 +14,22 @@ from ..pipeline.options import Output
 from ..support.choices import StrPath
 from .initializing import InitResult
 
+_SAMPLES, _LENGTH = 8, 512
+
 
 def demo(out: StrPath | None = None) -> Comparison:
     """Initialize an adapter for SmolLM2-135M, and compare methods and ranks on text that ships with quailora.
 
     The uncalibrated SVD, QuAILoRA and the optimum on NF4, at ranks 16 and 64, with full precision and int8 beside them.
-    Takes some minutes on two cores.
+    Both calibrate and measure on short windows, so that it takes some minutes on two cores.
 
     Args:
         out: folder for the adapter and the comparison; nothing is kept by default.
     """
     with nullcontext(out) if out else tempfile.TemporaryDirectory() as folder:
         output = Output(Path(folder) / "adapter", overwrite=True)
-        result = initialize_model("demo", "qera-exact", out=output)
+        source = Calibration(samples=_SAMPLES, sequence_length=_LENGTH)
+        result = initialize_model("demo", "qera-exact", source, out=output)
         InitResult(Path(output.folder), result.report).show()
         return compare(
             "demo",
@@ -33,5 +37,8 @@ def demo(out: StrPath | None = None) -> Comparison:
             recipes=("lorc", "quailora", "qera-exact"),
             ranks=(16, 64),
             baselines=("int8",),
-            windows=4,
+            samples=_SAMPLES,
+            sequence_length=_LENGTH,
+            windows=8,
+            window_length=_LENGTH,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..solvers import AlternatingLeastSquares, Solver
 from ..support.choices import InputsOf
 from ..support.files import as_str
 from ..support.tables import print_note, print_table
+from .next_steps import next_steps
 
 
 @final
@@ -58,11 +58,7 @@ class InitResult:
         ]
         title = f"{self.out}: {len(self.report['layers'])} layers, {self.report['bits_per_weight']:.2f} bits per weight"
         print_table(title, ("output error, mean over layers", "share"), rows)
-        print_note(
-            f"Next: {self.out}/README.md has the code that loads the base with this adapter. To measure it:\n"
-            f"  quailora evaluate {shlex.quote(self.report['model'])} --adapter {shlex.quote(str(self.out))} "
-            "--text TEXT_OF_YOUR_TASK"
-        )
+        print_note(next_steps(self.out))
 
 
 def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.metrics import gram
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
-from ..core.weightings import GramWeighting, Sensitivity, Weighting
+from ..core.weightings import WEIGHTINGS, Sensitivity, Weighting
 from ..quantizers import Quantizer
 from ..solvers import SVD, LowRank, Solver
 
@@ -169,39 +169,45 @@ def check_solver(
     solver: Solver,
     problem: Problem | None = None,
     quantizer: Quantizer | None = None,
-    weighting: Weighting = GramWeighting(),  # noqa: B008 # frozen
+    weighting: Weighting | None = None,
 ) -> None:
-    """Check the laws of a solver at ranks from 1 to full.
+    """Check the laws of a solver in a metric, or in each that quailora has, at ranks from 1 to full.
 
     Args:
         solver: the solver.
         problem: one case; the standard cases if it is missing.
         quantizer: makes the error; the weight itself is taken for the error if it is missing.
-        weighting: chooses the metric that the solver works in.
+        weighting: chooses the metric that the solver works in; each of `WEIGHTINGS` in turn if None.
 
     Raises:
         AssertionError: naming the law and the case.
     """
+    weightings = [cls() for cls in WEIGHTINGS.values()] if weighting is None else [weighting]
     for case in [problem] if problem else standard_problems():
         error, statistics = case.weight, case.statistics
         if quantizer is not None:
             error = case.weight - quantizer.quantize(case.weight, statistics).dequantize()
         error = error.to(torch.promote_types(error.dtype, torch.float32))
-        objective = weighting.objective(Objective(error, gram(statistics)), statistics, made_sensitivity(error))
-        error = objective.error
-        moment = objective.metric.product(torch.eye(error.shape[1], dtype=torch.float64))
-        floor = 1e-9 * objective.value_at_zero + indefiniteness(error, moment)
-        full = min(error.shape)
-        previous = objective.value_at_zero
-        for rank in sorted({1, 2, max(1, full // 2), full} & set(range(1, full + 1))):
-            where = f"{solver!r}, rank {rank}, {weighting!r}, {case.label}"
-            solution = solver.minimise(objective, rank)
-            assert solution.rank == rank, f"returns rank {solution.rank}: {where}"
-            _check_solution(solver, solution, objective, optimal_error(error, moment, rank), floor, where)
-            slack = rounding(previous, objective.value_at_zero, error.dtype, 64) + floor
-            raised = f"a higher rank is worse ({solution.error} > {previous}): {where}"
-            assert solution.error <= previous + slack, raised
-            previous = solution.error
+        for chosen in weightings:
+            objective = chosen.objective(Objective(error, gram(statistics)), statistics, made_sensitivity(error))
+            _check_ranks(solver, objective, f"{chosen!r}, {case.label}")
+
+
+def _check_ranks(solver: Solver, objective: Objective, where: str) -> None:
+    error = objective.error
+    moment = objective.metric.product(torch.eye(error.shape[1], dtype=torch.float64))
+    floor = 1e-9 * objective.value_at_zero + indefiniteness(error, moment)
+    full = min(error.shape)
+    previous = objective.value_at_zero
+    for rank in sorted({1, 2, max(1, full // 2), full} & set(range(1, full + 1))):
+        case = f"{solver!r}, rank {rank}, {where}"
+        solution = solver.minimise(objective, rank)
+        assert solution.rank == rank, f"returns rank {solution.rank}: {case}"
+        _check_solution(solver, solution, objective, optimal_error(error, moment, rank), floor, case)
+        slack = rounding(previous, objective.value_at_zero, error.dtype, 64) + floor
+        raised = f"a higher rank is worse ({solution.error} > {previous}): {case}"
+        assert solution.error <= previous + slack, raised
+        previous = solution.error
 
 
 def _check_solution(

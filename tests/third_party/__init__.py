@@ -1,6 +1,6 @@
-"""What somebody else may write for quailora: a quantizer, a solver, a schedule and a recipe, in a package of their own.
+"""What somebody else may write for quailora: a quantizer, a solver, a metric, a schedule and a recipe, in a package.
 
-quailora init MODEL --plugin third_party --quantizer signs --solver careful --save-base --out adapter
+quailora init MODEL --plugin third_party --quantizer signs --solver careful --metric loudness --save-base --out adapter
 quailora init MODEL --recipe third_party:TAKEN_OFF --out adapter
 """
 
@@ -9,7 +9,8 @@ from quailora.methods.recipes import Recipe
 from .quantizer import Signs
 from .schedule import TakenOff
 from .solver import Careful
+from .weighting import Loudness
 
-__all__ = ["TAKEN_OFF", "Careful", "Signs", "TakenOff"]
+__all__ = ["TAKEN_OFF", "Careful", "Loudness", "Signs", "TakenOff"]
 
-TAKEN_OFF = Recipe("a package of somebody else", Careful(damping=0.1), schedule=TakenOff())
+TAKEN_OFF = Recipe("a package of somebody else", Careful(damping=0.1), weighting=Loudness(), schedule=TakenOff())

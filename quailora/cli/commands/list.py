@@ -6,7 +6,7 @@ from typing import Any
 
 
 def list_components() -> Any:
-    """List the quantizers, solvers and recipes."""
+    """List the quantizers, solvers, metrics and recipes."""
     from ..listing import Components
 
     return Components()

@@ -119,7 +119,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_llama, tmp_path):
 
 def test_experts_need_a_saved_base(tmp_path, tokenizer):
     make_model("Mixtral").save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigurationError, match=r"leaves fused experts in full precision.*--save-base"):
+    with pytest.raises(ConfigurationError, match=r"leaves fused experts in full precision.*`save_base=True`"):
         dry(tmp_path / "model", tmp_path, targets=["experts"])
     found = dry(tmp_path / "model", tmp_path, targets=["experts"], save_base=True)
     assert [row[:3] for row in found.rows] == [("gate_up_proj", 12, (96, 32)), ("down_proj", 12, (32, 48))]

@@ -97,7 +97,7 @@ def test_other_settings_are_refused_with_what_differs(tiny_llama, tmp_path, monk
     out = tmp_path / "out"
     with killed_after(12, monkeypatch):
         run(tiny_llama, out)
-    with pytest.raises(ResumeError, match=r"\(rank: 4 then, 2 now\).*--fresh"):
+    with pytest.raises(ResumeError, match=r"\(rank: 4 then, 2 now\).*`fresh=True`"):
         run(tiny_llama, out, rank=2)
     with pytest.raises(ResumeError, match=r"samples: 8 then, 6 now; calibration tokens"):
         run(tiny_llama, out, samples=6)

@@ -83,7 +83,7 @@ def test_what_cannot_get_an_adapter_leaves_all_linear_with_a_word(kind, left_out
     assert left_out <= endings(gone)
     assert plan.layers
     assert any(line.startswith("Leaving out") for line in caplog.messages)
-    with pytest.raises(TargetError, match=f"cannot get an adapter: .*{reason}.*Try --targets "):
+    with pytest.raises(TargetError, match=f"cannot get an adapter: .*{reason}.*Try `targets="):
         plan_adapter(model, [*typed_targets(model, plan.layers), min(gone)], LoraScaling(4))
     again = plan_adapter(model, typed_targets(model, plan.layers), LoraScaling(4))
     assert again.layers.keys() == plan.layers.keys()
@@ -98,7 +98,7 @@ def test_stock_transformers_decides_what_its_base_quantizes(tmp_path):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / kind, quantization_config=settings)
         quantized = {name for name, module in base.named_modules() if type(module).__name__ == "Linear4bit"}
         assert quantized == {name for name, layer in linear_layers(model).items() if stock_quantizes(layer)}
-    with pytest.raises(TargetError, match=r"No layer is left.*full precision, see --save-base"):
+    with pytest.raises(TargetError, match=r"No layer is left.*full precision, see `save_base`"):
         plan_adapter(empty(small_config("falcon")), ALL, LoraScaling(4), stock=True)
     assert plan_adapter(empty(small_config("falcon")), ALL, LoraScaling(4)).layers
 
@@ -113,7 +113,7 @@ def test_small_layers_get_a_smaller_rank_and_keep_their_scale(caplog):
             assert plan.scaling.rank_of(name) == (1 if name in gates else 4)
             assert plan.scaling.scale_of(name) == pytest.approx(asked.scale_of(name))
     assert "Rank 1, the largest they can carry, for: shared_expert_gate (2)." in caplog.messages
-    with pytest.raises(TargetError, match=r"cannot carry the rank.*--rank-pattern '{\"shared_expert_gate\": 1}'"):
+    with pytest.raises(TargetError, match=r"cannot carry the rank.*`rank_pattern={\"shared_expert_gate\": 1}`"):
         plan_adapter(model, ["q_proj", "shared_expert_gate"], LoraScaling(4))
     with pytest.raises(TargetError, match="cannot carry the rank"):
         plan_adapter(model, ALL, LoraScaling(4, rank_pattern={"shared_expert_gate": 2}))

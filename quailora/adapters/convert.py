@@ -72,6 +72,7 @@ def convert(
     for stem in before.stems:
         rank = scaling.rank_of(before.layer(stem))
         tensors[stem + B], tensors[stem + A] = change(trained.factors(stem), before.factors(stem), rank)
+    # The start of the new adapter is its content, so PEFT is told not to initialize it by any method of its own.
     config = dict(trained.config) | doubled.as_config()
     config |= {
         "base_model_name_or_path": as_str(model) or original_model(before),

@@ -77,6 +77,8 @@ class ExistingBase(ABC):
         Raises:
             ModelError: as `weight` does, or if the shapes differ.
         """
+        # Two models of one family have layers of the same names. Shapes tell apart those of different sizes; the hashes
+        # of `check` tell apart the rest.
         weight = layer.weight
         stored = self.weight(layer.name, weight.dtype, weight.device)
         if stored.shape != tuple(weight.shape):

@@ -93,6 +93,8 @@ class StatisticsCollector(Generic[Kind]):
         Raises:
             CalibrationError: if a layer, or every expert of a fused parameter, saw no token.
         """
+        # A layer that is run on several tensors in one batch (an expert, a layer that is called twice) has a part for
+        # each set of layers that it shared a tensor with; its statistics are those of all parts together.
         every = self._over_all_processes()
         self._found = {}  # whoever gets them decides when they are freed
         parts: dict[str, list[Kind]] = defaultdict(list)
@@ -119,6 +121,8 @@ class StatisticsCollector(Generic[Kind]):
     def _over_all_processes(self) -> dict[tuple[str, ...], Kind]:
         if distributed.world_size() == 1:
             return self._found
+        # Another process may have seen tokens for experts that got none here. All have to take part in every sum, in
+        # the same order, so that the keys are gathered first and sorted.
         widths: dict[tuple[str, ...], int] = {}
         for part in distributed.gather({names: found.in_features for names, found in self._found.items()}):
             widths |= part
@@ -179,6 +183,7 @@ class BlockCollector:
             return alone
         pairs, seen = self._seen.result(self._linear)
         held_out, held = self._held.result(self._linear)
+        # Layers with the same input share one object, into which the held-out tokens go once.
         for one, other in {id(pairs[name]): (pairs[name], held_out[name]) for name in pairs}.values():
             one.include(other)
         paired = {
@@ -222,6 +227,8 @@ def support_rare_experts(layers: Mapping[str, Layer], found: dict[str, InputStat
         if layer.expert is not None:
             groups[layer.group].append(layer)
     for members in groups.values():
+        # A prior of as many tokens as the input is wide, in the manner of shrinkage towards a mean: it outweighs an
+        # expert that has seen fewer, and is outweighed by one that has seen many times as many.
         pool = reduce(InputStatistics.merge, [found[layer.name] for layer in members if layer.name in found])
         for layer in members:
             width = pool.in_features

@@ -56,6 +56,7 @@ def find_sensitivities(
     columns = {name: torch.zeros(layer.shape[1], dtype=torch.float64, device=device) for name, layer in layers.items()}
 
     def collecting(name: str) -> Callable[[Tensor], None]:
+        # Called as soon as the gradient of this weight is complete, and before those of earlier layers are.
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
             squared = parameter.grad.float().square()

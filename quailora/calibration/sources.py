@@ -158,6 +158,8 @@ class BatchCalibration(CalibrationSource):
     @override
     def training_windows(self, tokenizer: Any, count: int, length: int) -> Int[Tensor, "count length"]:
         del tokenizer
+        # All windows have the length of the longest sequence that is wanted, so that a batch needs no padding; shorter
+        # sequences are not trained on.
         cut = min(length, self.given.longest)
         rows = [sequence[:cut] for sequence in self.given.sequences if len(sequence) >= cut]
         if cut < 2:

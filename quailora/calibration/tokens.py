@@ -130,6 +130,8 @@ class CalibrationTokens:
         return first + self._batched(sorted(held), shares), len(first)
 
     def _batched(self, numbers: Sequence[int], shares: int) -> list[TokenBatch]:
+        # Sequences of different lengths would need padding, which would cost time and would have to be kept out of the
+        # statistics. A batch is also small enough to leave each process a share.
         by_length: dict[int, list[int]] = {}
         for number in numbers:
             by_length.setdefault(len(self.sequences[number]), []).append(number)
@@ -173,6 +175,8 @@ def _rows(batch: Mapping[str, Any], number: int) -> Iterator[tuple[Tensor, Tenso
         real = torch.ones_like(sequence, dtype=torch.bool)
         if masks["attention_mask"] is not None:
             real = masks["attention_mask"][row] != 0
+        # Padding before or behind a sequence is cut off. A mask with zeros in between means several sequences in one
+        # row, which attend to each other in ways that only the model's own mask says.
         places = real.nonzero().flatten()
         if len(places) == 0:
             continue

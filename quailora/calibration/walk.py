@@ -136,6 +136,8 @@ class Walk:
                 check_finite_parameters(chain.names[index], chain.blocks[index])
                 forward = partial(_run_block, chain, calls, index)
                 self._run_at(index, members[index], forward, batches, held_out, visit)
+            # All hidden states behind this block are there before it counts as done, and it counts as done before those
+            # in front of it go: a run that is killed in between finds one set or the other.
             distributed.barrier()
             if self.on_done is not None:
                 self.on_done(index + 1)

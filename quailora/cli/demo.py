@@ -26,6 +26,8 @@ def demo(out: StrPath | None = None) -> Comparison:
     Args:
         out: folder for the adapter and the comparison; nothing is kept by default.
     """
+    # One adapter first, so that the report of a layer and the way to load it can be seen; then three methods on the
+    # same text.
     with nullcontext(out) if out else tempfile.TemporaryDirectory() as folder:
         output = Output(Path(folder) / "adapter", overwrite=True)
         source = Calibration(samples=_SAMPLES, sequence_length=_LENGTH)

@@ -102,6 +102,7 @@ def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
         options["allow_pickle"],
         options["trust_remote_code"],
     )
+    # The same two steps as in `initialize_model`. Between them a dry run ends.
     plan = plan_run(str(options["model"]), method, TextCalibration(source), options["targets"], output, resources)
     if options["dry_run"]:
         return plan.estimate

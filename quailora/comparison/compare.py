@@ -147,6 +147,8 @@ def compare(
     check_seed(seed)
     resolve_device(device)
 
+    # Everything above is checked before the model is loaded. The windows are drawn before any row is measured, since
+    # rows of other windows cannot be compared: they are part of what the rows in the folder depend on.
     loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     length = fitting_length(loaded.model, sequence_length, DEFAULT_LENGTH)
     source = TextCalibration(Calibration(calibrate_on, samples, length, seed, calibration_dtype, bos))

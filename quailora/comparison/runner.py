@@ -81,6 +81,8 @@ class ComparisonRunner:
             logger.info("Rows: %s.", ", ".join(variant.name for variant in group))
             run = self._run(group)
             training = {variant.name: self._train(run, variant) for variant in group}
+            # All variants of a group are evaluated on the same windows one after the other, so that predictions of full
+            # precision are made once for all of them.
             results = [
                 VariantResult(variant, run.finished(variant.run_key, variant.method.distillation)) for variant in group
             ]
@@ -155,6 +157,8 @@ class ComparisonRunner:
             on_done=checkpoint.set_blocks_done,
         )
         methods = {variant.run_key: replace(variant.method, distillation=None) for variant in group}
+        # Weights of a base are kept once for all variants on it, by whichever of them comes last; distillation needs
+        # those of its own variant as well.
         keepers = {variant.base_key: variant.run_key for variant in group}.values()
         distilled = [variant.run_key for variant in group if variant.method.distillation]
         weighted = any(variant.method.initializer.weighting.needs_gradients for variant in group)

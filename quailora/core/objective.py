@@ -123,6 +123,7 @@ class Objective:
 
         A single product in the dtype of `lora_A`, with its rounding, where `measure` makes two in float64.
         """
+        # With C = U U^T E: 2 tr(C H E^T) - tr(C H C^T) = tr(U^T E H E^T U), since U^T U is the identity.
         return (self.metric.product(lora_A) * lora_A).sum(dtype=torch.float64).item()
 
     def subspace(self, rank: int, metric: Metric | None = None, tolerance: float = TOLERANCE) -> Subspace:
@@ -140,6 +141,8 @@ class Objective:
             tolerance: how far above the optimum an iterative solution may be, as a share of the optimum and of what it
                 gains.
         """
+        # A search is kept with the metric it was made in. It serves a lower rank by its first directions, and a higher
+        # rank or a tighter tolerance by going on; what was found densely is exact and serves every tolerance.
         metric = metric or self.metric
         reached, known = self._found.get(metric, (torch.inf, None))
         if known is None or known.rank < rank or reached > tolerance:
@@ -153,6 +156,8 @@ class Objective:
 
     def bound(self, rank: int) -> float:
         """Return an error that no correction of this rank goes below: the optimum, less what iteration left open."""
+        # tr(E H E^T) less what the directions found capture is the error of the best correction in them. The optimum
+        # can be lower by the slack at most.
         found = self.subspace(rank)
         gain, _ = self.measure(*self.projection(found))
         return max(0.0, self.value_at_zero - gain - found.slack)

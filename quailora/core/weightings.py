@@ -68,6 +68,8 @@ class Weighting(ABC):
         Raises:
             CalibrationError: if the weighting needs gradients and there is no sensitivity.
         """
+        # The same object where nothing changes: solvers keep what they have found with the objective, so that a method
+        # in the Gram metric and the report, which is always in that metric, share one search.
         del sensitivity
         if statistics is None:
             return gram_objective
@@ -175,6 +177,9 @@ class FisherWeighting(Weighting):
         del statistics
         if sensitivity is None:
             raise CalibrationError("FisherWeighting needs the Sensitivity of the layer; see find_sensitivities.")
+        # sum_ij r_i (E - C)_ij^2 c_j = |diag(r)^(1/2) (E - C) diag(c)^(1/2)|^2: with rows scaled by the roots of r this
+        # is a diagonal metric c. The solver works on the scaled error, and rows of lora_B are divided by the scale at
+        # the end.
         error = gram_objective.error
         rows = sensitivity.rows.to(error.device)
         scale = rows.clamp(min=_FLOOR * rows.mean().item()).sqrt()[:, None].float()

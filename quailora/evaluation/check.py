@@ -71,6 +71,8 @@ def check(
     origin = provenance.origin
     if origin is None:
         raise ModelError(f"{unknown_base(folder)} Check the folder that init wrote.")
+    # A base that is quantized is read layer by layer. Any other is the full-precision model, whose layers are quantized
+    # here as they would be while it loads, or a base in dequantized form.
     stored = StoredBase(base)
     if stored.described:
         found = dict(identities(stored, saved))
@@ -79,6 +81,7 @@ def check(
         found = dict(fresh_identities(model, origin, saved))
     if provenance.incomparable(found):
         raise ModelError(untold(folder, base))
+    # Stored codes and scales that were not made while a model loads have no reason to differ in any bit.
     different = provenance.different(found, exactly=bool(stored.described) and origin.needs != "model")
     if different and not stored.described and origin.stock_quantizer is None:
         raise ModelError(f"{base} is not quantized, and the base of {folder} is not made while a model loads.")

@@ -78,6 +78,8 @@ def perplexity(
     Raises:
         NumericalError: if a loss is NaN.
     """
+    # Every token but the given ones is predicted from all tokens before it in the window: logits at position i are for
+    # the token at i + 1.
     device = next(model.parameters()).device
     losses = []
     for window in track(windows, description, total=len(windows)):
@@ -87,7 +89,7 @@ def perplexity(
     if any(map(math.isnan, losses)):
         raise NumericalError(
             f"{description}: expected a loss on every window, got NaN. Weights or activations are too large for the "
-            "model's dtype: try --dtype float32, or another checkpoint."
+            "model's dtype: try `dtype='float32'`, or another checkpoint."
         )
     return Perplexity(perplexity_of(losses), len(windows) * (windows.shape[1] - given), tuple(losses))
 
@@ -122,6 +124,8 @@ def quantize_in_place(
             on_layer(layer.name, stored)
             counter.advance()
 
+        # Statistics of a block are those of full precision: the block has run before its weights are replaced, and what
+        # it returned is kept for the next one.
         def visit(block: Block) -> Mapping[str, Tensor]:
             for one in block.drain():
                 quantize(one.layer, one.statistics)

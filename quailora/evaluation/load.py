@@ -60,6 +60,8 @@ def place_of_base(folder: Path, origin: Origin) -> tuple[str, Any]:
     Raises:
         ModelError: if stock packages cannot load it.
     """
+    # The order in which `init` can have left a base: written beside the adapter, there before it, or made while it
+    # loads.
     beside = folder / "base"
     if beside.is_dir():
         return str(beside), None
@@ -96,6 +98,7 @@ def loaded_base(name: str, config: Any, arguments: dict[str, Any]) -> Any:
 
 def base_identities(model: Any, saved: SavedAdapter) -> dict[str, BaseIdentity]:
     """Return what tells the layers of a base that an adapter corrects from those of other bases."""
+    # A quantized model is compared by codes and scales; a dequantized base has only the sketch of its weights.
     live = LiveBase(model)
     identities = {}
     for name in sorted(live.layers):

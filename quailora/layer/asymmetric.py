@@ -1,19 +1,8 @@
 """Fit a layer of the quantized network, with its own inputs, to the outputs of the full-precision one.
 
-With inputs `x` in full precision and `x~` in the network as quantized and compensated so far, `H = E[x x^T]`,
-`G = E[x x~^T]` and `H~ = E[x~ x~^T]`, the error of a weight `V` is
-
-    E |W x - V x~|^2 = tr(W H W^T) - 2 tr(V G^T W^T) + tr(V H~ V^T)
-                     = tr((W* - V) H~ (W* - V)^T) + constant,    W* = W G H~^-1
-
-so the symmetric problem with target `W*` and metric `H~` is the exact one (reduced-rank regression). `W*` is estimated
-from few tokens. A ridge, `W (G + l I) (H~ + l I)^-1 = W + W (G - H~) (H~ + l I)^-1`, shrinks it towards `W` in the
-directions that tokens say least about, and taking only a share of the way from `W` shrinks it in all. Both are chosen
-by the error on held-out tokens, the share in closed form, before anything is solved.
-
-Memory: an input of width `n` needs `5 n^2` numbers in float64. Four are the moments of all tokens and of those that are
-held out. What is fitted to the others is chosen in float32, from the difference; the target that is used is solved for
-in float64, once, and takes the fifth.
+This is reduced-rank regression: the layer gets the target `W* = W G H~^-1` in place of its weight `W`, and the metric
+`H~`, with `G = E[x x~^T]` and `H~ = E[x~ x~^T]` for inputs `x` in full precision and `x~` in the network as quantized
+and corrected so far. The target is estimated from few tokens, so it is moved towards `W` as far as held-out tokens ask.
 """
 
 from __future__ import annotations
@@ -39,6 +28,21 @@ RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01)
 STEP = 0.5
 """How much of the best share for a layer alone is used. Later layers make up for the same errors of earlier ones."""
 
+# With H = E[x x^T], and G and H~ as above, the error of a weight V is
+#
+#     E |W x - V x~|^2 = tr(W H W^T) - 2 tr(V G^T W^T) + tr(V H~ V^T)
+#                      = tr((W* - V) H~ (W* - V)^T) + constant,    W* = W G H~^-1
+#
+# so the symmetric problem with the target W* and the metric H~ is the exact one. A ridge,
+#
+#     W (G + l I) (H~ + l I)^-1 = W + W (G - H~) (H~ + l I)^-1,
+#
+# moves the target towards W in the directions that tokens say least about, and taking only a share of the step from W
+# shortens it in all directions. Both are chosen by the error on held-out tokens before anything is solved.
+#
+# An input of width n needs 5 n^2 numbers in float64. Four are the moments of all tokens and of the held-out ones. The
+# fit to the others is made in float32, from differences; the target is computed in float64, once, and takes the fifth.
+
 _ROWS = 512  # rows of a moment that are converted at a time
 
 Weight = Float[Tensor, "out_features in_features"]
@@ -53,9 +57,9 @@ def initialize_asymmetric(
     step: float = STEP,
     quantized: QuantizedWeight | None = None,
 ) -> tuple[LayerInitialization, float]:
-    """Initialize a layer; return the result and the share of the way from `W` to `W*` that the target is at.
+    """Initialize a layer; return the result, and at which share of the step from `W` to `W*` its target lies.
 
-    A share of 0 aims at `W` itself, as the symmetric problem does.
+    With a share of 0 the target is `W` itself, as in the symmetric problem.
 
     The weight itself is quantized, since the base has to stay a stock one. The errors of the result are those of
     `W* - Q - C` in the metric `H~`, without the constant that no weight can change.

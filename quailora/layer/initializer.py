@@ -157,6 +157,9 @@ class Initializer:
         layer = self.schedule.choose(layer, solve, self.rank)
         objective, low_rank = layer.objective, solve(layer.objective)
         same_metric = weighed(objective) is objective
+        # All four errors are in the Gram metric, whatever the method minimises, so that methods can be compared. The
+        # certified bound is that of the solution where both metrics are the same, and is found for the optimum
+        # otherwise.
         uncalibrated = objective.projection(objective.subspace(self.rank, Identity()))
         return LayerInitialization(
             quantized=layer.quantized,

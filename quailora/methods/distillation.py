@@ -94,6 +94,8 @@ class Distillation:
             name: Factors(trainable(pair.lora_B, device), trainable(pair.lora_A, device))
             for name, pair in factors.items()
         }
+        # Only the factors are trained, in float32. They enter the graph by hooks, and the quantized weights stand in
+        # the place of the model's own, so that the model needs no change and no copy.
         optimizer = torch.optim.AdamW([factor for pair in trained.values() for factor in pair], self.learning_rate)
         rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
         losses = []
@@ -147,6 +149,7 @@ def corrected(layers: Mapping[str, Layer], factors: Mapping[str, Factors]) -> It
 
 def _adding(lora_B: Tensor, lora_A: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # Two thin products, in float32 whatever the model computes in: the dense correction is never formed.
         correction = functional.linear(functional.linear(inputs[0].to(lora_A.dtype), lora_A), lora_B)
         return output + correction.to(output.dtype)
 
@@ -155,5 +158,7 @@ def _adding(lora_B: Tensor, lora_A: Tensor) -> Callable[[nn.Module, tuple[Tensor
 
 def divergence(expected: Float[Tensor, "tokens vocabulary"], found: Float[Tensor, "tokens vocabulary"]) -> Tensor:
     """Return the mean over tokens of `KL(p || q)`, in nats, of distributions given by their logits; differentiable."""
+    # The gradient of KL(p || q) with respect to the logits of q is q - p for each token, bounded by 1 however far apart
+    # they are. It pulls every probability towards that of full precision, not only the one of the token that follows.
     log_p, log_q = (functional.log_softmax(logits.float(), dim=-1) for logits in (expected, found))
     return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -81,6 +81,8 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
+    # Without a look at the inputs: no correction, one decomposition of the error, or quantization and decomposition in
+    # turns.
     "qlora": Recipe("Dettmers et al., 2023, arXiv 2305.14314", Zero(), "", IdentityWeighting()),
     "lorc": Recipe(
         "ZeroQuant-V2, Yao et al., 2023, arXiv 2303.08302", SVD(), "factors are not quantized", IdentityWeighting()
@@ -99,6 +101,7 @@ RECIPES: dict[str, Recipe] = {
         IdentityWeighting(),
         Alternate(rounds=5, start="low-rank"),
     ),
+    # With weights for single outputs and input channels, and without correlations between channels.
     "lq-lora": Recipe(
         "Guo et al., 2023, arXiv 2311.12023, Fisher-weighted",
         Optimal(),
@@ -113,6 +116,7 @@ RECIPES: dict[str, Recipe] = {
         MagnitudeWeighting(),
     ),
     "qera-approx": Recipe("Zhang et al., 2024, arXiv 2410.06040, theorem 2", Optimal(), "", DiagonalWeighting()),
+    # The output error with all correlations, on a base that is rounded to nearest.
     "qera-exact": Recipe(
         "Zhang et al., 2024, arXiv 2410.06040, theorem 1", Optimal(), "solved without roots or inverses of H"
     ),
@@ -123,6 +127,7 @@ RECIPES: dict[str, Recipe] = {
         "a true mean in place of a moving average of second moments; within a block in the order layers run in",
         inputs="quantized",
     ),
+    # With a base that is chosen for the correction: error feedback, or a weight that is prepared before it is rounded.
     "cloq": Recipe(
         "Deng et al., 2025, arXiv 2501.18475",
         Optimal(),
@@ -157,6 +162,7 @@ RECIPES: dict[str, Recipe] = {
         schedule=ProjQ(),
         rounding="feedback",
     ),
+    # Across layers: fitted to the outputs of the full-precision network, or trained as a whole afterwards.
     "asymmetric": Recipe(
         "exact reduced-rank regression; the target as in Qronos and QEP (arXiv 2504.09629)",
         Optimal(),
@@ -171,6 +177,7 @@ RECIPES: dict[str, Recipe] = {
         IdentityWeighting(),
         distillation=Distillation(learning_rate=1e-3),
     ),
+    # Compositions that no paper has.
     "shrunk": Recipe("quailora, the optimum with less trust in correlations", Optimal(), weighting=ShrunkWeighting()),
     "asymmetric-half": Recipe("quailora, half the step of asymmetric", Optimal(), inputs="asymmetric"),
     "asymmetric-half-srr": Recipe(

@@ -101,6 +101,7 @@ def model_card(
         ],
         ["optimum of this rank", f"{share['error_optimal']:.1%}"],
     ]
+    # Layers of one kind behave alike in all blocks, so that one line for each kind says where the correction works.
     kinds = [
         [ending, str(len(members)), *(f"{value:.1%}" for value in error_reduction(members).values())]
         for ending, members in by_ending(layers).items()
@@ -146,9 +147,11 @@ def loading_snippet(method: Method, base_model: str, quantized_base: str | None)
     """Return Python code that loads the base and the adapter with stock packages."""
     quantizer = method.quantizer if method.base is None else method.base.quantizer
     config = None if quantizer is None else quantizer.stock_config()
+    # A base that transformers makes while it loads needs the full-precision model and a configuration. Any other one is
+    # a checkpoint by itself.
     if quantized_base is not None or config is None:
         place = f"{quoted(quantized_base or f'{BESIDE}/base')}, dtype=torch.bfloat16,"
-        remark = "" if quantized_base is not None else "  # written by --save-base"
+        remark = "" if quantized_base is not None else "  # written by init with save_base"
         return _SNIPPET.format(config_import="", arguments=place + remark)
     inner = ", ".join(f"{key}={value!r}" for key, value in config.items())
     arguments = (

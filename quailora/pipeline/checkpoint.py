@@ -86,6 +86,8 @@ class Checkpoint(Store):
 
     @override
     def save(self, key: str, layer: StoredLayer) -> None:
+        # One file for each layer and method. It is complete or absent, and its hash says whether it is still what was
+        # written.
         tensors: dict[str, Tensor] = {}
         if layer.correction is not None:
             kept = layer.correction
@@ -196,6 +198,8 @@ def open_checkpoint(folder: Path, fingerprint: Mapping[str, str], fresh: bool) -
     Raises:
         ResumeError: if the folder holds the state of a run that depends on something else; the message says on what.
     """
+    # The first process decides whether the folder is that of this run. Then every process looks through the files that
+    # it sees; hidden states that are damaged for one of them send all back to the first block.
     checkpoint = Checkpoint(folder, fingerprint)
     if distributed.rank() == 0:
         claim(checkpoint, fresh)
@@ -209,6 +213,8 @@ def open_checkpoint(folder: Path, fingerprint: Mapping[str, str], fresh: bool) -
 
 def claim(checkpoint: Checkpoint, fresh: bool) -> None:
     """Make sure that a folder holds the state of this very run, or of none; see `open_checkpoint`."""
+    # Four cases: no manifest (a new run), a damaged one (files of this very run are still known by the name of their
+    # folder), one of this run (go on), and one of another run (refuse, and say what differs).
     folder, fingerprint = checkpoint.folder, checkpoint.fingerprint
     manifest = {} if fresh else checkpoint.manifest()
     others = [state for state in folder.glob("run-*") if fresh or state != checkpoint.state]
@@ -216,7 +222,7 @@ def claim(checkpoint: Checkpoint, fresh: bool) -> None:
         if others:
             raise ResumeError(
                 f"The manifest {folder / 'manifest.json'} is damaged, and {folder} holds the state of a run with other "
-                "settings. Choose another output folder, or start again with --fresh."
+                "settings. Choose another output folder, or start again with `fresh=True`."
             )
         logger.warning("The manifest in %s is damaged. The layers of this run that are intact are kept.", folder)
         checkpoint.set_blocks_done(0)
@@ -227,7 +233,7 @@ def claim(checkpoint: Checkpoint, fresh: bool) -> None:
         told = "; ".join(f"{name}: {before.get(name)} then, {fingerprint.get(name)} now" for name in changed)
         raise ResumeError(
             f"{folder} holds the state of a run with other settings ({told}). Repeat that run's command to finish "
-            "it, choose another output folder, or start again with --fresh."
+            "it, choose another output folder, or start again with `fresh=True`."
         )
     if not before:
         for state in others:

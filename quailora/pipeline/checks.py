@@ -22,7 +22,7 @@ _SEEDS = 2**63
 def check_seed(seed: int) -> None:
     """Raise a `ConfigurationError` unless PyTorch's generators take a seed and the one after it."""
     if not 0 <= seed < _SEEDS:
-        raise ConfigurationError(f"Expected a seed from 0 to {_SEEDS - 1}, got {seed}. Try --seed 0.")
+        raise ConfigurationError(f"Expected a seed from 0 to {_SEEDS - 1}, got {seed}. Try `seed=0`.")
 
 
 def output_folder(out: StrPath, *, overwrite: bool) -> Path:
@@ -63,13 +63,14 @@ def check_quantized(layers: Mapping[str, Layer], method: Method, save_base: bool
     if method.base is not None:
         if save_base:
             raise ConfigurationError(
-                "With --base the base is there already: no --save-base, and no recipe that makes one."
+                "With `base` the base is there already. Leave out `save_base`, or take a recipe that keeps the base."
             )
         method.base.check(layers)
     if not save_base and any(layer.expert is not None for layer in layers.values()):
         raise ConfigurationError(
             "Stock transformers leaves fused experts in full precision when it quantizes a model, so there would be "
-            "nothing to correct. Pass --save-base for a base with quantized experts, or leave experts out of --targets."
+            "nothing to correct. Pass `save_base=True` for a base with quantized experts, or leave experts out of "
+            "`targets`."
         )
 
 
@@ -90,6 +91,7 @@ def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
             f"The pattern {unused[0]!r} means none of the {len(layers)} target layers, the first of which is "
             f"{next(iter(layers))}. Patterns are names, endings at a dot, or regular expressions for an ending."
         )
+    # B A of rank r needs r independent rows and columns. A layer with fewer has no use for more.
     limits = {layer.group: min(layer.shape) for layer in layers.values()}
     small = {group: limit for group, limit in limits.items() if scaling.rank_of(group) > limit}
     if small:
@@ -100,7 +102,7 @@ def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
         raise TargetError(
             f"{len(small)} of {len(limits)} layers cannot carry the rank they were given: {shown}"
             f"{', ...' if len(small) > 5 else ''}. Lower the rank, or give these layers their own: "
-            f"--rank-pattern '{json.dumps(ranks)}'."
+            f"`rank_pattern={json.dumps(ranks)}`."
         )
 
 
@@ -110,6 +112,7 @@ def check_tokens(layers: Mapping[str, Layer], source: CalibrationSource) -> None
     The second moment of its inputs is then singular: a correction can be perfect on the calibration text and poor on
     any other.
     """
+    # A second moment of n tokens has rank n at most: an input wider than that leaves directions without any data.
     widest = max(layers.values(), key=lambda layer: layer.shape[1])
     samples, length = source.size
     tokens = samples * length

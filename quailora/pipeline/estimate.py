@@ -136,6 +136,9 @@ def estimate(
     by_block: dict[str, list[int]] = {}
     for layer in inputs.values():
         by_block.setdefault(block_of(layer.name), []).append(layer.shape[1])
+    # What is in memory at the same time: second moments, inputs that were captured in one pass, the working copies of
+    # one layer (Cholesky factors or a float32 Gram of the widest input; error, weight and quantized weight of the
+    # largest layer in float64 and float32), and the weights of the model or of one block.
     at_once = inputs_at_once(inputs, method.inputs)
     element = model.dtype.itemsize
     grams = max(sum(gram_bytes(layer, paired=paired) for layer in group) for group in at_once)
@@ -261,6 +264,8 @@ def seconds_for(
     dense products for errors and some twenty thin ones for each rank.
     """
     single, fast = flops(torch.float32, device), flops(torch.bfloat16 if low else torch.float32, device)
+    # A product of (tokens, in) and (in, out) takes 2 tokens in out operations. A backward pass takes twice a forward
+    # pass: one product for the gradient of the input, one for that of the weight.
     seen = {name: tokens * share for name, share in shares.items()}
     forward = sum(2 * seen[name] * layer.shape[0] * layer.shape[1] for name, layer in layers.items()) * runs
     passes = 3.0 * tokens if method.initializer.weighting.needs_gradients else 0.0

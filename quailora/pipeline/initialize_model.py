@@ -156,6 +156,7 @@ def carry_out(plan: RunPlan) -> InitializedModel:
         work = work_folder(plan)
         if work is not None and distributed.rank() == 0:
             held.enter_context(locked(work))
+        # A result in memory needs no state that outlives the process. With an output folder the state lies beside it.
         store: Store = MemoryStore()
         with phases.measure("load"):
             loaded = loaded_model(plan, (work or store.folder_for("weights")) if on_disk else None)
@@ -167,6 +168,8 @@ def carry_out(plan: RunPlan) -> InitializedModel:
         if work is not None:
             fresh = plan.output is not None and plan.output.fresh
             store = open_checkpoint(work, fingerprint(depends_on(plan), loaded, tokens, plan.method.base), fresh)
+        # Resources are freed in the opposite order: the model's mode first, then the lock of the folder, and the group
+        # of processes at last, since other processes may still wait.
         with phases.measure("initialize"):
             run = model_run(plan, loaded, layers, tokens, store)
             run.finish()

@@ -40,6 +40,7 @@ def initialize_layer(
     Raises:
         QuailoraError: as the initializer does, with the layer's name in front.
     """
+    # Highest rank first: what a search has found for it contains the solutions of all lower ranks.
     prepared: dict[Quantizer | None, QuantizedLayer] = {}
     for name, initializer in initializers(layer, methods).items():
         with named(layer.name), seeded(layer.name, seed):
@@ -65,6 +66,8 @@ def seeded(layer: str, seed: int) -> Iterator[None]:
     It is the generator of the CPU. Layers draw from no other, so that a draw is the same for every device; those of the
     caller's other devices are left alone.
     """
+    # The name of the layer is part of the seed, so that a layer gets the same numbers whether others were made before
+    # it or not: in a resumed run, by another process, or in a comparison with other methods.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed ^ zlib.crc32(layer.encode()))
         yield

@@ -176,6 +176,8 @@ def origin_of(method: Method, model: str, base: Mapping[str, BaseIdentity]) -> O
     """
     quantizer = method.quantizer if method.base is None else method.base.quantizer
     checkpoint = None if method.base is None else method.base.checkpoint
+    # What it takes to make the base again: the model alone; also the calibration text, if the quantizer looks at inputs
+    # of the full-precision model; or nothing does, because the base depends on corrections or is there already.
     needs = "model"
     if quantizer is None or checkpoint is not None or method.initializer.schedule.changes_base:
         needs = "base"

@@ -107,6 +107,8 @@ def plan_run(
     """
     if output is not None:
         output = replace(output, folder=output_folder(output.folder, overwrite=output.overwrite))
+    # From cheap to expensive: paths, the first record of a text, seeds and compositions, then the configuration of the
+    # model, then a pass through the empty model. Weights are not touched.
     device = resolve_device(resources.device)
     source.check()
     check_seed(source.seed)

@@ -31,6 +31,8 @@ def build_report(
     block_seconds: Mapping[int, float],
 ) -> dict[str, Any]:
     """Return the content of `report.json`."""
+    # Everything that is needed to read the numbers without the run: what was asked for, what computed it, and how long
+    # it took.
     return {
         "model": settings["model"],
         "settings": dict(settings),

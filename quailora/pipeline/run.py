@@ -106,6 +106,7 @@ class ModelRun:
     def _visit(self, block: Block, counter: Counter) -> Mapping[str, Tensor]:
         """Make the layers of a block that are missing; return what all of them compute with from now on."""
         counter.describe(f"Block {block.index}: layers")
+        # Layers differ in cost by orders of magnitude, so they are not dealt out by number but by work.
         names = self._missing(block)
         mine = distributed.packed({name: cost(block.layers[name]) for name in names})
         for inputs in block.drain():
@@ -162,6 +163,8 @@ class ModelRun:
         """
         keys = distilled_keys(method, distillation, self.targets) if distillation is not None else {}
         if distillation is not None and distributed.rank() == 0 and not all(map(self.store.has, keys.values())):
+            # Weights and corrections come from the store and not from memory, so that a run which ended after its last
+            # layer can go on with the training alone.
             before = self.finished(method)
             weights = {name: one.dequantized for name, one in before.items() if one.dequantized is not None}
             corrections = {name: one.correction for name, one in before.items() if one.correction is not None}
@@ -197,6 +200,8 @@ class ModelRun:
 
     def _share(self, block: Block) -> None:
         """Give every process each other's layers, unless they see the same files anyway."""
+        # On a shared file system nothing is lacking and nothing is sent. Hosts with folders of their own need the
+        # layers of other processes too: to write the adapter, and for the inputs of later layers.
         keys = {key(method, name) for method in self.methods for name in block.layers}
         here = {one for one in keys if self.store.has(one)}
         lacking = keys.difference(keys.intersection(*distributed.gather(here)))
@@ -259,5 +264,6 @@ def distilled_keys(method: str, distillation: Distillation, layers: Iterable[str
 
 def cost(layer: Layer) -> float:
     """Return the work that a layer takes, relative to other layers: products of its error with its Gram."""
+    # E H takes rows * columns^2 products, and dominates decompositions and quantization in wide layers.
     rows, columns = layer.shape
     return float(rows * columns * columns)

@@ -115,6 +115,7 @@ class MemoryStore(Store):
 
     @override
     def folder_for(self, purpose: str) -> Path:
+        # The folder is removed with this object, also when the process ends by an exception.
         self._temporary = self._temporary or TemporaryDirectory(prefix="quailora-")
         folder = Path(self._temporary.name) / purpose
         folder.mkdir(exist_ok=True)

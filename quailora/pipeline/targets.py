@@ -65,6 +65,9 @@ def plan_adapter(
     """
     chosen = select_layers(model, targets)
     named = named_layers(chosen, targets)
+    # In the order of what costs least to find out: what text does not reach, what the base does not quantize, and what
+    # stock PEFT does not load. Ranks are fitted before PEFT is asked, since they are part of the adapter that it is
+    # given.
     reach = find_reach(model)
     reasons = {name: "text never reaches them" for name in chosen if name in reach.silent}
     reasons |= {name: "they do not turn one input into one output" for name in chosen if name in reach.odd}
@@ -94,7 +97,7 @@ def unquantized(layers: Mapping[str, Layer], base: ExistingBase | None, *, stock
         kept = [name for name in layers if kinds and kind(name) not in kinds]
         return dict.fromkeys(kept, f"they are not quantized in {base.title!r}")
     kept = [name for name, layer in layers.items() if stock and not stock_quantizes(layer)]
-    return dict.fromkeys(kept, "stock transformers leaves them in full precision, see --save-base")
+    return dict.fromkeys(kept, "stock transformers leaves them in full precision, see `save_base`")
 
 
 def refuse(model: Any, named: set[str], reasons: Mapping[str, str], left: Mapping[str, Layer]) -> None:
@@ -104,8 +107,8 @@ def refuse(model: Any, named: set[str], reasons: Mapping[str, str], left: Mappin
     whys = by_reason({name: reasons[name] for name in reasons if name in named})
     said = "; ".join(f"{in_short(names)} ({reason})" for reason, names in whys.items())
     targets = typed_targets(model, left)
-    typed = " ".join(targets if 0 < len(targets) <= _SHOWN else ["all-linear"])
-    raise TargetError(f"{len(named)} of the target layers cannot get an adapter: {said}. Try --targets {typed}")
+    shown = targets if 0 < len(targets) <= _SHOWN else ["all-linear"]
+    raise TargetError(f"{len(named)} of the target layers cannot get an adapter: {said}. Try `targets={shown}`.")
 
 
 def typed_targets(model: Any, layers: Mapping[str, Layer]) -> list[str]:
@@ -152,6 +155,8 @@ def fit_ranks(layers: Mapping[str, Layer], named: set[str], scaling: LoraScaling
     }
     if len(small) == len(limits):
         return scaling
+    # A pattern by the ending of a name is short, but means every layer with that ending. It is used where all of them
+    # need the same rank and scale; otherwise the full name is.
     keys: dict[str, str] = {}
     for group in small:
         alike = [other for other in limits if ending(other) == ending(group)]

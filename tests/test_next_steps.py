@@ -43,3 +43,10 @@ def test_the_commands_that_init_names_work(run, tiny_llama, tmp_path, text, opti
         assert run(*check)[0] == 0
     assert f'PeftModel.from_pretrained(base, "{out}", is_trainable=True)' in said
     assert "path/to/this/folder" not in said
+
+
+def test_init_ends_with_them(run, tiny_llama, tmp_path):
+    status, shown, error = run("init", tiny_llama, "--out", tmp_path / "a", *FAST)
+    assert status == 0, error
+    assert "What comes next:" in shown
+    assert f"quailora check {tmp_path / 'a'} --base {tiny_llama}" in " ".join(shown.split())

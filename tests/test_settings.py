@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from quailora import GPTQ, NF4, SVD, AlternatingLeastSquares, Quantizer, Solver, Uniform
+from quailora.core.weightings import WEIGHTINGS, Weighting
+from quailora.methods.distillation import Distillation
 from quailora.quantizers import QUANTIZERS
 from quailora.schedules import SCHEDULES, SRR, HeldOut, Schedule
 from quailora.solvers import SOLVERS
@@ -74,8 +76,17 @@ def test_names_of_this_and_of_earlier_versions_are_found(interface, path, expect
     assert find_class(interface, path) is expected
 
 
+def test_a_training_is_read_under_its_earlier_name():
+    written = through_json(Distillation(steps=3))
+    assert written["class_path"] == "Distillation"
+    for path in (written["class_path"], "quailora.polish.Polish", "quailora.methods.distillation.Distillation"):
+        assert build(Distillation, written | {"class_path": path}) == Distillation(steps=3)
+    assert find_class(Distillation, "quailora.NF4") is None
+
+
 def test_every_class_that_can_be_written_down_has_a_name_of_its_own():
-    for interface, table in ((Quantizer, QUANTIZERS), (Solver, SOLVERS), (Schedule, SCHEDULES)):
+    tables = ((Quantizer, QUANTIZERS), (Solver, SOLVERS), (Schedule, SCHEDULES), (Weighting, WEIGHTINGS))
+    for interface, table in tables:
         own = [cls for cls in subclasses(interface) if class_path(cls).startswith("quailora.")]
         names = [short_name(cls) for cls in own if short_name(cls)]
         assert sorted(names) == sorted(table)

@@ -32,7 +32,11 @@ def demo(out: StrPath | None = None) -> Comparison:
         output = Output(Path(folder) / "adapter", overwrite=True)
         source = Calibration(samples=_SAMPLES, sequence_length=_LENGTH)
         result = initialize_model("demo", "qera-exact", source, out=output)
-        InitResult(Path(output.folder), result.report).show()
+        shown = InitResult(Path(output.folder), result.report)
+        if out:
+            shown.show()
+        elif result.report is not None:  # what comes next would name a folder that is gone by then
+            shown.show_errors(result.report)
         return compare(
             "demo",
             out=str(Path(folder) / "comparison"),

@@ -43,22 +43,29 @@ class InitResult:
     report: Mapping[str, Any] | None
 
     def show(self) -> None:
-        """Print a summary; only the first of several processes has one."""
-        if self.report is None:
-            return
-        share = self.report["mean_error_share"]
+        """Print a summary and what comes next; only the first of several processes has one."""
+        if self.report is not None:
+            self.show_errors(self.report)
+            print_note(next_steps(self.out))
+
+    def show_errors(self, report: Mapping[str, Any]) -> None:
+        """Print a summary of the errors of layers.
+
+        Args:
+            report: content of `report.json`.
+        """
+        share = report["mean_error_share"]
         rows = [
             ["quantized, no correction", "100.00 %"],
             ["uncalibrated SVD", f"{share['error_uncalibrated']:.2%}"],
             [
-                "this adapter before its training" if self.report["training"] else "this adapter",
+                "this adapter before its training" if report["training"] else "this adapter",
                 f"{share['error']:.2%}",
             ],
             ["optimum of this rank", f"{share['error_optimal']:.2%}"],
         ]
-        title = f"{self.out}: {len(self.report['layers'])} layers, {self.report['bits_per_weight']:.2f} bits per weight"
+        title = f"{self.out}: {len(report['layers'])} layers, {report['bits_per_weight']:.2f} bits per weight"
         print_table(title, ("output error, mean over layers", "share"), rows)
-        print_note(next_steps(self.out))
 
 
 def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:

@@ -20,9 +20,9 @@ from ..core.statistics import InputStatistics
 from ..errors import DoesNotFitError
 from ..methods.method import Method
 from ..models.layers import Layer, kind
+from ..support.choices import Offload
 from ..support.machine import duration, flops, size
 from ..support.tables import print_table
-from .options import Offload
 
 _FIXED = {"cpu": 450 * 2**20, "cuda": 256 * 2**20}  # Python with torch and transformers; libraries of a GPU
 _MEMORY = {"cpu": "memory", "cuda": "GPU memory"}

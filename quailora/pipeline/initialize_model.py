@@ -25,13 +25,14 @@ from ..models.limits import check_token_ids
 from ..models.load import LoadedModel, load_model, model_in_memory, resolve_device
 from ..solvers import Correction
 from ..support import distributed
+from ..support.choices import BaseFormat
 from ..support.files import StrPath, folder_of, new_folder
 from ..support.machine import within_memory
 from ..support.phases import Phases
 from .checkpoint import locked, open_checkpoint
 from .described import depends_on
 from .fingerprint import fingerprint
-from .options import BaseFormat, Output, Resources
+from .options import Output, Resources
 from .output import AdapterOutput
 from .plan import BaseGiven, CalibrationGiven, RunPlan, check_plan, method_of, plan_run, quantized_layers, source_of
 from .run import ModelRun

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
-from ..models.load import DeviceName, DtypeName
-from ..support.files import StrPath
-
-Offload = Literal["auto", "always", "never"]
-BaseFormat = Literal["auto", "dequantized"]
+from ..support.choices import BaseFormat, DeviceName, DtypeName, Offload, StrPath
 
 
 @final

@@ -23,12 +23,12 @@ from ..models.load import LoadedModel, save_model
 from ..models.weights import replace_for_good
 from ..quantizers.identity import BaseIdentity
 from ..solvers import Correction
+from ..support.choices import BaseFormat
 from ..support.files import write_json
 from ..support.phases import Phases
 from ..support.settings import describe
 from .card import BESIDE, model_card
 from .described import described_method, described_plan, options_of
-from .options import BaseFormat
 from .plan import RunPlan, title_of
 from .report import build_report, versions
 from .run import ModelRun

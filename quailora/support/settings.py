@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from inspect import Parameter, signature
+from inspect import Parameter, isabstract, signature
 from operator import attrgetter
 from pathlib import PurePath
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ Component = TypeVar("Component")
 
 _PACKAGE = __name__.partition(".")[0]
 
-_EARLIER = {"Preserve": "SRR", "Project": "ProjQ", "ReduceMagnitude": "MagR"}
+_EARLIER = {"Preserve": "SRR", "Project": "ProjQ", "ReduceMagnitude": "MagR", "Polish": "Distillation"}
 """Names that classes of quailora had in earlier versions, and what they are called now."""
 
 
@@ -86,11 +86,11 @@ def find_class(interface: type[Component], name: str) -> type[Component] | None:
     """Return the imported class that a name stands for; None if there is none. Nothing is imported.
 
     Args:
-        interface: `Quantizer`, `Solver` or `Schedule`.
+        interface: `Quantizer`, `Solver`, `Weighting` or `Schedule`, or a class that is no interface, for itself.
         name: a short name, the name of a class, or its import path; for classes of quailora also the import path that
             an earlier version had.
     """
-    known = subclasses(interface)
+    known = subclasses(interface) if isabstract(interface) else [interface]
     spellings: tuple[Callable[[type], str], ...] = (class_path, short_name, attrgetter("__name__"))
     for spelled in spellings if name else ():
         for cls in known:
@@ -142,7 +142,7 @@ def build(base: type[Component], description: Mapping[str, Any]) -> Component:
     Only subclasses of `base` that are already imported are considered, so that reading a file imports nothing.
 
     Args:
-        base: `Quantizer`, `Solver` or `Schedule`.
+        base: `Quantizer`, `Solver`, `Weighting` or `Schedule`, or a class that is no interface, for itself.
         description: `class_path` and `init_args`.
 
     Raises:

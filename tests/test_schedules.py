@@ -20,7 +20,7 @@ from strategies import problems
 from quailora import FP4, GPTQ, NF4, NF4GPTQ, NF4MSE, SVD, Gram, Initializer, InputStatistics, Int8, Optimal, Uniform
 from quailora.adapters.lora import LoraScaling
 from quailora.core.paired import PairedStatistics
-from quailora.core.weightings import FisherWeighting, GramWeighting, IdentityWeighting, Sensitivity
+from quailora.core.weightings import FisherWeighting, GramWeighting, IdentityWeighting, Sensitivity, ShrunkWeighting
 from quailora.errors import CalibrationError, ConfigurationError
 from quailora.layer.asymmetric import initialize_asymmetric
 from quailora.methods.recipes import RECIPES, find_recipe
@@ -343,6 +343,24 @@ def test_the_rounding_is_chosen_by_the_tokens_that_are_held_out():
         assert found.quantizer == candidate
         expected = candidate.quantize(problem.weight, problem.statistics).dequantize()
         torch.testing.assert_close(found.quantized.dequantize(), expected)
+
+
+@pytest.mark.parametrize("weighting", [GramWeighting(), ShrunkWeighting(0.5)], ids=repr)
+def test_roundings_are_fitted_without_the_tokens_that_judge_them(weighting):
+    """Corrections of candidates are found in the metric of the part of the tokens that is not held out."""
+    problem, part = make_problem(24, 64, "decaying"), make_problem(24, 64, "decaying", seed=1).statistics
+    base = Uniform(bits=3, group_size=16)
+    layer = QuantizedLayer.of(base, problem.weight, problem.statistics)
+    fitted = QuantizedLayer.of(base, problem.weight, part)
+    judged = []
+    validation = Validation(fitted, lambda weight: judged.append(weight) or float(len(judged)))
+    Initializer(base, Optimal(), 3, weighting, HeldOut(Once(), (0.01,))).correct(replace(layer, validation=validation))
+    metric = weighting.metric(part)
+    for candidate, found in zip((base, base.with_least_error()), judged, strict=False):
+        quantized = candidate.quantize(problem.weight).dequantize()
+        expected = quantized + Optimal().solve(problem.weight - quantized, metric, 3).dense()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert len(judged) == 3
 
 
 def test_bad_compositions_are_refused():

@@ -148,8 +148,12 @@ class Initializer:
         """
         check_rank(self.rank, layer.objective.error.shape)
 
+        fitted = layer.validation.layer if layer.validation is not None else layer
+
         def weighed(objective: Objective) -> Objective:
-            return self.weighting.objective(objective, layer.statistics, layer.sensitivity)
+            # Where tokens are held out, schedules also solve for the layer that is fitted to the others.
+            inputs = fitted if objective.metric is fitted.objective.metric else layer
+            return self.weighting.objective(objective, inputs.statistics, inputs.sensitivity)
 
         def solve(objective: Objective) -> LowRank:
             return self.solver.minimise(weighed(objective), self.rank)

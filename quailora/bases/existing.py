@@ -36,8 +36,8 @@ class ExistingBase(ABC):
 
         Args:
             layer: name of the layer.
-            dtype: that it computes in.
-            device: to bring it to.
+            dtype: the dtype that the layer computes in.
+            device: the device that the weight is brought to.
 
         Raises:
             ModelError: if the layer is not there, not quantized, or damaged.

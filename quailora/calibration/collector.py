@@ -28,8 +28,8 @@ class PairedInputs:
     """Statistics of the inputs of a layer in two networks.
 
     Attributes:
-        all_tokens: of all tokens.
-        held_out: of those that are held out, which are counted in `all_tokens`, too.
+        all_tokens: statistics of all tokens.
+        held_out: statistics of the held-out tokens, which are part of `all_tokens` as well.
     """
 
     all_tokens: PairedStatistics
@@ -43,9 +43,9 @@ class LayerInputs:
 
     Attributes:
         layer: the layer.
-        statistics: of its inputs; layers with the same input share one object.
+        statistics: statistics of its inputs; layers with the same input share one object.
         tokens: calibration tokens that it saw.
-        paired: for asymmetric inputs, those of both networks; `statistics` are then a part of them. None for experts.
+        paired: for asymmetric inputs, statistics of both networks, of which `statistics` is a part. None for experts.
     """
 
     layer: Layer
@@ -59,8 +59,8 @@ class StatisticsCollector(Generic[Kind]):
     """Adds up inputs. Layers that are run on the very same tensors (query, key and value) share one object.
 
     Args:
-        kind: of the statistics.
-        device: where inputs are.
+        kind: class of the statistics.
+        device: the device that inputs are on.
     """
 
     def __init__(self, kind: type[Kind], device: torch.device) -> None:
@@ -139,7 +139,7 @@ class BlockCollector:
 
     Args:
         layers: the layers.
-        device: where inputs are.
+        device: the device that inputs are on.
         paired: whether other layers have the inputs of both.
     """
 
@@ -156,8 +156,8 @@ class BlockCollector:
         """Add the inputs of one batch.
 
         Args:
-            inputs: of the network that layers are fitted in.
-            full: in full precision.
+            inputs: inputs in the network that layers are fitted in.
+            full: inputs in the full-precision network.
             counted: the tokens of the batch that count; all of them if None.
             held_out: whether the batch is held out.
 

@@ -118,7 +118,7 @@ class BatchCalibration(CalibrationSource):
 
     Attributes:
         given: the tokens.
-        arithmetic: of the pass, see `Calibration`.
+        arithmetic: arithmetic of the pass; see `Calibration`.
         draw: seed of what is drawn at random.
     """
 

@@ -83,7 +83,7 @@ class Walk:
     Attributes:
         model: a transformers causal language model, in memory or on disk.
         layers: the layers to watch, by name.
-        tokens: to run it on.
+        tokens: the tokens that the model is run on.
         inputs: "full": of the full-precision model. "quantized": of the network in which all layers before are
             replaced by what their visit has returned; blocks then come in groups of layers with the same input, and are
             run once more for each. "asymmetric": of both, paired.
@@ -284,7 +284,7 @@ def collect_statistics(
     Args:
         model: a transformers causal language model.
         layers: the layers to watch.
-        windows: token ids.
+        windows: token ids of the windows.
         dtype: arithmetic; see `Calibration`.
 
     See `Walk.run` for errors.

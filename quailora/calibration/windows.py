@@ -167,7 +167,7 @@ class _Windows(NamedTuple):
 
     Attributes:
         ids: token ids.
-        tokens: of the text, with special tokens that are added once, without those that are added to each window.
+        tokens: number of tokens of the text; special tokens that are added to each window are not counted.
     """
 
     ids: Int[Tensor, "windows sequence_length"]

@@ -106,7 +106,7 @@ def resolved(value: Any, by_name: bool = False) -> Any:
     """Return a value of a file in which every class is named by its import path.
 
     Args:
-        value: of a field or of an option.
+        value: value of a field or of an option.
         by_name: whether text can be the name of a class.
 
     Raises:

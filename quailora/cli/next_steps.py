@@ -31,7 +31,7 @@ def commands(adapter: Path, provenance: Provenance) -> tuple[str, str]:
 
     Args:
         adapter: folder of the adapter.
-        provenance: what the folder says.
+        provenance: what the adapter's folder says about its base.
     """
     origin = provenance.origin
     assert origin is not None  # `init` has just noted it

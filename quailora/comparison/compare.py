@@ -205,7 +205,7 @@ def current_rows(stored: Mapping[str, Row], quantizer: Quantizer) -> Iterator[Ro
 
     Args:
         stored: stored rows by name.
-        quantizer: of the base of the recipes.
+        quantizer: quantizer of the base that recipes work on.
     """
     possible = [Variant.alone("base alone", quantizer), *map(baseline, BASELINES)]
     recipes = {row.recipe for row in stored.values()}

@@ -36,7 +36,7 @@ def uniform(shape: tuple[int, ...], like: Tensor, seed: int | None = None) -> Te
     Args:
         shape: shape of the result.
         like: the tensor whose dtype and device the result has.
-        seed: of a generator of their own; torch's global one is used if it is missing.
+        seed: seed of a generator of their own; torch's global generator is used if it is missing.
     """
     # Uniform numbers are a shift and a product of random bits. Normal ones are computed by vector units, whose results
     # differ from processor to processor in their last digits.

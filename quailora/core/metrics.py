@@ -176,9 +176,9 @@ class Shrunk(Metric):
     the diagonal is what Ledoit and Wolf (2004) do to covariances of few samples.
 
     Attributes:
-        inner: `H`.
-        diagonal: `diag(H)`.
-        share: of the correlations that is taken off.
+        inner: the metric `H`.
+        diagonal: the metric `diag(H)`.
+        share: share of the correlations that is taken off, from 0 to 1.
     """
 
     inner: Metric
@@ -209,7 +209,7 @@ class Damped(Metric):
     """`H + ridge * I`.
 
     Attributes:
-        inner: `H`.
+        inner: the metric `H`.
         ridge: what is added to each entry of the diagonal.
     """
 

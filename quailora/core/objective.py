@@ -74,7 +74,7 @@ class Objective:
 
     Attributes:
         error: `E = W - Q`, any float dtype.
-        metric: `H`.
+        metric: the metric `H`.
         row_scale: the root of each output's weight, where outputs count differently. `error` is then `E` with its rows
             multiplied by it, and what solvers find is for that; `finish` divides it out of the correction.
     """
@@ -137,7 +137,7 @@ class Objective:
 
         Args:
             rank: number of directions, at most `min(out_features, in_features)`.
-            metric: `H`, where it is not that of this objective.
+            metric: `H`; the metric of this objective by default.
             tolerance: how far above the optimum an iterative solution may be, as a share of the optimum and of what it
                 gains.
         """

@@ -62,8 +62,8 @@ class Weighting(ABC):
         Args:
             gram_objective: the same error in the Gram metric; returned itself where this is the metric asked for, so
                 that methods share what they find.
-            statistics: of the layer's inputs; without them every input counts the same.
-            sensitivity: of the layer, for weightings that need gradients.
+            statistics: statistics of the layer's inputs; without them every input counts the same.
+            sensitivity: sensitivity of the layer, for weightings that need gradients.
 
         Raises:
             CalibrationError: if the weighting needs gradients and there is no sensitivity.

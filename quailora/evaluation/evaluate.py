@@ -71,7 +71,7 @@ def perplexity(
 
     Args:
         model: a transformers or PEFT causal language model.
-        windows: token ids.
+        windows: token ids of the windows.
         description: label of the progress bar.
         given: tokens at the start of each window that are not predicted.
 
@@ -170,7 +170,7 @@ class Evaluation:
     """Perplexities of one base.
 
     Attributes:
-        model: as it was asked for.
+        model: the model as the caller named it.
         quantizer: how the base was quantized.
         adapter: folder of the adapter, if there was one.
         results: "full precision", "quantized" and "quantized + adapter".

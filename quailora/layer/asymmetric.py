@@ -66,9 +66,9 @@ def initialize_asymmetric(
 
     Args:
         initializer: quantizer and solver; its weighting has to keep correlations.
-        weight: `W`.
-        statistics: of the inputs of both networks, over all tokens.
-        held_out: those of some of these tokens.
+        weight: the full-precision weight `W`.
+        statistics: statistics of the inputs of both networks, over all tokens.
+        held_out: statistics of those of these tokens that are held out.
         step: how much of the share that does best on held-out tokens is taken, from 0 to 1.
         quantized: `Q`, if it is there already.
 
@@ -105,7 +105,7 @@ def shift(weight: Weight, statistics: PairedStatistics, ridge: float) -> Weight:
     """Return `W (G + l I) (H~ + l I)^-1 - W`, solved in float64.
 
     Args:
-        weight: `W`.
+        weight: the full-precision weight `W`.
         statistics: `G` and `H~`.
         ridge: `l`, as a multiple of the median of `diag(H~)`.
     """
@@ -135,7 +135,7 @@ class HeldOutFit:
     """A fit of one layer to the tokens that are not held out, judged by those that are; in float32.
 
     Attributes:
-        weight: `W`.
+        weight: the full-precision weight `W`.
         moment: `H~` of the tokens that are fitted to, over `power`.
         change: `W (G - H~)` of the same, over `power`: minus half the gradient of their error at `W`.
         slope: `W (G - H~)` of the tokens that are held out.
@@ -153,9 +153,9 @@ class HeldOutFit:
         """Prepare a fit; layers with the same input share `moment`.
 
         Args:
-            weight: `W`.
-            statistics: of all tokens.
-            held_out: of some of them.
+            weight: the full-precision weight `W`.
+            statistics: statistics of all tokens.
+            held_out: statistics of the held-out tokens among them.
         """
         # A mean over all tokens is `share` times that over the held-out ones plus (1 - share) times that over the
         # others. All three matrices of a fit are linear in the moments, so the others follow by subtraction, without a

@@ -29,7 +29,7 @@ class LayerInitialization:
     the metric of the statistics (the squared Frobenius norm if there were none).
 
     Attributes:
-        quantized: `Q`.
+        quantized: the quantized weight `Q`.
         low_rank: `C = lora_B @ lora_A`, before PEFT's scaling is folded in.
         weight_energy: `tr(W H W^T)`, the energy of the full-precision output.
         error_none: error of the quantized weight alone.
@@ -97,7 +97,7 @@ class Initializer:
         Args:
             weight: `W`, shape (out_features, in_features), any float dtype, any device.
             statistics: second moment of the layer's inputs; may be left out if neither part needs calibration.
-            sensitivity: for weightings that need gradients.
+            sensitivity: sensitivity of the layer, for weightings that need gradients.
             quantized: `Q`, if it is there already.
 
         Raises:

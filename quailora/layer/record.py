@@ -24,14 +24,14 @@ class LayerRecord:
         rank: rank of the adapter.
         bits_per_weight: stored bits of the quantized weight, everything counted.
         tokens: calibration tokens that the layer saw.
-        error_none: without correction.
-        error_uncalibrated: with the plain SVD.
-        error: with this adapter.
+        error_none: output error without correction.
+        error_uncalibrated: output error with the plain SVD.
+        error: output error with this adapter.
         error_optimal: the least for this rank; in wide layers a certified bound just below it.
         relative_error: `error / tr(W H W^T)`.
         iterations: rounds that the solver ran.
         seconds: what it took to quantize and correct; what several methods share counts for the first of them.
-        asymmetry: for asymmetric inputs, share of the way from `W` (0) to `W*` (1) at which the target lies.
+        asymmetry: for asymmetric inputs, where the target lies between `W` (0) and `W*` (1).
         base: tells the quantized weight that the correction belongs to from others.
     """
 

@@ -39,7 +39,7 @@ class Distillation:
         steps: updates.
         batch: windows a step.
         sequence_length: tokens in a window.
-        learning_rate: of the first step.
+        learning_rate: learning rate of the first step.
         target: "full precision", or the next token of the "text".
     """
 
@@ -82,7 +82,7 @@ class Distillation:
             model: a transformers causal language model in full precision, in memory; it is left as it was.
             layers: its linear layers, no fused experts among them.
             quantized: `Q` of each layer.
-            factors: where to start, before PEFT's scaling.
+            factors: the factors to start from, before PEFT's scaling.
             windows: token ids, `batch` for each step.
             dtype: arithmetic, see `Calibration`.
 

@@ -27,7 +27,7 @@ class Method:
         inputs: whose inputs layers are fitted to, see `Walk`.
         replaced: the quantizer that was asked for, where the method rounds with error feedback in its place.
         distillation: training of the whole model that follows, if any.
-        step: for asymmetric inputs, see `initialize_asymmetric`.
+        step: length of the step to the asymmetric target; see `initialize_asymmetric`.
         base: the base, if it is quantized already; the initializer then has no quantizer.
         recipe: name of the recipe that the method is; None for one that was put together by hand.
     """

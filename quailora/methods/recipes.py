@@ -38,15 +38,15 @@ class Recipe:
     """One method.
 
     Attributes:
-        source: where it is from.
+        source: the paper that the method is from.
         differs: what is not as in the source.
         solver: finds the correction.
         weighting: which errors count how much.
         schedule: how quantization and correction follow each other.
         rounding: of the quantizer that it is run with: as it is, or with error feedback on the same grid.
-        inputs: of which network; see `Walk`.
+        inputs: whose inputs layers are fitted to; see `Walk`.
         distillation: training of the whole model that follows, if any.
-        step: for asymmetric inputs, see `initialize_asymmetric`.
+        step: length of the step to the asymmetric target; see `initialize_asymmetric`.
     """
 
     source: str
@@ -63,8 +63,8 @@ class Recipe:
         """Return the method for a base and ranks.
 
         Args:
-            quantizer: of the base; None if the base is quantized already.
-            scaling: ranks of layers.
+            quantizer: quantizer of the base; None if the base is quantized already.
+            scaling: ranks and alphas of layers.
             base: the base, if it is quantized already.
 
         Raises:

@@ -35,7 +35,7 @@ class StoredTensor:
 
     Attributes:
         file: the safetensors file.
-        dtype: as safetensors writes it, such as BF16, U8 or I32.
+        dtype: dtype as safetensors writes it, such as BF16, U8 or I32.
         shape: shape of the tensor.
     """
 

@@ -83,7 +83,7 @@ def model_card(
     Args:
         method: what made it.
         layers: errors of each layer.
-        model: the model as it was asked for.
+        model: the model as the caller named it.
         base_model: hub name or folder that the base is loaded from.
         calibration_tokens: tokens that it was calibrated on.
         quantized_base: where the base is loaded from, if it is not quantized while it loads.

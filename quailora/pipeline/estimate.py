@@ -35,7 +35,7 @@ class Estimate:
     """What a run will take; memory and time are rough.
 
     Attributes:
-        model: as it was asked for.
+        model: the model as the caller named it.
         rows: kind of layer, how many, shape, rank, adapter parameters of all of them.
         adapter_bytes: size of the adapter's file.
         bits_per_weight: stored bits of the quantized layers.
@@ -45,7 +45,7 @@ class Estimate:
         streamed: peak bytes with the model left on disk.
         available: bytes that may be used.
         disk: bytes that the state of the unfinished run takes beside the output.
-        seconds: of calibration and initialization on this device.
+        seconds: time that calibration and initialization take on this device.
     """
 
     model: str
@@ -108,8 +108,8 @@ def estimate(
     """Return what initializing these layers takes.
 
     Args:
-        name: the model as it was asked for.
-        model: without weights.
+        name: the model as the caller named it.
+        model: the model without weights.
         layers: the layers that get a correction.
         method: quantizer and ranks.
         source: how much there is to calibrate on.

@@ -29,8 +29,8 @@ def fingerprint(
     Args:
         settings: everything that was asked for and can change a layer.
         loaded: the model.
-        tokens: to calibrate on.
-        base: that is quantized already, which layers come from, too.
+        tokens: the calibration tokens.
+        base: the base that layers are read from, if it is quantized already.
     """
     items = {name: json.dumps(value) for name, value in settings.items()}
     return {

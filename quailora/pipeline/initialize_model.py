@@ -48,8 +48,8 @@ class InitializedModel:
 
     Attributes:
         output: everything that can be written; of several processes that write a folder, the first one has it alone.
-        report: errors of each layer and what the run took, as `report.json` has it; None likewise.
-        folder: where the adapter was written to; None for a result in memory.
+        report: errors of each layer and what the run took, as in `report.json`; None in the same processes.
+        folder: the folder that the adapter was written to; None for a result in memory.
     """
 
     output: AdapterOutput | None
@@ -65,9 +65,9 @@ class InitializedModel:
         """Write the adapter, its report and its model card; with its base where the method has chosen one of its own.
 
         Args:
-            folder: to write to.
+            folder: the folder to write to.
             overwrite: replace a result that is in the folder.
-            base_format: of the base, see `Output`.
+            base_format: format of the base; see `Output`.
 
         Raises:
             OutputExistsError: if the folder holds a result, and overwriting was not asked for.
@@ -83,7 +83,7 @@ class InitializedModel:
 
         Args:
             peft_model: a `PeftModel` whose base is the quantized one that the adapter is for.
-            adapter_name: of its adapter, with the same ranks.
+            adapter_name: name of its adapter, which has the same ranks.
 
         Raises:
             ConfigurationError: if the method has chosen a base of its own, which no model has yet; or if the adapter

@@ -34,8 +34,8 @@ def initialize_layer(
         layer: the layer, resident.
         inputs: statistics of its inputs.
         methods: what to do, by name.
-        seed: of untrained directions; each layer and method draws from its own generator, whatever came before.
-        sensitivity: of the layer, for methods that need gradients.
+        seed: seed of untrained directions; each layer and method draws from a generator of its own.
+        sensitivity: sensitivity of the layer, for methods that need gradients.
 
     Raises:
         QuailoraError: as the initializer does, with the layer's name in front.

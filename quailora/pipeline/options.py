@@ -14,7 +14,7 @@ class Resources:
     """What of the machine a run uses, and what it may read.
 
     Attributes:
-        dtype: of the model; "auto" keeps that of the checkpoint.
+        dtype: dtype of the model; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
         offload: "always" leaves the weights on disk and holds one block in memory at a time, "never" holds the whole
             model; "auto" does so where it fits.
@@ -38,11 +38,11 @@ class Output:
     """What a run writes.
 
     Attributes:
-        folder: to write the adapter to.
+        folder: the folder to write the adapter to.
         overwrite: replace a result that is in the folder.
         fresh: forget what an unfinished run with this folder has done, instead of going on from it.
         save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
-        base_format: of the base: "auto" is packed as transformers reads it, where there is such a format;
+        base_format: format of the base: "auto" is packed as transformers reads it, where there is such a format;
             "dequantized" needs no package to load.
         modules_to_save: modules that training shall change as a whole beside the adapter, as in PEFT.
         push_to_hub: name on the hub to upload the result to; a new repository is private.

@@ -84,8 +84,8 @@ class AdapterOutput:
         Tensors of finished layers are memory-mapped and written from there, where they are in files.
 
         Args:
-            folder: to write to.
-            base_format: of the base; None writes none.
+            folder: the folder to write to.
+            base_format: format of the base; None writes no base.
         """
         method = self.plan.method
         with self.phases.measure("write"):

@@ -48,7 +48,7 @@ class RunPlan:
         method: how layers are initialized, with the ranks that they can carry.
         adapter: which layers get a correction.
         source: what is calibrated on.
-        targets: as they were asked for.
+        targets: the targets that were asked for.
         output: what is written; None for a result in memory.
         resources: what may be used.
         estimate: what it will take.
@@ -98,7 +98,7 @@ def plan_run(
         model: a transformers causal language model in full precision, or its hub name, folder, `.gguf` file, or "demo".
         method: how layers are initialized.
         source: what to calibrate on.
-        targets: see `select_layers`.
+        targets: names or kinds of layers; see `select_layers`.
         output: what to write; None for a result in memory.
         resources: what may be used.
 
@@ -181,7 +181,7 @@ def method_of(method: Method | Recipe | str, scaling: LoraScaling | None, base: 
     Args:
         method: a method, a recipe, or the name of one.
         scaling: ranks and alphas for a recipe; rank 16 if None.
-        base: for a recipe; NF4 if None.
+        base: base for a recipe; NF4 if None.
 
     Raises:
         ConfigurationError: if a method comes with a scaling or a base, which it has of its own, or there is no recipe
@@ -210,7 +210,7 @@ def quantized_layers(model: Any, chosen: Mapping[str, Layer], base: ExistingBase
     Args:
         model: the full-precision model.
         chosen: the layers that get a correction.
-        base: if it is quantized already.
+        base: the base, if it is quantized already.
     """
     layers = base_layers(model, chosen)
     return layers if base is None else base.among(layers)

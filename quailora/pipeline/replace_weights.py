@@ -78,7 +78,7 @@ def correction(files: LayerFiles, base: LiveBase, layer: WrappedLayer, stored: Q
     """Return the correction of one layer, before PEFT's scaling.
 
     Args:
-        files: of the full-precision model.
+        files: files of the full-precision model.
         base: the quantized layers.
         layer: the layer.
         stored: its quantized weight, if it has been read already.

@@ -45,12 +45,12 @@ class ModelRun:
     Attributes:
         walk: the model, block by block; its layers are all that matter to the run.
         targets: the layers that get a correction; the others are quantized only.
-        methods: how, by name; a name is a folder of the store, or empty.
+        methods: the methods by name; a name is a folder of the store, or empty.
         store: keeps finished layers, and holds those of an earlier run.
         keep_weights: methods whose quantized weights are kept, too.
         keep_packed: whether they are also kept as a checkpoint has them.
         seed: seed of untrained directions.
-        sensitivities: of the targets, for methods that need gradients.
+        sensitivities: sensitivity of each target, for methods that need gradients.
         silent: layers of the base that no text reaches; they are quantized without statistics.
         seconds: what each block took, filled in on the way.
     """
@@ -147,7 +147,7 @@ class ModelRun:
 
         Args:
             method: its name.
-            distillation: a training that followed, see `distil`.
+            distillation: the training that followed, if any; see `distil`.
         """
         silent = [name for name in self.silent if self.store.has(key(method, name))]
         layers = {name: self.store.load(key(method, name)) for name in (*self.walk.layers, *silent)}

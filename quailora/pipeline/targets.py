@@ -54,9 +54,9 @@ def plan_adapter(
 
     Args:
         model: the model without weights; it is left as it was.
-        targets: see `select_layers`.
+        targets: names or kinds of layers; see `select_layers`.
         scaling: ranks and alphas that were asked for.
-        base: that is quantized already, so that who made it has decided which layers are quantized.
+        base: the base, if it is quantized already; its maker has decided which layers are quantized.
         stock: whether stock transformers will quantize the base while it loads it, and decides likewise.
 
     Raises:

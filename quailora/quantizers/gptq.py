@@ -168,10 +168,10 @@ def damped_factor(
     """Return the order of rounding (None: left to right), the damping, and `inverse_factor` in that order.
 
     Args:
-        statistics: of the layer's inputs; they keep the result for the other layers that share them.
+        statistics: statistics of the layer's inputs; they keep the result for other layers with the same input.
         damping: relative to the `scale` of the diagonal of `H`.
-        scale: see `GPTQ`.
-        shrinkage: see `GPTQ`.
+        scale: kind of damping; see `damping_scale` of `GPTQ`.
+        shrinkage: share of the correlations that is taken off; see `GPTQ`.
         activation_order: whether columns with the largest inputs come first.
     """
 

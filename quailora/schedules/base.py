@@ -73,7 +73,7 @@ def best_iterate(
 
     Args:
         layer: the first layer of the sequence.
-        solve: see `Solve`.
+        solve: finds corrections; see `Solve`.
         rounds: how many follow, at most; it ends early when two rounds gain nothing.
         following: makes the next one from a layer and its correction.
     """

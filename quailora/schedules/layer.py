@@ -25,7 +25,7 @@ class QuantizedLayer:
     Attributes:
         weight: what `Q + C` should come close to: `W`, or a target in its place.
         quantizer: what makes `Q`; None where `Q` was there before, and stays.
-        quantized: `Q`.
+        quantized: the quantized weight `Q`.
         objective: `E = W - Q` and the metric that errors are reported in, with all that solvers have found so far.
         weight_energy: `tr(W H W^T)`, the energy of the full-precision output.
         statistics: second moment of the layer's inputs, if there was calibration.
@@ -57,10 +57,10 @@ class QuantizedLayer:
 
         Args:
             base: makes `Q` from the weight, or is `Q`.
-            weight: `W`.
+            weight: the full-precision weight `W`.
             statistics: second moment of the inputs.
             target: what `Q + C` should come close to; the weight itself if it is missing.
-            sensitivity: see the class.
+            sensitivity: weights of outputs and inputs; see the class.
 
         Raises:
             ValueError, CalibrationError, NumericalError: as `Quantizer.quantize` does.

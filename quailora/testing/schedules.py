@@ -60,7 +60,7 @@ def layer_of(problem: Problem, quantizer: Quantizer, *, validated: bool = False)
 
     Args:
         problem: weight and inputs.
-        quantizer: of the layer.
+        quantizer: quantizer of the layer.
         validated: whether a part of the tokens is held out, as asymmetric inputs have it. A single token is in both
             parts.
     """

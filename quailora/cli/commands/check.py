@@ -21,7 +21,7 @@ def check(
         adapter: folder that `init` wrote, or that training wrote from there.
         base: a quantized checkpoint, or one that `--save-base` has written in dequantized form; or the full-precision
             model, if the base is quantized while it loads.
-        dtype: in which the full-precision model is loaded; "auto" keeps that of the checkpoint.
+        dtype: dtype that the full-precision model is loaded in; "auto" keeps that of the checkpoint.
         device: "auto" is the GPU where there is one.
         trust_remote_code: run the Python code that a full-precision model brings along, for models that transformers
             does not know.

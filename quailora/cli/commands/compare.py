@@ -49,7 +49,7 @@ def compare(
         out: folder for the results.
         recipes: names that `quailora list` shows, or "all".
         ranks: ranks of the adapters.
-        quantizer: of the base.
+        quantizer: the quantizer of the base.
         against: the recipe that differences are taken from, at the same rank.
         baselines: other bases to measure without an adapter: int8, and round to nearest in groups of 64 with 6, 5, 4
             or 3 bits. Gaps are closed towards int8.

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from families import FAMILIES, make_model
-from helpers import init
 from peft import PeftModel
+from runs import small_run
 from safetensors.torch import load_file
 
 from quailora import NF4, Optimal
@@ -17,6 +17,7 @@ from quailora.calibration.windows import Calibration
 from quailora.models.layers import all_layers
 from quailora.models.load import load_model
 
+METHOD = {"solver": Optimal(), "alpha": 8.0, "samples": 4}
 MIXTURES = ["Mixtral", "Qwen3Moe"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
@@ -35,19 +36,6 @@ def ids(generator):
     return torch.randint(3, 300, (2, 24), generator=generator)
 
 
-def run(checkpoint, out, **options):
-    return init(
-        str(checkpoint),
-        out=str(out),
-        solver=Optimal(),
-        rank=4,
-        alpha=8.0,
-        samples=4,
-        sequence_length=32,
-        **options,
-    )
-
-
 def targets(family):
     return ["all-linear", "experts"] if family in MIXTURES else ["all-linear"]
 
@@ -56,9 +44,10 @@ def targets(family):
 def test_from_checkpoint_to_stock_peft(family, checkpoint, tokenizer, ids, tmp_path):
     """Streamed equals in memory; errors are what the report says; stock PEFT computes with `Q + C` (law 5)."""
     for offload in ("always", "never"):
-        run(
+        small_run(
             checkpoint,
             tmp_path / offload,
+            **METHOD,
             offload=offload,
             save_base=True,
             base_format="dequantized",
@@ -102,9 +91,10 @@ def test_from_checkpoint_to_stock_peft(family, checkpoint, tokenizer, ids, tmp_p
 @pytest.mark.parametrize("family", ["OPT", "Bloom", "GPT2", "Qwen3Moe"])
 def test_other_inputs(family, inputs, checkpoint, ids, tmp_path):
     """With layers outside the blocks, blocks that return tuples, turned weights, experts: closer to full precision."""
-    run(
+    small_run(
         checkpoint,
         tmp_path / "out",
+        **METHOD,
         inputs=inputs,
         offload="always",
         save_base=True,

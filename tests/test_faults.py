@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers import init
+from runs import small_run
 from safetensors.torch import load_file, save_file
 
 from quailora.errors import ModelError, NumericalError
@@ -32,22 +33,18 @@ def sharded(tiny_llama, tmp_path):
     return folder
 
 
-def run(model, tmp_path, **options):
-    return init(str(model), out=str(tmp_path / "out"), rank=4, samples=2, sequence_length=16, **options)
-
-
 def assert_refused(model, tmp_path, offload, told):
     with pytest.raises(ModelError, match=told):
-        run(model, tmp_path, offload=offload)
+        small_run(model, tmp_path / "out", offload=offload)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 @each_offload
 def test_shards_are_one_model(sharded, tiny_llama, tmp_path, offload):
-    run(sharded, tmp_path, offload=offload)
+    small_run(sharded, tmp_path / "out", offload=offload)
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "out")
-    run(tiny_llama, tmp_path, offload=offload)
+    small_run(tiny_llama, tmp_path / "out", offload=offload)
     expected = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert len(expected) == 28
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -82,7 +79,7 @@ def test_pickles_are_refused_unless_allowed(tiny_llama, tmp_path, offload):
     shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file(tiny_llama / "model.safetensors"), folder / "pytorch_model.bin")
     assert_refused(folder, tmp_path, offload, r"pickle format, which can run any code.*allow_pickle=True")
-    run(folder, tmp_path, offload=offload, allow_pickle=True)
+    small_run(folder, tmp_path / "out", offload=offload, allow_pickle=True)
     loaded, expected = load_model(str(folder), allow_pickle=True).model, load_model(str(tiny_llama)).model
     torch.testing.assert_close(loaded.state_dict(), expected.state_dict())
 

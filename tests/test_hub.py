@@ -26,7 +26,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def run(hub, cache, *commands):
+def run_commands(hub, cache, *commands):
     """Run commands in one process that knows only this hub; return the status and the words of each."""
     arguments = json.dumps([list(map(str, command)) for command in commands])
     done = subprocess.run(
@@ -45,7 +45,7 @@ def test_adapters_are_fetched_by_name(tiny_llama, tmp_path):
     (tmp_path / "a" / "optimizer.pt").write_bytes(b"large")
     names = ("somebody/nothing", "somebody/secret")
     with serving(Hub({"somebody/adapter": tmp_path / "a"}, gated=("somebody/secret",))) as hub:
-        checked, *refused = run(
+        checked, *refused = run_commands(
             hub,
             tmp_path / "cache",
             ["check", "somebody/adapter", "--base", tiny_llama],
@@ -72,7 +72,7 @@ def test_folders_come_before_the_hub(tmp_path, monkeypatch):
 def test_init_uploads_what_it_has_written(tiny_llama, tmp_path):
     command = ["init", tiny_llama, *SMALL, "--push-to-hub"]
     with serving(Hub({}, uploads=tmp_path / "uploads")) as hub:
-        wrong, done = run(
+        wrong, done = run_commands(
             hub,
             tmp_path / "cache",
             [*command, "new", "--out", tmp_path / "x"],
@@ -90,7 +90,7 @@ def test_init_uploads_what_it_has_written(tiny_llama, tmp_path):
 def test_a_refused_upload_leaves_the_adapter(tiny_llama, tmp_path):
     command = ["init", tiny_llama, *SMALL, "--push-to-hub", "somebody/new", "--out"]
     with serving(Hub({})) as hub:
-        ((status, said),) = run(hub, tmp_path / "cache", [*command, tmp_path / "b"])
+        ((status, said),) = run_commands(hub, tmp_path / "cache", [*command, tmp_path / "b"])
     assert status == 1
     assert f"The adapter is complete in {tmp_path / 'b'}, but uploading it to 'somebody/new' failed" in said
     assert (tmp_path / "b" / "adapter_model.safetensors").is_file()

@@ -7,26 +7,13 @@ from pathlib import Path
 
 import pytest
 from helpers import init
+from runs import SMALL, Killed, content, small_run
 
 from quailora import Int8
 from quailora.core.weightings import FisherWeighting
 from quailora.errors import ConfigurationError, OutputExistsError, StorageError
 from quailora.support import files as outputs
 from quailora.support.files import new_folder
-
-SETTINGS = {"rank": 4, "samples": 8, "sequence_length": 32}
-
-
-def run(model, out, **options):
-    return init(model, out=out, **{**SETTINGS, **options})
-
-
-def content(out):
-    return b"".join((out / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
-
-
-class Killed(BaseException):
-    """Ends a run as a signal would: nothing catches it."""
 
 
 @pytest.mark.parametrize("when", ["written", "moved aside", "moved in", "removed"])
@@ -83,17 +70,17 @@ def test_the_current_folder_is_filled(tiny_llama, tmp_path, monkeypatch):
     here = tmp_path / "here"
     write(here, "notes.txt", "mine")
     monkeypatch.chdir(here)
-    run(tiny_llama, ".")
-    run(tiny_llama, tmp_path / "there")
+    small_run(tiny_llama, ".")
+    small_run(tiny_llama, tmp_path / "there")
     assert content(here) == content(tmp_path / "there")
     assert (here / "notes.txt").read_text(encoding="utf-8") == "mine"
     with monkeypatch.context() as patch:
         patch.setattr(outputs.shutil, "move", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            run(tiny_llama, ".", rank=2, overwrite=True)
+            small_run(tiny_llama, ".", rank=2, overwrite=True)
     assert not (here / "adapter_config.json").exists()
-    run(tiny_llama, ".", rank=2)
-    run(tiny_llama, tmp_path / "there", rank=2, overwrite=True)
+    small_run(tiny_llama, ".", rank=2)
+    small_run(tiny_llama, tmp_path / "there", rank=2, overwrite=True)
     assert content(here) == content(tmp_path / "there")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "there"]
 
@@ -117,18 +104,18 @@ def test_places_that_cannot_be_written_to(tiny_llama, tmp_path, monkeypatch, out
     if dry_run and out.startswith("/proc"):
         pytest.skip("nothing is tried")
     with pytest.raises((ConfigurationError, StorageError, OutputExistsError), match=told):
-        init(tiny_llama, out=out, dry_run=dry_run, **SETTINGS)
+        init(tiny_llama, out=out, dry_run=dry_run, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_seeds_that_no_generator_takes(tiny_llama, tmp_path, seed):
     with pytest.raises(ConfigurationError, match=f"Expected a seed from 0 to .*, got {seed}"):
-        init(tiny_llama, out=tmp_path / "out", dry_run=True, **SETTINGS, seed=seed)
+        init(tiny_llama, out=tmp_path / "out", dry_run=True, **SMALL, seed=seed)
 
 
 def test_a_recipe_that_the_quantizer_cannot_follow(tiny_llama, tmp_path):
     with pytest.raises(ConfigurationError, match=r"Int8\(\) rounds in one way only"):
-        init(tiny_llama, out=tmp_path / "out", dry_run=True, quantizer=Int8(), recipe="best-joint", **SETTINGS)
+        init(tiny_llama, out=tmp_path / "out", dry_run=True, quantizer=Int8(), recipe="best-joint", **SMALL)
     with pytest.raises(ConfigurationError, match="keeps the correlations between inputs, got FisherWeighting"):
-        init(tiny_llama, out=tmp_path / "out", dry_run=True, metric=FisherWeighting(), inputs="asymmetric", **SETTINGS)
+        init(tiny_llama, out=tmp_path / "out", dry_run=True, metric=FisherWeighting(), inputs="asymmetric", **SMALL)

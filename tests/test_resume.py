@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from helpers import init
+from runs import SMALL, Killed, content, small_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,23 +26,9 @@ from quailora.errors import NumericalError, OutputExistsError, ResumeError, Stor
 from quailora.pipeline.checkpoint import Checkpoint
 from quailora.support.files import write_tensors
 
-SETTINGS = {"rank": 4, "samples": 8, "sequence_length": 32}
-
-
-def run(model, out, **options):
-    return init(str(model), out=str(out), **{**SETTINGS, **options})
-
-
-def content(out):
-    return b"".join((out / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
-
 
 def state(out):
     return out.with_name(f"{out.name}.partial")
-
-
-class Killed(BaseException):
-    """Ends a run as a signal would: nothing catches it."""
 
 
 @contextmanager
@@ -69,24 +56,24 @@ def killed_after(writes, monkeypatch):
 )
 def test_a_run_goes_on_where_it_ended(tiny_llama, tmp_path, monkeypatch, inputs, writes):
     """Between boundaries, inside a block, in its second pass: bit by bit the same adapter."""
-    run(tiny_llama, tmp_path / "alone", inputs=inputs)
+    small_run(tiny_llama, tmp_path / "alone", inputs=inputs)
     with killed_after(writes, monkeypatch):
-        run(tiny_llama, tmp_path / "killed", inputs=inputs)
+        small_run(tiny_llama, tmp_path / "killed", inputs=inputs)
     assert not (tmp_path / "killed").exists()
     before = {path.name: path.stat().st_mtime_ns for path in state(tmp_path / "killed").rglob("layers/*")}
     saved = []
     monkeypatch.setattr(Checkpoint, "save", lambda *arguments, save=Checkpoint.save: saved.append(save(*arguments)))
-    run(tiny_llama, tmp_path / "killed", inputs=inputs)
+    small_run(tiny_llama, tmp_path / "killed", inputs=inputs)
     assert content(tmp_path / "killed") == content(tmp_path / "alone")
     assert len(saved) == 14 - len(before)
     assert not state(tmp_path / "killed").exists()
 
 
 def test_a_saved_base_survives_too(tiny_llama, tmp_path, monkeypatch):
-    run(tiny_llama, tmp_path / "alone", quantizer=GPTQ(), save_base=True)
+    small_run(tiny_llama, tmp_path / "alone", quantizer=GPTQ(), save_base=True)
     with killed_after(12, monkeypatch):
-        run(tiny_llama, tmp_path / "killed", quantizer=GPTQ(), save_base=True)
-    run(tiny_llama, tmp_path / "killed", quantizer=GPTQ(), save_base=True)
+        small_run(tiny_llama, tmp_path / "killed", quantizer=GPTQ(), save_base=True)
+    small_run(tiny_llama, tmp_path / "killed", quantizer=GPTQ(), save_base=True)
     for name in ("adapter_model.safetensors", "base/model.safetensors"):
         first, second = (load_file(tmp_path / folder / name) for folder in ("alone", "killed"))
         assert first.keys() == second.keys()
@@ -96,13 +83,13 @@ def test_a_saved_base_survives_too(tiny_llama, tmp_path, monkeypatch):
 def test_other_settings_are_refused_with_what_differs(tiny_llama, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with killed_after(12, monkeypatch):
-        run(tiny_llama, out)
+        small_run(tiny_llama, out)
     with pytest.raises(ResumeError, match=r"\(rank: 4 then, 2 now\).*`fresh=True`"):
-        run(tiny_llama, out, rank=2)
+        small_run(tiny_llama, out, rank=2)
     with pytest.raises(ResumeError, match=r"samples: 8 then, 6 now; calibration tokens"):
-        run(tiny_llama, out, samples=6)
-    run(tiny_llama, out, rank=2, fresh=True)
-    run(tiny_llama, tmp_path / "alone", rank=2)
+        small_run(tiny_llama, out, samples=6)
+    small_run(tiny_llama, out, rank=2, fresh=True)
+    small_run(tiny_llama, tmp_path / "alone", rank=2)
     assert content(out) == content(tmp_path / "alone")
 
 
@@ -110,29 +97,29 @@ def test_other_weights_are_refused(tiny_llama, tmp_path, monkeypatch, tokenizer)
     tensors = load_file(tiny_llama / "model.safetensors")
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     with killed_after(12, monkeypatch):
-        run(model, tmp_path / "out")
+        small_run(model, tmp_path / "out")
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(ResumeError, match=r"weights: [0-9a-f]* then, [0-9a-f]* now"):
-        run(model, tmp_path / "out")
+        small_run(model, tmp_path / "out")
 
 
 def test_a_finished_result_is_kept_and_an_unfinished_one_is_no_result(tiny_llama, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    run(tiny_llama, out)
+    small_run(tiny_llama, out)
     before = content(out)
     with pytest.raises(OutputExistsError, match=r"out.* already"):
-        run(tiny_llama, out)
+        small_run(tiny_llama, out)
     with killed_after(12, monkeypatch):
-        run(tiny_llama, out, rank=2, overwrite=True)
+        small_run(tiny_llama, out, rank=2, overwrite=True)
     assert content(out) == before
 
 
 def test_damaged_state_is_made_again(tiny_llama, tmp_path, monkeypatch):
     """A flipped bit anywhere costs the file that it is in, and no more."""
     inputs, writes = "asymmetric", 24
-    run(tiny_llama, tmp_path / "alone", inputs=inputs)
+    small_run(tiny_llama, tmp_path / "alone", inputs=inputs)
     with killed_after(writes, monkeypatch):
-        run(tiny_llama, tmp_path / "killed", inputs=inputs)
+        small_run(tiny_llama, tmp_path / "killed", inputs=inputs)
     kept = shutil.copytree(state(tmp_path / "killed"), tmp_path / "kept")
     files = sorted(path.relative_to(kept) for path in kept.rglob("*") if path.suffix in {".json", ".safetensors"})
     draw = random.Random(0)
@@ -140,7 +127,7 @@ def test_damaged_state_is_made_again(tiny_llama, tmp_path, monkeypatch):
         out = tmp_path / f"damaged-{index}"
         shutil.copytree(kept, state(out))
         flip(state(out) / file, draw)
-        run(tiny_llama, out, inputs=inputs)
+        small_run(tiny_llama, out, inputs=inputs)
         assert content(out) == content(tmp_path / "alone"), file
 
 
@@ -153,9 +140,9 @@ def flip(file, draw):
 
 def test_only_the_damaged_layer_is_made_again(tiny_llama, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    run(tiny_llama, tmp_path / "alone")
+    small_run(tiny_llama, tmp_path / "alone")
     with killed_after(14, monkeypatch):
-        run(tiny_llama, out)
+        small_run(tiny_llama, out)
     damaged, shortened, *others = sorted(state(out).rglob("layers/*.safetensors"))
     before = {path: path.stat().st_mtime_ns for path in others}
     tensors = load_file(damaged)
@@ -169,7 +156,7 @@ def test_only_the_damaged_layer_is_made_again(tiny_llama, tmp_path, monkeypatch)
         assert {path: path.stat().st_mtime_ns for path in others} == before
 
     monkeypatch.setattr(Checkpoint, "save", noted)
-    run(tiny_llama, out)
+    small_run(tiny_llama, out)
     assert {damaged.stem, shortened.stem} <= set(saved)
     assert not {path.stem for path in others} & set(saved)
     assert content(out) == content(tmp_path / "alone")
@@ -183,14 +170,14 @@ def metadata_of(file):
 def test_a_damaged_manifest_of_another_run_is_left_alone(tiny_llama, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with killed_after(12, monkeypatch):
-        run(tiny_llama, out)
+        small_run(tiny_llama, out)
     (state(out) / "manifest.json").write_text("[]", encoding="utf-8")
     with pytest.raises(
         ResumeError, match=r"manifest .* is damaged, and .* holds the state of a run with other settings"
     ):
-        run(tiny_llama, out, rank=2)
+        small_run(tiny_llama, out, rank=2)
     assert len(list(state(out).rglob("layers/*.safetensors"))) > 0
-    run(tiny_llama, out, rank=2, fresh=True)
+    small_run(tiny_llama, out, rank=2, fresh=True)
 
 
 def test_other_spellings_of_a_path_are_the_same_run(tiny_llama, tmp_path, monkeypatch):
@@ -201,36 +188,36 @@ def test_other_spellings_of_a_path_are_the_same_run(tiny_llama, tmp_path, monkey
     shutil.copytree(tiny_llama, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     with killed_after(12, monkeypatch):
-        run("model", Path("out"), calibration="text.txt")
+        small_run("model", Path("out"), calibration="text.txt")
     done = list(state(tmp_path / "out").rglob("layers/*.safetensors"))
     saved = []
     monkeypatch.setattr(Checkpoint, "save", lambda *arguments, save=Checkpoint.save: saved.append(save(*arguments)))
     monkeypatch.setenv("HOME", str(tmp_path))
-    init(tmp_path / "link", out="~/model/../out/", calibration=text, **SETTINGS)
+    init(tmp_path / "link", out="~/model/../out/", calibration=text, **SMALL)
     assert len(saved) == 14 - len(done) < 14
 
 
 def test_two_runs_into_one_folder(tiny_llama, tmp_path):
     state(tmp_path / "out").mkdir()
     with FileLock(state(tmp_path / "out") / "lock"), pytest.raises(ResumeError, match="Another run is at work in"):
-        run(tiny_llama, tmp_path / "out")
-    run(tiny_llama, tmp_path / "out")
+        small_run(tiny_llama, tmp_path / "out")
+    small_run(tiny_llama, tmp_path / "out")
 
 
 def test_a_full_disk_loses_nothing(tiny_llama, tmp_path):
     """Simulated by a limit on the size of files, which fails in the same calls."""
     out = tmp_path / "out"
-    run(tiny_llama, tmp_path / "alone", quantizer=NF4(), save_base=True)
+    small_run(tiny_llama, tmp_path / "alone", quantizer=NF4(), save_base=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
     try:
         with pytest.raises(StorageError, match=r"Cannot write .*safetensors.*run the same command again"):
-            run(tiny_llama, out, quantizer=NF4(), save_base=True)
+            small_run(tiny_llama, out, quantizer=NF4(), save_base=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not out.exists()
     assert list(state(out).rglob(".*.partial")) == []
-    run(tiny_llama, out, quantizer=NF4(), save_base=True)
+    small_run(tiny_llama, out, quantizer=NF4(), save_base=True)
     assert content(out) == content(tmp_path / "alone")
 
 
@@ -242,7 +229,7 @@ def test_the_damaged_weight_is_named_and_earlier_layers_are_kept(tiny_llama, tmp
     tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = float("nan")
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(NumericalError, match=r"entries in model\.layers\.1\.self_attn\.v_proj\.weight\. The"):
-        run(model, tmp_path / "out", offload=offload)
+        small_run(model, tmp_path / "out", offload=offload)
     assert len(list(state(tmp_path / "out").rglob("layers/*.safetensors"))) == 7
     assert healthy.isfinite().all()
 
@@ -250,7 +237,7 @@ def test_the_damaged_weight_is_named_and_earlier_layers_are_kept(tiny_llama, tmp
 def test_signals(tiny_llama, tmp_path):
     """SIGINT and SIGTERM say how to go on; after them and SIGKILL the next run does, to the same result."""
     command = [sys.executable, "-m", "quailora", "init", str(tiny_llama), "--out", str(tmp_path / "killed")]
-    command += [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command += [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command += ["--solver", "quailora", "--solver.iterations", "400"]  # long enough to be met at work
     slow = AlternatingLeastSquares(iterations=400)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -266,6 +253,6 @@ def test_signals(tiny_llama, tmp_path):
         assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[sent]
         if sent != signal.SIGKILL:
             assert "goes on when the same command is run again" in " ".join(told.decode().split())
-    run(tiny_llama, tmp_path / "killed", solver=slow)
-    run(tiny_llama, tmp_path / "alone", solver=slow)
+    small_run(tiny_llama, tmp_path / "killed", solver=slow)
+    small_run(tiny_llama, tmp_path / "alone", solver=slow)
     assert content(tmp_path / "killed") == content(tmp_path / "alone")

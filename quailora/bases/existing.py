@@ -19,7 +19,7 @@ class ExistingBase(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """What to call it in messages."""
+        """The name of the base in messages."""
 
     @property
     @abstractmethod
@@ -45,12 +45,12 @@ class ExistingBase(ABC):
 
     @property
     def checkpoint(self) -> str | None:
-        """Hub name or folder that the base is loaded from as it is; None if there is no such place."""
+        """Hub name or folder of a checkpoint of the base; None if there is none."""
         return None
 
     @property
     def quantizer(self) -> Quantizer | None:
-        """What makes the same base from the full-precision model while it loads; None if nothing is known to."""
+        """The quantizer that makes the same base of the full-precision model while it loads; None if unknown."""
         return None
 
     @final

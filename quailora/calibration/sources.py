@@ -37,7 +37,7 @@ class CalibrationSource(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise a `CalibrationError` if there are no tokens to be had, as far as that is known without a tokenizer."""
+        """Raise a `CalibrationError` if the source has no tokens, as far as that is known without a tokenizer."""
 
     @abstractmethod
     def tokens(self, tokenizer: Any) -> CalibrationTokens:
@@ -148,7 +148,7 @@ class BatchCalibration(CalibrationSource):
 
     @override
     def check(self) -> None:
-        """There are tokens, or this object could not have been made."""
+        """Nothing is left to check, since an object without tokens cannot be made."""
 
     @override
     def tokens(self, tokenizer: Any) -> CalibrationTokens:

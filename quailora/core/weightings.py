@@ -1,4 +1,4 @@
-"""Which errors of a layer count how much: from weightings that ignore the inputs to those that take gradients."""
+"""How much each error of a layer counts: weightings, from those that ignore the inputs to those that take gradients."""
 
 from __future__ import annotations
 

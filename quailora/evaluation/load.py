@@ -1,4 +1,4 @@
-"""A base and its adapter in one call, ready to train or to run."""
+"""Load a base with its adapter in one call, to train or to run it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def loaded_base(name: str, config: Any, arguments: dict[str, Any]) -> Any:
 
 
 def base_identities(model: Any, saved: SavedAdapter) -> dict[str, BaseIdentity]:
-    """Return what tells the layers of a base that an adapter corrects from those of other bases."""
+    """Return the identity of each layer of a base that an adapter corrects."""
     # A quantized model is compared by codes and scales; a dequantized base has only the sketch of its weights.
     live = LiveBase(model)
     identities = {}

@@ -132,7 +132,7 @@ def typical(power: Float[Tensor, " in_features"]) -> float:
 @final
 @dataclass(frozen=True, eq=False)
 class HeldOutFit:
-    """A fit of one layer to the tokens that are not held out, judged by those that are; in float32.
+    """A fit of one layer, in float32, to the tokens that are not held out; its error is measured on the held-out ones.
 
     Attributes:
         weight: the full-precision weight `W`.
@@ -194,7 +194,7 @@ class HeldOutFit:
         return torch.cholesky_solve((self.change * scale).T, factor).T * scale
 
     def choose(self) -> tuple[float, float]:
-        """Return the ridge, and the share of the way to its target, with the least error on held-out tokens."""
+        """Return the ridge, and the share of the step to its target, with the least error on held-out tokens."""
         # On held-out tokens the error of W + t D, less that of W, is the parabola t^2 c - 2 t g with the gradient g =
         # <W (G - H~), D> and the curvature c = tr(D H~ D^T), both of the held-out moments. Its minimum is at t = g / c,
         # and cut to [0, 1], where it gains t (2 g - t c). A negative g says that every step in this direction is

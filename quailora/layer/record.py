@@ -1,4 +1,4 @@
-"""What is reported of each layer."""
+"""The entry of the report for each layer."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class LayerRecord:
         seconds: float = 0.0,
         asymmetry: float | None = None,
     ) -> LayerRecord:
-        """Take down one initialized layer, whose full-precision weight is `weight`."""
+        """Return the entry of an initialized layer with the full-precision weight `weight`."""
         return cls(
             name=name,
             shape=layer.quantized.shape,

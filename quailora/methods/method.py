@@ -58,7 +58,7 @@ class Method:
 
     @property
     def needs_validation(self) -> bool:
-        """Whether some calibration tokens are held out to choose by."""
+        """Whether some calibration tokens are held out, to choose between targets and roundings."""
         return self.inputs == "asymmetric" or self.initializer.schedule.needs_validation
 
     def quantized(self, layer: Layer) -> QuantizedWeight | None:

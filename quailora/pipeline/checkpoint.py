@@ -49,7 +49,7 @@ class Checkpoint(Store):
 
     @property
     def state(self) -> Path:
-        """Where files of this very run are."""
+        """The folder for the files of exactly this run."""
         digest = hashlib.sha256(json.dumps(dict(self.fingerprint)).encode()).hexdigest()
         return self.folder / f"run-{digest[:12]}"
 
@@ -61,7 +61,7 @@ class Checkpoint(Store):
 
     @override
     def folder_for(self, purpose: str) -> Path:
-        """Return a folder for temporary files; it goes with the rest."""
+        """Return a folder for temporary files, which is removed with the rest."""
         folder = self.state / purpose
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -69,7 +69,7 @@ class Checkpoint(Store):
     @property
     @override
     def blocks_done(self) -> int:
-        """Blocks whose layers and outputs are all here."""
+        """Number of blocks whose layers and outputs are all stored."""
         return int((self.manifest() or {}).get("blocks_done", 0))
 
     @override
@@ -128,7 +128,7 @@ class Checkpoint(Store):
         return self.state / "layers" / f"{key}.safetensors"
 
     def manifest(self) -> dict[str, Any] | None:
-        """Return what is written down of the run that the folder belongs to; None if that is damaged."""
+        """Return the manifest of the run that the folder belongs to; None if the manifest is damaged."""
         path = self.folder / "manifest.json"
         if not path.is_file():
             return {}
@@ -142,7 +142,8 @@ class Checkpoint(Store):
     def remove_damaged(self) -> bool:
         """Remove the files that have changed since they were written; return whether the walk has to start again.
 
-        Layers that are gone are made again; hidden states that are gone come from the first block on.
+        Layers whose files are gone are made again. If hidden states are gone, the walk starts again from the first
+        block.
         """
         damaged = [
             path for path in sorted(self.state.rglob("*.safetensors")) if self._is_kept(path) and not is_intact(path)

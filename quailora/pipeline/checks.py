@@ -1,4 +1,4 @@
-"""What is checked about a run before anything is loaded or computed."""
+"""Checks of a run before anything is loaded or computed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_layers(layers: Mapping[str, Layer], method: Method, source: Calibratio
 
 
 def check_quantized(layers: Mapping[str, Layer], method: Method, save_base: bool) -> None:
-    """Raise a `ConfigurationError` or a `TargetError` if layers are to be corrected that their base does not quantize.
+    """Raise a `ConfigurationError` or a `TargetError` if the base does not quantize a layer that is to be corrected.
 
     Args:
         layers: the targets.

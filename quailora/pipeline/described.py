@@ -1,4 +1,4 @@
-"""A run in words that JSON and YAML can hold: as options of the command line, and as what its layers depend on."""
+"""Descriptions of a run as plain data: the options that ask for it, and everything that its layers depend on."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def described_method(method: Method) -> dict[str, Any]:
 
 
 def depends_on(plan: RunPlan) -> dict[str, Any]:
-    """Return the settings that the layers of a run depend on, one by one, beside model, tokens and base themselves."""
+    """Return each setting that the layers of a run depend on, besides model, tokens and base."""
     settings = described_method(plan.method) | {
         "targets": list(plan.targets),
         "seed": plan.source.seed,

@@ -1,4 +1,4 @@
-"""What a result depends on, in a form that two runs can compare."""
+"""Hashes of everything that a result depends on, which two runs can compare."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fingerprint(
 
 
 def weights_of_base(base: ExistingBase | None) -> dict[str, str]:
-    """Return the entry for a base that is quantized already and lies in files; nothing for any other."""
+    """Return the entry for the files of a base that is quantized already; no entry for any other base."""
     if base is None or base.checkpoint is None:
         return {}
     return {"weights of the base": weights_of(resolve(base.checkpoint))}

@@ -1,4 +1,4 @@
-"""A whole model: calibrate once, initialize every layer, and hand over the adapter or write it."""
+"""Initialize a whole model: calibrate once, initialize every layer, and return the adapter or write it."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def handed_over(output: AdapterOutput) -> InitializedModel:
 
 
 def work_folder(plan: RunPlan) -> Path | None:
-    """Return where the state of a run goes that can be resumed: beside its output, for models that files hold."""
+    """Return the folder for the state of a run, beside its output; None where a run cannot be resumed."""
     if plan.output is None or not isinstance(plan.model, str):
         return None
     folder = Path(plan.output.folder)

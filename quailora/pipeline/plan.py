@@ -1,4 +1,4 @@
-"""What a run will do, made out and checked before any weight is loaded."""
+"""The plan of a run, which is made and checked before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BaseGiven = Quantizer | ExistingBase | StrPath
 @final
 @dataclass(frozen=True, eq=False)
 class RunPlan:
-    """What a run will do.
+    """The plan of a run.
 
     Attributes:
         model: a model in memory, or its hub name, folder or file as it was asked for.
@@ -92,7 +92,7 @@ def plan_run(
     output: Output | None,
     resources: Resources,
 ) -> RunPlan:
-    """Make out what a run will do; nothing but configurations and shapes is read.
+    """Return the plan of a run; only configurations and shapes are read.
 
     Args:
         model: a transformers causal language model in full precision, or its hub name, folder, `.gguf` file, or "demo".
@@ -137,7 +137,7 @@ def plan_run(
 
 
 def check_plan(plan: RunPlan) -> None:
-    """Check what is asked of others, such as the hub, just before a run begins; say which text it is calibrated on."""
+    """Check just before a run begins that the hub takes an upload; warn if the calibration text is the shipped one."""
     if plan.output is not None:
         check_upload(plan.output.push_to_hub)
     if isinstance(plan.source, TextCalibration) and plan.source.calibration.text.source is None:
@@ -145,7 +145,7 @@ def check_plan(plan: RunPlan) -> None:
 
 
 def title_of(model: Any) -> str:
-    """Return what to call a model: the name that it was asked for, or that it was loaded from."""
+    """Return the name of a model in messages: the one that the caller gave, or that it was loaded from."""
     return model if isinstance(model, str) else str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 

@@ -39,8 +39,8 @@ logger = logging.getLogger("quailora")
 class ModelRun:
     """Walks through a model once and keeps what becomes of every layer, by each method, in a store.
 
-    Methods share what they can: statistics, quantized weights, and what solvers find. On other inputs than `full` there
-    can be one only, since it decides what the layers after see.
+    Methods share statistics, quantized weights and what solvers find. On other inputs than `full` there can be only one
+    method, because it decides what later layers see.
 
     Attributes:
         walk: the model, block by block; its layers are all that matter to the run.
@@ -157,9 +157,9 @@ class ModelRun:
         return layers
 
     def distil(self, method: str, distillation: Distillation | None, source: CalibrationSource, tokenizer: Any) -> None:
-        """Train what a finished run made by one of its methods; nothing happens without settings, or if it was done.
+        """Distil what a finished run made by one of its methods, unless there are no settings or this was done before.
 
-        The first of several processes works, and the others wait. Errors of layers stay those before the training.
+        The first of several processes trains, and the others wait. Errors of layers remain those before the training.
         """
         keys = distilled_keys(method, distillation, self.targets) if distillation is not None else {}
         if distillation is not None and distributed.rank() == 0 and not all(map(self.store.has, keys.values())):
@@ -199,7 +199,7 @@ class ModelRun:
         return set(block.layers) - set().union(*finished)
 
     def _share(self, block: Block) -> None:
-        """Give every process each other's layers, unless they see the same files anyway."""
+        """Give every process the layers of the others, unless all of them see the same files."""
         # On a shared file system nothing is lacking and nothing is sent. Hosts with folders of their own need the
         # layers of other processes too: to write the adapter, and for the inputs of later layers.
         keys = {key(method, name) for method in self.methods for name in block.layers}
@@ -258,7 +258,7 @@ def key(method: str, layer: str) -> str:
 
 
 def distilled_keys(method: str, distillation: Distillation, layers: Iterable[str]) -> dict[str, str]:
-    """Return the name in the store of what training made of each layer."""
+    """Return the name of each distilled layer in the store."""
     return {layer: key(f"distilled-{digest([repr(distillation)])}", key(method, layer)) for layer in layers}
 
 

@@ -1,4 +1,4 @@
-"""Which layers get an adapter: those asked for that text reaches and that stock PEFT can load and run."""
+"""Choose the layers that get an adapter: those that were asked for, that text reaches, and that stock PEFT can load."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def plan_adapter(
 def unquantized(layers: Mapping[str, Layer], base: ExistingBase | None, *, stock: bool) -> dict[str, str]:
     """Return the linear layers that a base which this run does not write has in full precision, with the reason.
 
-    A base that is there already has to have a kind of layers everywhere or nowhere; that is checked later.
+    A base that is quantized already has to quantize a kind of layers in all blocks or in none, which is checked later.
     """
     if base is not None:
         kinds = {kind(name) for name in base.among(layers)}

@@ -1,7 +1,8 @@
 """Quantization-aware initialization of low-rank adapters.
 
-Whole models: `initialize_model` for a model by name, folder or object, `replace_lora_weights` with the arguments of
-PEFT's function for LoftQ, `load` for a base with its adapter. One layer: `Initializer`.
+Whole models: `initialize` for a `PeftModel` in place, `initialize_model` for a model by name, folder or object,
+`replace_lora_weights` with the arguments of PEFT's function for LoftQ, `load` for a base with its adapter. One layer:
+`Initializer`.
 
 Names are imported when they are first used, so that the command line's help does not wait for PyTorch.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .layer.initializer import Initializer, LayerInitialization
     from .methods.method import Method
     from .methods.recipes import RECIPES, Recipe
+    from .pipeline.initialize import initialize
     from .pipeline.initialize_model import InitializedModel, initialize_model
     from .pipeline.options import Output, Resources
     from .pipeline.replace_weights import replace_lora_weights
@@ -54,6 +56,7 @@ _HOMES = {
     "layer.initializer": ("Initializer", "LayerInitialization"),
     "methods.method": ("Method",),
     "methods.recipes": ("RECIPES", "Recipe"),
+    "pipeline.initialize": ("initialize",),
     "pipeline.initialize_model": ("InitializedModel", "initialize_model"),
     "pipeline.options": ("Output", "Resources"),
     "pipeline.replace_weights": ("replace_lora_weights",),
@@ -110,6 +113,7 @@ __all__ = [
     "Uniform",
     "Weighting",
     "Zero",
+    "initialize",
     "initialize_model",
     "load",
     "replace_lora_weights",

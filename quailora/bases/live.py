@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from ..errors import ModelError, NumericalError
 from ..models.quantized import quantization_of
@@ -34,8 +35,8 @@ class LiveBase(ExistingBase):
     model: Any
 
     @property
+    @override
     def title(self) -> str:
-        """What to call it in messages."""
         return self.place or type(self.model).__name__
 
     @property
@@ -55,11 +56,12 @@ class LiveBase(ExistingBase):
         }
 
     @property
+    @override
     def layers(self) -> frozenset[str]:
-        """Names of the quantized layers."""
         return frozenset(self.modules)
 
     @cached_property
+    @override
     def checkpoint(self) -> str | None:
         """Where the model was loaded from, if it was quantized there already; None if it was quantized on the way."""
         try:
@@ -68,22 +70,14 @@ class LiveBase(ExistingBase):
             return None
 
     @property
+    @override
     def quantizer(self) -> Quantizer | None:
         """The quantizer of bitsandbytes that made all layers while the model was loaded; None for every other base."""
         made = {quantizer_of(module) for module in self.modules.values()}
         return made.pop() if len(made) == 1 and self.checkpoint is None else None
 
+    @override
     def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:
-        """Return the weight of a layer as it computes with it.
-
-        Args:
-            layer: module name.
-            dtype: the dtype that the dequantized weight shall have.
-            device: the device that tensors are read to.
-
-        Raises:
-            ModelError: if there is no quantized layer of this name, or as `live_weight` does; the message names it.
-        """
         if layer not in self.modules:
             raise ModelError(f"Expected a quantized layer {layer} in {self.title!r}, and there is none.")
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import final
 
 from torch import Tensor
@@ -85,7 +87,7 @@ class MemoryStore(Store):
         self._activations = Activations()
         self._layers: dict[str, StoredLayer] = {}
         self._blocks_done = 0
-        self._temporary: TemporaryDirectory[str] | None = None
+        self._temporary: Path | None = None
 
     @property
     @override
@@ -115,13 +117,16 @@ class MemoryStore(Store):
 
     @override
     def folder_for(self, purpose: str) -> Path:
-        # The folder is removed with this object, also when the process ends by an exception.
-        self._temporary = self._temporary or TemporaryDirectory(prefix="quailora-")
-        folder = Path(self._temporary.name) / purpose
+        if self._temporary is None:
+            self._temporary = Path(mkdtemp(prefix="quailora-"))
+            # Removed with this object, also when the process ends by an exception.
+            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        folder = self._temporary / purpose
         folder.mkdir(exist_ok=True)
         return folder
 
     @override
     def remove(self) -> None:
         if self._temporary is not None:
-            self._temporary.cleanup()
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None

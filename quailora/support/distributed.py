@@ -35,22 +35,10 @@ def process_group(device: str) -> Iterator[None]:
     Raises:
         DistributedError: if a host has fewer GPUs than processes, or another process dies.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if not join(device):
         yield
         return
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, cores() // local))
-    if device == "cuda":
-        gpus = torch.cuda.device_count()
-        if local > gpus:
-            raise DistributedError(
-                f"Expected at most one process for each GPU of a host, got {local} processes and {gpus} of them. "
-                f"Try torchrun --nproc-per-node {gpus}, or `device='cpu'`."
-            )
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # Sums of statistics are on the devices and go over NCCL; names, layers and barriers are on the processors and go
-    # over Gloo.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     try:
         yield
     except RuntimeError as error:
@@ -62,6 +50,32 @@ def process_group(device: str) -> Iterator[None]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def join(device: str) -> bool:
+    """Join the processes that `torchrun` started, and stay joined; see `process_group`.
+
+    A process that leaves its group and joins another one later, as a trainer does, can wait for ever: the second group
+    finds the addresses of the first one.
+
+    Returns:
+        Whether they were joined here: not in a single process, and not if this one was joined before.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return False
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        if local > gpus:
+            raise DistributedError(
+                f"Expected at most one process for each GPU of a host, got {local} processes and {gpus} of them. "
+                f"Try torchrun --nproc-per-node {gpus}, or `device='cpu'`."
+            )
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Sums of statistics are on the devices and go over NCCL; names, layers and barriers are on the processors and go
+    # over Gloo.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    return True
 
 
 def rank() -> int:

@@ -20,8 +20,8 @@ ROWS = [
     (SRR(), True),
     (ProjQ(rounds=2), True),
     (MagR(), False),
-    (HeldOut(Once()), False),
-    (HeldOut(SRR()), False),
+    (HeldOut(Once(), (0.1, 10.0)), False),
+    (HeldOut(SRR(), (0.1,)), False),
 ]
 """Each with whether it keeps the better of its own base and of the weight quantized as it is."""
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import CALIBRATED, QUANTIZERS, each_quantizer, each_quantizer_row, each_solver
+from helpers import CALIBRATED, QUANTIZERS, SOLVERS, each_quantizer, each_quantizer_row, each_solver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import problems
@@ -66,10 +66,9 @@ def test_solver_laws_where_outputs_count_too(solver, problem, data):
         assert left <= optimum + slack
 
 
-@each_solver
 @each_quantizer
-@settings(max_examples=8)
-@given(problem=problems())
+@settings(max_examples=18)
+@given(problem=problems(), solver=st.sampled_from(SOLVERS))
 def test_solver_laws_on_quantization_errors(quantizer, solver, problem):
     """Laws 2 and 3 on the error of every quantizer."""
     check_solver(solver, problem, quantizer)

@@ -77,13 +77,13 @@ def test_training_example_for_peft(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_readme_example_initializes_a_model_in_memory(tiny_llama):
-    code = next(block for block in examples("README.md") if "get_peft_model" in block)
+    code = next(block for block in examples("README.md") if "quailora.initialize(" in block)
     code = code.replace('"HuggingFaceTB/SmolLM2-135M"', repr(str(tiny_llama)))
-    code = code.replace("(name, base", "(name, calibration=quailora.Calibration(samples=4, sequence_length=32), base")
+    code = code.replace("Calibration()", "Calibration(samples=4, sequence_length=32)")
     namespace: dict[str, object] = {}
     exec(code, namespace)
     layers = [module for module in namespace["model"].modules() if "default" in getattr(module, "lora_B", {})]
-    assert layers
+    assert len(layers) == len(namespace["report"]["layers"]) > 0
     assert all(module.lora_B["default"].weight.any() for module in layers)
 
 

@@ -68,9 +68,9 @@ class LoaderReader:
                     taken,
                 )
                 break
-            found = list(self.rows(batch, number))
-            taken += sum(row["input_ids"].numel() for row in found)
-            rows += found
+            sequences = list(self.rows(batch, number))
+            taken += sum(row["input_ids"].numel() for row in sequences)
+            rows += sequences
         if number < 0:
             raise CalibrationError("Expected batches of tokens, but the dataloader is empty.")
         if not rows:
@@ -143,6 +143,8 @@ class _StandIn:
         return getattr(self._model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The caller's function ends here: what the model would compute is not needed, only what it would be called
+        # with.
         bound = inspect.signature(self._model.forward).bind_partial(*args, **kwargs).arguments
         self.arguments = {**bound, **bound.get("kwargs", {})}
         raise _Called
@@ -215,6 +217,8 @@ def split_points(positions: Any, ids: Tensor, mask: Tensor, number: int) -> list
     if positions is None:
         return [[0, length] for _ in ids]
     positions = of_shape(positions if getattr(positions, "ndim", 0) == 2 else None, ids, "position_ids", number)
+    # Sequences that are packed into one row must not attend to each other, so each is run by itself. Where positions
+    # are not consecutive, the row is something else, and running it as consecutive tokens would be wrong.
     starts = []
     for row, real in zip(positions, mask != 0, strict=True):
         begins = (row == 0) & real
@@ -245,6 +249,8 @@ def all_tokens(dataloader: Any, reader: LoaderReader, *, gather: bool) -> Calibr
         own = reader.tokens(dataloader, -(-MOST_TOKENS // (processes if gather else 1)))
     if not gather:
         return distributed.from_first(own)
+    # Samplers deal samples out in turns, so taking one of each process in turns restores the order of the data set.
+    # Where all processes have the same batches nothing was dealt out, and each token counts once.
     parts = distributed.gather(own)
     if len({part.digest for part in parts}) == 1:
         return parts[0]  # nobody has divided the batches among the processes

@@ -173,6 +173,8 @@ class Asked:
 
     def outcome(self, tokens: CalibrationTokens) -> Outcome:
         """Run the full-precision model on tokens, and return the correction of each layer in every process."""
+        # Only the first process has the result of a run in memory. The others get factors, report and origin from it,
+        # so that all start from the same numbers.
         with self.full_precision() as model:
             result = initialize_model(
                 model, self.method, BatchCalibration(tokens), targets=list(self.layers), resources=self.resources
@@ -267,6 +269,7 @@ def note_origin(peft_model: Any, adapter: str, origin: Origin) -> None:
         for name, layer in every.items()
         for part in ("lora_A", "lora_B")
     }
+    # The hash is over the factors of all layers, those that were left alone among them, since training may change any.
     noted = replace(origin, initial=digest_of(factors))
     config.auto_mapping = {**(config.auto_mapping or {}), **noted.as_config()["auto_mapping"]}
     if config.task_type is None:

@@ -30,6 +30,7 @@ from quailora.calibration.windows import Calibration
 from quailora.core.objective import Factors
 from quailora.errors import ArgumentTypeError, CalibrationError, ConfigurationError, ModelError, TargetError
 from quailora.evaluation.check import check
+from quailora.evaluation.evaluate import evaluate
 from quailora.pipeline.initialize import initialize
 from quailora.pipeline.initialize_model import initialize_model
 
@@ -331,6 +332,19 @@ def test_what_is_saved_tells_its_base(folder, loader, tmp_path):
     assert read_provenance(tmp_path / "by-init").origin == origin
     with pytest.raises(ModelError, match="does not belong on"):
         check(tmp_path / "adapter", base=flipped(folder, tmp_path / "flipped"))
+
+
+def test_a_base_that_no_quantizer_makes_again_is_asked_for(folder, loader, tmp_path):
+    """HQQ leaves no trace of how it has quantized; the adapter still tells its base from others."""
+    model = adapted(folder, "hqq")
+    initialize(model, loader)
+    model.save_pretrained(tmp_path / "adapter")
+    assert read_provenance(tmp_path / "adapter").origin.needs == "base"
+    with pytest.raises(ModelError, match=r"cannot be made again: .* in memory. Pass it as `base`"):
+        evaluate(folder, adapter=tmp_path / "adapter", windows=1, sequence_length=32)
+    assert check(tmp_path / "adapter", base=saved_hqq(folder, tmp_path / "base")).layers == 14
+    with pytest.raises(ModelError, match="is not quantized, and the base of"):
+        check(tmp_path / "adapter", base=folder)
 
 
 def flipped(folder, to):

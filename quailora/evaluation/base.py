@@ -105,8 +105,9 @@ def choose_base(
         return ChosenBase.at(origin.checkpoint)
     if quantizer is None and origin.needs == "base":
         raise ModelError(
-            f"The base of {adapter} depends on corrections of its own layers, so it cannot be made again. Pass the one "
-            "that was written with the adapter as `base`; init writes it with `save_base=True`."
+            f"The base of {adapter} cannot be made again: it depends on corrections of its own layers, or another "
+            "package has quantized it in memory. Pass it as `base`: init writes it with `save_base=True`, and other "
+            "packages save it by `save_pretrained`."
         )
     wanted = quantizer or origin.built_quantizer
     return ChosenBase.by(

@@ -21,11 +21,11 @@ from quailora.adapters.lora import LoraScaling
 from quailora.calibration.sources import TextCalibration
 from quailora.calibration.text import TextSource
 from quailora.calibration.windows import Calibration
-from quailora.comparison.compare import evaluation_sources, evaluation_texts
 from quailora.comparison.runner import FULL_PRECISION, ComparisonRunner
 from quailora.comparison.store import RowStore
 from quailora.comparison.variants import Variant
 from quailora.evaluation.tasks import Tasks
+from quailora.evaluation.texts import EvaluationTexts
 from quailora.methods.recipes import RECIPES
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
@@ -86,7 +86,7 @@ def main(
     layers = linear_layers(loaded.model)
     source = TextCalibration(Calibration(TextSource(calibration), samples, 1024))
     seen = source.tokens(loaded.tokenizer)
-    texts = dict(evaluation_texts(loaded, evaluation_sources([text]), windows, 2048))
+    texts = dict(EvaluationTexts((text,), windows=windows, window_length=2048).cut(loaded))
     work = Path(out) / "work"
     work.mkdir(parents=True, exist_ok=True)
     store = RowStore(Path(out) / "rows", fingerprint({"windows": windows}, loaded, seen), fresh=False)

@@ -23,10 +23,12 @@ from quailora import (
     Uniform,
     Zero,
 )
-from quailora.cli.commands.init import init as command
+from quailora.cli.commands import COMMANDS
 from quailora.cli.initializing import run_init
+from quailora.cli.measuring import run_compare, run_evaluate
 from quailora.core.weightings import GramWeighting
 from quailora.methods.recipes import RECIPES
+from quailora.support.settings import as_command
 
 # Each with whether it is idempotent in float32.
 QUANTIZERS: list[tuple[Quantizer, bool]] = [
@@ -75,7 +77,23 @@ each_recipe = pytest.mark.parametrize("name", list(RECIPES))
 
 def init(model, **options):
     """`quailora init` with these options, from Python: quantizer, solver and metric are objects."""
-    defaults = {name: parameter.default for name, parameter in signature(command).parameters.items()}
-    defaults |= {"quantizer": NF4(), "solver": AlternatingLeastSquares(), "metric": GramWeighting()}
+    made = {"quantizer": NF4(), "solver": AlternatingLeastSquares(), "metric": GramWeighting()}
+    return run_init(all_options("init", made, model, options))
+
+
+def evaluate(model, **options):
+    """`quailora evaluate` likewise."""
+    return run_evaluate(all_options("evaluate", {}, model, options))
+
+
+def compare(model, **options):
+    """`quailora compare` likewise."""
+    made = all_options("compare", {"quantizer": NF4()}, model, options)
+    return run_compare(made, as_command(COMMANDS["compare"], made))
+
+
+def all_options(command, made, model, options):
+    """Every option of a command by name: those that are given, and defaults."""
+    defaults = {name: parameter.default for name, parameter in signature(COMMANDS[command]).parameters.items()} | made
     assert options.keys() <= defaults.keys()
-    return run_init({**defaults, "model": model, **options})
+    return {**defaults, "model": model, **options}

@@ -8,13 +8,11 @@ import shutil
 import pytest
 import torch
 from families import save_llama
-from helpers import init
+from helpers import compare, evaluate, init
 from safetensors.torch import load_file, save_file
 
-from quailora.comparison.compare import compare
 from quailora.errors import ConfigurationError, ModelError, OutputExistsError, StorageError
 from quailora.evaluation.check import check
-from quailora.evaluation.evaluate import evaluate
 from quailora.models.load import empty_model, load_model, resolve_device
 
 SMALL = {"rank": 4, "samples": 2, "sequence_length": 16}

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from families import save_llama
-from helpers import each_quantizer, init
+from helpers import each_quantizer, evaluate, init
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
@@ -21,7 +21,7 @@ from quailora.bases.torchao import read_torchao
 from quailora.bases.writer import quantization_config, save_packed
 from quailora.errors import ConfigurationError, ModelError, TargetError
 from quailora.evaluation.check import check
-from quailora.evaluation.evaluate import evaluate, quantize_in_place
+from quailora.evaluation.evaluate import quantize_in_place
 from quailora.models.layers import linear_layers
 from quailora.testing import make_problem
 

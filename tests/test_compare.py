@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from families import save_llama
-from helpers import init
+from helpers import compare, evaluate, init
 from peft import PeftModel
 from scipy import stats
 from torch.nn import functional
@@ -22,11 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quailora import SVD, Uniform
 from quailora.calibration.text import shipped_text
 from quailora.calibration.windows import evaluation_windows
-from quailora.comparison.compare import compare
 from quailora.comparison.html import html_table, report
 from quailora.comparison.store import RowStore
 from quailora.errors import ConfigurationError, ModelError, ResumeError
-from quailora.evaluation.evaluate import evaluate
 from quailora.evaluation.scores import Difference, Scores, log_probabilities, score
 from quailora.methods.recipes import RECIPES
 from quailora.models.layers import linear_layers

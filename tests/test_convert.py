@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from families import make_model
-from helpers import init
+from helpers import evaluate, init
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -18,7 +18,6 @@ from quailora.adapters.convert import change, convert
 from quailora.core.objective import Factors
 from quailora.errors import ConfigurationError, ModelError, OutputExistsError
 from quailora.evaluation.check import check
-from quailora.evaluation.evaluate import evaluate
 from quailora.models.layers import linear_layers
 
 FAST = {"solver": Optimal(), "samples": 4, "sequence_length": 64}

@@ -8,15 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from families import make_model
-from helpers import init
+from helpers import compare, evaluate, init
 from safetensors.torch import load_file
 
 from quailora import GPTQ, NF4, AlternatingLeastSquares, Int8, Optimal
-from quailora.comparison.compare import compare
 from quailora.core.objective import Factors
 from quailora.errors import DoesNotFitError
 from quailora.evaluation.check import check
-from quailora.evaluation.evaluate import evaluate
 from quailora.evaluation.scores import Corrected, measure
 from quailora.methods.distillation import Distillation
 from quailora.methods.recipes import RECIPES

@@ -7,12 +7,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import init
+from helpers import evaluate, init
 from runs import small_run
 from safetensors.torch import load_file, save_file
 
 from quailora.errors import ModelError, NumericalError
-from quailora.evaluation.evaluate import evaluate
 from quailora.models.load import load_model
 
 each_offload = pytest.mark.parametrize("offload", ["always", "never"])

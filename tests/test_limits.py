@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 from families import save_llama
-from helpers import init
+from helpers import compare, evaluate, init
 
 from quailora import GPTQ
-from quailora.comparison.compare import compare, distinct_names
 from quailora.errors import CalibrationError, ModelError
-from quailora.evaluation.evaluate import evaluate
 from quailora.evaluation.scores import perplexity_of
+from quailora.evaluation.texts import distinct_names
 from quailora.models.limits import check_token_ids, fitting_length, longest_sequence
 from quailora.models.load import empty_model
 

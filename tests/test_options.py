@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-from inspect import signature
 
 import pytest
 import yaml
@@ -15,13 +14,8 @@ import quailora
 from quailora import NF4, Quantizer, Uniform
 from quailora.cli.arguments import arguments_of, taken_components
 from quailora.cli.commands import COMMANDS
-from quailora.cli.commands.compare import compare as compare_command
-from quailora.cli.commands.evaluate import evaluate as evaluate_command
-from quailora.cli.components import Component
 from quailora.cli.parser import as_options
-from quailora.comparison.compare import compare
 from quailora.errors import ConfigurationError
-from quailora.evaluation.evaluate import evaluate
 from quailora.support.settings import build, describe
 
 FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
@@ -221,16 +215,6 @@ def test_top_level_names_are_those_of_the_table():
     assert all(getattr(quailora, name) is not None for name in quailora.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         quailora.nothing  # noqa: B018
-
-
-def test_every_command_has_the_parameters_and_the_defaults_of_what_it_calls():
-    for command, library in ((compare_command, compare), (evaluate_command, evaluate)):
-        typed, called = (signature(function).parameters for function in (command, library))
-        assert list(typed) == list(called)
-        for name, parameter in typed.items():
-            default = parameter.default
-            made = default.made(name) if isinstance(default, Component) else default
-            assert made == called[name].default
 
 
 @pytest.mark.parametrize(

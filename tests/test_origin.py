@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import save_llama
-from helpers import init
+from helpers import evaluate, init
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,6 @@ from quailora.adapters.convert import convert
 from quailora.adapters.provenance import Origin, read_provenance
 from quailora.errors import CalibrationError, ConfigurationError, ModelError
 from quailora.evaluation.check import check
-from quailora.evaluation.evaluate import evaluate
 from quailora.quantizers.identity import BaseIdentity
 
 FAST = {"rank": 4, "samples": 4, "sequence_length": 64, "solver": Optimal()}

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import init
+from helpers import evaluate, init
 
 from quailora import AlternatingLeastSquares, Optimal
-from quailora.evaluation.evaluate import evaluate
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,14 +8,12 @@ import math
 import pytest
 import torch
 from families import save_llama, with_special_tokens
-from helpers import init
+from helpers import compare, evaluate, init
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quailora import GPTQ, Uniform
 from quailora.calibration.text import shipped_text
 from quailora.calibration.windows import given_tokens
-from quailora.comparison.compare import compare
-from quailora.evaluation.evaluate import evaluate
 
 FRONT = [301, 300]  # <eos> <bos>
 

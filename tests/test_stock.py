@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import save_llama
-from helpers import init
+from helpers import evaluate, init
 from questions import save_task
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -23,7 +23,7 @@ from quailora.bases.awq import ORDER
 from quailora.calibration.text import shipped_text
 from quailora.errors import ModelError
 from quailora.evaluation.check import check
-from quailora.evaluation.evaluate import evaluate, quantize_in_place
+from quailora.evaluation.evaluate import quantize_in_place
 from quailora.models.layers import linear_layers
 from quailora.models.locate import resolve
 from quailora.quantizers.packing import pack_words, unpack_words

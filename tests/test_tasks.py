@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
+from helpers import compare
 from questions import QUESTIONS, save_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quailora import Uniform
-from quailora.comparison.compare import compare
 from quailora.errors import ConfigurationError
 from quailora.evaluation.tasks import Tasks
 

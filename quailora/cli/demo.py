@@ -9,6 +9,7 @@ from pathlib import Path
 from ..calibration.windows import Calibration
 from ..comparison.compare import compare
 from ..comparison.table import Comparison
+from ..evaluation.texts import EvaluationTexts
 from ..pipeline.initialize_model import initialize_model
 from ..pipeline.options import Output
 from ..support.choices import StrPath
@@ -39,12 +40,10 @@ def demo(out: StrPath | None = None) -> Comparison:
             shown.show_errors(result.report)
         return compare(
             "demo",
-            out=str(Path(folder) / "comparison"),
-            recipes=("lorc", "quailora", "qera-exact"),
+            ("lorc", "quailora", "qera-exact"),
+            source,
+            out=Path(folder) / "comparison",
             ranks=(16, 64),
             baselines=("int8",),
-            samples=_SAMPLES,
-            sequence_length=_LENGTH,
-            windows=8,
-            window_length=_LENGTH,
+            texts=EvaluationTexts(windows=8, window_length=_LENGTH),
         )

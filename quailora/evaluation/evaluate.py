@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -23,27 +23,27 @@ from ..bases import ExistingBase
 from ..calibration.empty_pass import find_reach
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Block, Walk
-from ..calibration.windows import BosPlacement, evaluation_source, evaluation_windows, given_tokens
+from ..calibration.windows import given_tokens
 from ..core.statistics import InputStatistics
-from ..errors import ModelError, NumericalError, named
+from ..errors import ConfigurationError, ModelError, NumericalError, named
 from ..models.layers import Layer, all_layers, linear_layers, stock_quantizes
-from ..models.limits import check_token_ids, fitting_length
-from ..models.load import DeviceName, DtypeName, empty_model, load_model
+from ..models.limits import check_token_ids
+from ..models.load import LoadedModel, empty_model, load_model
+from ..pipeline.options import Resources
 from ..pipeline.plan import quantized_layers
 from ..quantizers import QuantizedWeight, Quantizer
 from ..quantizers.base import check_finite
 from ..quantizers.identity import BaseIdentity
-from ..support.files import StrPath, as_str, write_json
+from ..support.choices import StrPath
+from ..support.files import as_str
 from ..support.machine import within_memory
 from ..support.progress import counting, track
 from ..support.tables import print_table
-from .base import check_measured_on, choose_base, loaded_partly
+from .base import ChosenBase, check_measured_on, choose_base, loaded_partly
 from .scores import perplexity_of
+from .texts import EvaluationTexts
 
 logger = logging.getLogger("quailora")
-
-EVALUATION_LENGTH = 2048
-"""Tokens in an evaluation window, where the model has as many positions."""
 
 
 @final
@@ -174,12 +174,14 @@ class Evaluation:
         quantizer: how the base was quantized.
         adapter: folder of the adapter, if there was one.
         results: "full precision", "quantized" and "quantized + adapter".
+        window_length: tokens in a window.
     """
 
     model: str
     quantizer: str
     adapter: str | None
     results: Mapping[str, Perplexity]
+    window_length: int = 0
 
     def show(self) -> None:
         """Print a table."""
@@ -191,21 +193,13 @@ class Evaluation:
 @within_memory("shorter windows (`sequence_length`), or `device='cpu'`")
 def evaluate(
     model: StrPath,
-    *,
-    text: StrPath | None = None,
-    text_fields: Sequence[str] = (),
-    quantizer: Quantizer | None = None,
-    base: StrPath | None = None,
     adapter: StrPath | None = None,
-    any_base: bool = False,
+    *,
+    base: Quantizer | StrPath | None = None,
+    texts: EvaluationTexts = EvaluationTexts(),  # noqa: B008 # frozen
     calibration: StrPath | None = None,
-    windows: int = 10,
-    sequence_length: int | None = None,
-    bos: BosPlacement = "every-window",
-    dtype: DtypeName = "auto",
-    device: DeviceName = "auto",
-    trust_remote_code: bool = False,
-    json: StrPath | None = None,
+    any_base: bool = False,
+    resources: Resources = Resources(),  # noqa: B008
 ) -> Evaluation:
     """Measure perplexity in full precision, quantized, and quantized with an adapter.
 
@@ -214,51 +208,32 @@ def evaluate(
 
     Args:
         model: hub name, folder, .gguf file, or "demo".
-        text: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the hub name of
-            a data set, to measure on; the shipped text by default. Do not use the calibration text.
-        text_fields: fields of a record that are the text, see `quailora init --help`.
-        quantizer: quantizes the base; by default the one the adapter was made for, or NF4 without adapter.
-        base: a checkpoint to measure on, in place of a quantizer; by default the one that stands beside the adapter, or
-            that it was made for.
         adapter: hub name or folder of a LoRA adapter, trained or not.
-        any_base: measure the adapter on another base than the one it was made for, too.
+        base: a quantizer, or a checkpoint to measure on; by default what stands beside the adapter or what the adapter
+            was made for, or NF4 without adapter.
+        texts: one text to measure on.
         calibration: calibration text for a quantizer that needs it; needed if the adapter was made with a text of
             its own.
-        windows: number of windows at most.
-        sequence_length: tokens in a window; 2048 by default, or all positions that the model has.
-        bos: "every-window" starts each window with the tokens that the tokenizer puts in front of a text,
-            such as BOS; "stream" only the first, as in the GPTQ papers. Without meaning for tokenizers that add none.
-        dtype: dtype of the model; "auto" keeps that of the checkpoint.
-        device: "auto" is the GPU where there is one.
-        trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
-        json: file to write the result to.
+        any_base: measure the adapter on another base than the one it was made for, too.
+        resources: what of the machine to use; the model is always in memory.
 
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    model, text, base, calibration = str(model), as_str(text), as_str(base), as_str(calibration)
+    if len(texts.named) != 1:
+        raise ConfigurationError(f"Expected one text to measure on, got {len(texts.named)}. Compare takes several.")
     folder = adapter_folder(adapter) if adapter else None
     provenance = read_provenance(folder) if folder else Provenance()
     saved = SavedAdapter.read(folder) if folder else None
-    chosen = choose_base(folder, provenance, quantizer=quantizer, base=base, calibration=calibration)
-    measured_on = evaluation_source(text, text_fields)
-    measured_on.check()
+    quantizer = base if isinstance(base, Quantizer) else None
+    place = None if base is None or quantizer is not None else str(base)
+    chosen = choose_base(folder, provenance, quantizer=quantizer, base=place, calibration=as_str(calibration))
+    texts.check()
     chosen.check_text()
-    loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-    length = fitting_length(loaded.model, sequence_length, EVALUATION_LENGTH)
-    documents = measured_on.documents(loaded.tokenizer)
-    ids = check_token_ids(loaded.model, evaluation_windows(loaded.tokenizer, documents, windows, length, bos))
-    given = given_tokens(loaded.tokenizer, bos)
-    if len(ids) < windows:
-        logger.warning("The text fills %d windows, not %d.", len(ids), windows)
-
-    walk = None
-    if chosen.calibration is not None:
-        seen = check_token_ids(loaded.model, chosen.calibration.windows(loaded.tokenizer))
-        reach = find_reach(empty_model(model, dtype, trust_remote_code=trust_remote_code))
-        layers = reach.watched(linear_layers(loaded.model))
-        tokens = CalibrationTokens.of_windows(seen)
-        walk = Walk(loaded.model, layers, tokens, dtype=chosen.calibration.dtype)
+    loaded = loaded_in_memory(str(model), resources)
+    ((_, ids),) = texts.cut(loaded)
+    given = given_tokens(loaded.tokenizer, texts.bos)
+    walk = walk_for(chosen, str(model), loaded, resources)
     results = {"full precision": perplexity(loaded.model, ids, "Full precision", given)}
     identities: dict[str, BaseIdentity] = {}
 
@@ -270,7 +245,7 @@ def evaluate(
         quantize_in_place(loaded.model, chosen.base, walk, identify)
     else:
         del loaded, walk  # two models may not fit
-        loaded = load_model(str(chosen.folder), dtype, device, trust_remote_code=trust_remote_code)
+        loaded = loaded_in_memory(str(chosen.folder), resources)
         if saved is not None:
             layers = all_layers(loaded.model)
             corrected = {name: layer.weight for name, layer in layers.items() if saved.corrects(name)}
@@ -281,7 +256,20 @@ def evaluate(
     if folder is not None:
         with adapted(loaded.model, folder) as wrapped:
             results["quantized + adapter"] = perplexity(wrapped, ids, "Quantized + adapter", given)
-    evaluation = Evaluation(model, chosen.title, as_str(adapter), results)
-    if json:
-        write_json(Path(json), asdict(evaluation) | {"text": text, "sequence_length": length, "bos": bos})
-    return evaluation
+    return Evaluation(str(model), chosen.title, as_str(adapter), results, ids.shape[1])
+
+
+def loaded_in_memory(model: str, resources: Resources) -> LoadedModel:
+    """Return a model in memory."""
+    trusted = resources.trust_remote_code
+    return load_model(model, resources.dtype, resources.device, trust_remote_code=trusted)
+
+
+def walk_for(chosen: ChosenBase, model: str, loaded: LoadedModel, resources: Resources) -> Walk | None:
+    """Return the walk that a quantizer needs which has to see calibration data; None for every other base."""
+    if chosen.calibration is None:
+        return None
+    seen = check_token_ids(loaded.model, chosen.calibration.windows(loaded.tokenizer))
+    reach = find_reach(empty_model(model, resources.dtype, trust_remote_code=resources.trust_remote_code))
+    layers = reach.watched(linear_layers(loaded.model))
+    return Walk(loaded.model, layers, CalibrationTokens.of_windows(seen), dtype=chosen.calibration.dtype)

@@ -80,33 +80,9 @@ def compare(
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    from ...comparison.compare import compare as run
+    options = dict(locals())
+    from ...support.settings import as_command
+    from ..measuring import run_compare
 
-    return run(
-        model,
-        out=out,
-        recipes=recipes,
-        ranks=ranks,
-        quantizer=quantizer.made("quantizer"),
-        against=against,
-        baselines=baselines,
-        text=text,
-        text_fields=text_fields,
-        windows=windows,
-        window_length=window_length,
-        tasks=tasks,
-        task_folder=task_folder,
-        task_limit=task_limit,
-        calibration=calibration,
-        calibration_fields=calibration_fields,
-        calibration_split=calibration_split,
-        samples=samples,
-        sequence_length=sequence_length,
-        bos=bos,
-        seed=seed,
-        calibration_dtype=calibration_dtype,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        fresh=fresh,
-    )
+    made = options | {"quantizer": quantizer.made("quantizer")}
+    return run_compare(made, as_command(compare, made))

@@ -56,22 +56,7 @@ def evaluate(
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    from ...evaluation.evaluate import evaluate as run
+    options = dict(locals())
+    from ..measuring import run_evaluate
 
-    return run(
-        model,
-        text=text,
-        text_fields=text_fields,
-        quantizer=None if quantizer is None else quantizer.made("quantizer"),
-        base=base,
-        adapter=adapter,
-        any_base=any_base,
-        calibration=calibration,
-        windows=windows,
-        sequence_length=sequence_length,
-        bos=bos,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        json=json,
-    )
+    return run_evaluate(options | {"quantizer": None if quantizer is None else quantizer.made("quantizer")})

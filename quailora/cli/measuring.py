@@ -1,0 +1,100 @@
+"""What `quailora evaluate` and `compare` do: typed values from their options, and the functions of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..calibration.text import TextSource
+from ..calibration.windows import Calibration
+from ..comparison.compare import ComparisonOutput, compare
+from ..comparison.table import Comparison
+from ..errors import ConfigurationError
+from ..evaluation.evaluate import Evaluation, evaluate
+from ..evaluation.tasks import Tasks
+from ..evaluation.texts import EvaluationTexts
+from ..pipeline.options import Resources
+from ..support.files import as_str, write_json
+
+
+def run_evaluate(options: Mapping[str, Any]) -> Evaluation:
+    """Measure perplexities as options say, and write them to a file if there is one.
+
+    Args:
+        options: every option of `quailora evaluate` by name, with an object for the quantizer.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    if options["quantizer"] is not None and options["base"] is not None:
+        raise ConfigurationError(
+            "Expected `quantizer` or `base`, got both. A base that is there already has a quantizer."
+        )
+    text = as_str(options["text"])
+    texts = EvaluationTexts(
+        () if text is None else (text,),
+        tuple(options["text_fields"]),
+        options["windows"],
+        options["sequence_length"],
+        options["bos"],
+    )
+    resources = Resources(options["dtype"], options["device"], trust_remote_code=options["trust_remote_code"])
+    evaluation = evaluate(
+        options["model"],
+        options["adapter"],
+        base=options["quantizer"] if options["base"] is None else options["base"],
+        texts=texts,
+        calibration=options["calibration"],
+        any_base=options["any_base"],
+        resources=resources,
+    )
+    if options["json"]:
+        content = asdict(evaluation)
+        length = content.pop("window_length")
+        write_json(Path(options["json"]), content | {"text": text, "sequence_length": length, "bos": texts.bos})
+    return evaluation
+
+
+def run_compare(options: Mapping[str, Any], command: str = "") -> Comparison:
+    """Compare methods as options say.
+
+    Args:
+        options: every option of `quailora compare` by name, with an object for the quantizer.
+        command: what was typed, for the report.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    text = TextSource(
+        as_str(options["calibration"]), tuple(options["calibration_fields"]), options["calibration_split"]
+    )
+    calibration = Calibration(
+        text,
+        options["samples"],
+        options["sequence_length"],
+        options["seed"],
+        options["calibration_dtype"],
+        options["bos"],
+    )
+    texts = EvaluationTexts(
+        tuple(map(str, options["text"])),
+        tuple(options["text_fields"]),
+        options["windows"],
+        options["window_length"],
+        options["bos"],
+    )
+    return compare(
+        str(options["model"]),
+        tuple(options["recipes"]),
+        calibration,
+        out=ComparisonOutput(options["out"], options["fresh"], command),
+        ranks=tuple(options["ranks"]),
+        quantizer=options["quantizer"],
+        against=options["against"],
+        baselines=tuple(options["baselines"]),
+        texts=texts,
+        tasks=Tasks(tuple(options["tasks"]), options["task_folder"], options["task_limit"]),
+        resources=Resources(options["dtype"], options["device"], trust_remote_code=options["trust_remote_code"]),
+    )

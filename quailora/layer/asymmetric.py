@@ -139,14 +139,14 @@ class HeldOutFit:
         moment: `H~` of the tokens that are fitted to, over `power`.
         change: `W (G - H~)` of the same, over `power`: minus half the gradient of their error at `W`.
         slope: `W (G - H~)` of the tokens that are held out.
-        judge: statistics of the latter.
+        held_out: statistics of the tokens that are held out.
     """
 
     weight: Weight
     moment: Float[Tensor, "in_features in_features"]
     change: Weight
     slope: Weight
-    judge: InputStatistics
+    held_out: InputStatistics
 
     @classmethod
     def of(cls, weight: Weight, statistics: PairedStatistics, held_out: PairedStatistics) -> HeldOutFit:
@@ -167,7 +167,9 @@ class HeldOutFit:
 
         def fitted(total: Tensor, part: Tensor) -> Tensor:
             scaled = torch.empty_like(total, dtype=torch.float32)
-            for out, rows, others in zip(*(torch.split(each, _ROWS) for each in (scaled, total, part)), strict=True):
+            for out, rows, others in zip(
+                *(torch.split(matrix, _ROWS) for matrix in (scaled, total, part)), strict=True
+            ):
                 out.copy_((rows - share * others) / ((1 - share) * power))
             return scaled
 
@@ -200,10 +202,10 @@ class HeldOutFit:
         # and cut to [0, 1], where it gains t (2 g - t c). A negative g says that every step in this direction is
         # harmful.
         choices = []
-        metric = gram(self.judge)
+        metric = gram(self.held_out)
         for ridge in RIDGES:
-            way = self.shift(ridge)
-            gradient, curvature = (self.slope * way).sum(dtype=torch.float64).item(), metric.energy(way)
+            shift = self.shift(ridge)
+            gradient, curvature = (self.slope * shift).sum(dtype=torch.float64).item(), metric.energy(shift)
             share = min(1.0, max(0.0, gradient / curvature)) if curvature > 0 else 0.0
             choices.append((share * (2 * gradient - share * curvature), ridge, share))
         _, ridge, share = max(choices)
@@ -213,5 +215,5 @@ class HeldOutFit:
         """Return the error on held-out tokens of another weight in place of `W`, less that of `W` itself."""
         # With V = W + D: E|W x - V x~|^2 = E|W (x - x~)|^2 - 2 <W (G - H~), D> + tr(D H~ D^T). The first term is that
         # of W.
-        away = other.float() - self.weight.float()
-        return gram(self.judge).energy(away) - 2 * (self.slope * away).sum(dtype=torch.float64).item()
+        change = other.float() - self.weight.float()
+        return gram(self.held_out).energy(change) - 2 * (self.slope * change).sum(dtype=torch.float64).item()

@@ -178,7 +178,7 @@ RECIPES: dict[str, Recipe] = {
         distillation=Distillation(learning_rate=1e-3),
     ),
     # Compositions that no paper has.
-    "shrunk": Recipe("quailora, the optimum with less trust in correlations", Optimal(), weighting=ShrunkWeighting()),
+    "shrunk": Recipe("quailora, the optimum with less weight on correlations", Optimal(), weighting=ShrunkWeighting()),
     "asymmetric-half": Recipe("quailora, half the step of asymmetric", Optimal(), inputs="asymmetric"),
     "asymmetric-half-srr": Recipe(
         "quailora, asymmetric-half with a base of its own: srr, rounded as held-out tokens choose",

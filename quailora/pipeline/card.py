@@ -129,10 +129,10 @@ def trained_how(distillation: Distillation | None) -> str:
     """Return a sentence on the training that an adapter has had."""
     if distillation is None:
         return "It has not been\ntrained."
-    aim = "to predict what full precision does" if distillation.target == "full precision" else "on the text itself"
+    purpose = "to predict what full precision does" if distillation.target == "full precision" else "on the text itself"
     kind = "distilled" if distillation.target == "full precision" else "fine-tuned"
     return (
-        f"Then it has\nbeen {kind} {aim}: {distillation.steps} steps of {distillation.batch} x "
+        f"Then it has\nbeen {kind} {purpose}: {distillation.steps} steps of {distillation.batch} x "
         f"{distillation.sequence_length} tokens of the calibration text,\n"
         f"learning rate {distillation.learning_rate:g}. It has not been trained on a task."
     )

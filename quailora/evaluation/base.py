@@ -177,13 +177,13 @@ def check_measured_on(
     different, distance = provenance.different(found), provenance.distance(found)
     if not different:
         return
-    told = f"{adapter} was not made for {chosen.title}: {described(provenance, different)}; {share(distance)}"
+    difference = f"{adapter} was not made for {chosen.title}: {described(provenance, different)}; {share(distance)}"
     if distance > _NEARLY and not any_base:
         raise ModelError(
-            f"{told}. Check the model, leave out `quantizer` and `base`, or pass `any_base=True` to measure it all the "
-            "same."
+            f"{difference}. Check the model, leave out `quantizer` and `base`, or pass `any_base=True` to measure it "
+            "all the same."
         )
-    logger.warning("%s. A model loaded in another dtype has slightly other codes.", told)
+    logger.warning("%s. A model loaded in another dtype has slightly other codes.", difference)
 
 
 def described(provenance: Provenance, different: list[str]) -> str:
@@ -222,12 +222,12 @@ def loaded_partly(wrapped: Any, adapter: Path) -> str:
     if not file.is_file():
         return ""
     with safe_open(file, "pt") as content:
-        there = {key for key in content.keys() if "lora_" in key}  # noqa: SIM118 # no mapping
+        present = {key for key in content.keys() if "lora_" in key}  # noqa: SIM118 # no mapping
     loaded = {key for key in get_peft_model_state_dict(wrapped, save_embedding_layers=False) if "lora_" in key}
-    ignored, invented = sorted(there - loaded), sorted(loaded - there)
+    ignored, invented = sorted(present - loaded), sorted(loaded - present)
     parts = []
     if ignored:
-        parts.append(f"{len(ignored)} of its {len(there)} tensors are ignored, {ignored[0]} first")
+        parts.append(f"{len(ignored)} of its {len(present)} tensors are ignored, {ignored[0]} first")
     if invented:
         parts.append(f"{len(invented)} that the configuration asks for are missing, {invented[0]} first")
     return "; ".join(parts)

@@ -75,20 +75,20 @@ def check(
     # here as they would be while it loads, or a base in dequantized form.
     stored = StoredBase(base)
     if stored.described:
-        found = dict(identities(stored, saved))
+        present = dict(identities(stored, saved))
     else:
         model = load_model(base, dtype, device, trust_remote_code=trust_remote_code).model
-        found = dict(fresh_identities(model, origin, saved))
-    if provenance.incomparable(found):
+        present = dict(fresh_identities(model, origin, saved))
+    if provenance.incomparable(present):
         raise ModelError(untold(folder, base))
     # Stored codes and scales that were not made while a model loads have no reason to differ in any bit.
-    different = provenance.different(found, exactly=bool(stored.described) and origin.needs != "model")
+    different = provenance.different(present, exactly=bool(stored.described) and origin.needs != "model")
     if different and not stored.described and origin.stock_quantizer is None:
         raise ModelError(f"{base} is not quantized, and the base of {folder} is not made while a model loads.")
     if different:
         raise ModelError(
             f"{folder} does not belong on {base}: {described(provenance, different)}; "
-            f"{share(provenance.distance(found))}. Load it on the base that it was made for, or "
+            f"{share(provenance.distance(present))}. Load it on the base that it was made for, or "
             f"make an adapter for this base: call init with `base='{base}'`."
         )
     return BaseCheck(str(adapter), base, origin.layers)
@@ -112,7 +112,7 @@ def fresh_identities(model: Any, origin: Origin, saved: SavedAdapter) -> Iterato
     for name, layer in track(layers.items(), "Comparing", total=len(layers)):
         with named(name):
             if quantizer is None:
-                found = BaseIdentity.of_dequantized(layer.weight)
+                identity = BaseIdentity.of_dequantized(layer.weight)
             else:
-                found = BaseIdentity.of(quantizer.quantize(layer.weight))
-        yield name, found
+                identity = BaseIdentity.of(quantizer.quantize(layer.weight))
+        yield name, identity

@@ -104,8 +104,8 @@ class Distillation:
             expected = self._expected(model, ids, dtype)
             with frozen(model), torch.enable_grad(), replaced(layers, quantized), corrected(layers, trained):
                 with arithmetic(model, dtype):
-                    found = model(input_ids=ids, use_cache=False).logits
-                loss = next_token_loss(found, ids) if expected is None else divergence(expected, found.flatten(0, 1))
+                    logits = model(input_ids=ids, use_cache=False).logits
+                loss = next_token_loss(logits, ids) if expected is None else divergence(expected, logits.flatten(0, 1))
                 torch.autograd.backward(loss)  # inside, where the weights that it needs are in place
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
@@ -156,9 +156,9 @@ def _adding(lora_B: Tensor, lora_A: Tensor) -> Callable[[nn.Module, tuple[Tensor
     return hook
 
 
-def divergence(expected: Float[Tensor, "tokens vocabulary"], found: Float[Tensor, "tokens vocabulary"]) -> Tensor:
+def divergence(expected: Float[Tensor, "tokens vocabulary"], predicted: Float[Tensor, "tokens vocabulary"]) -> Tensor:
     """Return the mean over tokens of `KL(p || q)`, in nats, of distributions given by their logits; differentiable."""
     # The gradient of KL(p || q) with respect to the logits of q is q - p for each token, bounded by 1 however far apart
     # they are. It pulls every probability towards that of full precision, not only the one of the token that follows.
-    log_p, log_q = (functional.log_softmax(logits.float(), dim=-1) for logits in (expected, found))
+    log_p, log_q = (functional.log_softmax(logits.float(), dim=-1) for logits in (expected, predicted))
     return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -74,8 +74,10 @@ class Recipe:
         if self.rounding == "feedback":
             chosen, replaced = quantizer.with_feedback() if quantizer is not None else None, quantizer
             if chosen is None:
-                given = "a base that is quantized already" if quantizer is None else repr(quantizer)
-                raise ConfigurationError(f"There is no rounding with error feedback for {given}; take NF4 or Uniform.")
+                base_name = "a base that is quantized already" if quantizer is None else repr(quantizer)
+                raise ConfigurationError(
+                    f"There is no rounding with error feedback for {base_name}; take NF4 or Uniform."
+                )
         initializer = Initializer(chosen, self.solver, scaling.rank, self.weighting, self.schedule)
         return Method(initializer, scaling, self.inputs, replaced, self.distillation, self.step, base)
 

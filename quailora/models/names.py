@@ -21,8 +21,8 @@ def names_in(model: Any, keys: Iterable[str]) -> dict[str, str | None]:
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    weights, found = model.state_dict(), {}
+    weights, renamed = model.state_dict(), {}
     for key in keys:
         new, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, weights)
-        found[key] = new if converted is None else None
-    return found
+        renamed[key] = new if converted is None else None
+    return renamed

@@ -231,9 +231,9 @@ def claim(checkpoint: Checkpoint, fresh: bool) -> None:
     before = manifest.get("fingerprint", {})
     changed = [name for name in {**before, **fingerprint} if before and before.get(name) != fingerprint.get(name)]
     if changed:
-        told = "; ".join(f"{name}: {before.get(name)} then, {fingerprint.get(name)} now" for name in changed)
+        changes = "; ".join(f"{name}: {before.get(name)} then, {fingerprint.get(name)} now" for name in changed)
         raise ResumeError(
-            f"{folder} holds the state of a run with other settings ({told}). Repeat that run's command to finish "
+            f"{folder} holds the state of a run with other settings ({changes}). Repeat that run's command to finish "
             "it, choose another output folder, or start again with `fresh=True`."
         )
     if not before:

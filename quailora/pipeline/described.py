@@ -24,8 +24,8 @@ def options_of(plan: RunPlan) -> dict[str, Any] | None:
     # `config.yaml` repeats a run, so it is written only where options can say all that the run was. A schedule or a
     # distillation comes by a recipe on the command line; a method with one of its own has no options.
     by_hand = method.recipe is None and (method.initializer.schedule != Once() or method.distillation is not None)
-    there = method.base is None or method.base.checkpoint is not None
-    if not isinstance(plan.model, str) or not isinstance(source, TextCalibration) or by_hand or not there:
+    can_be_named = method.base is None or method.base.checkpoint is not None
+    if not isinstance(plan.model, str) or not isinstance(source, TextCalibration) or by_hand or not can_be_named:
         return None
     calibration, scaling, resources = source.calibration, method.scaling, plan.resources
     composed = {

@@ -208,8 +208,8 @@ def gram_bytes(layer: Layer, *, paired: bool) -> int:
 
 def block_of(name: str) -> str:
     """Return the part of a layer's name up to the number of its block, or nothing for one outside all blocks."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found[0] if found else ""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match[0] if match else ""
 
 
 def largest_block(model: Any) -> int:

@@ -66,12 +66,12 @@ def weights_of(name: str) -> str:
     """
     # Reading all weights would take minutes for a large model. Size, header and 64 samples of each file find another
     # model, another training and most damage; transformers finds a file that is cut off.
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for file in checkpoint_files(name):
-        found.update(f"{file.name} {file.stat().st_size} ".encode())
+        hashed.update(f"{file.name} {file.stat().st_size} ".encode())
         for part in samples_of(file):
-            found.update(part)
-    return found.hexdigest()[:16]
+            hashed.update(part)
+    return hashed.hexdigest()[:16]
 
 
 def digest(content: Tensor | Sequence[str]) -> str:

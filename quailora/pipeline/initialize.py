@@ -179,8 +179,8 @@ class Asked:
             result = initialize_model(
                 model, self.method, BatchCalibration(tokens), targets=list(self.layers), resources=self.resources
             )
-            found = outcome_of(result, self.method) if distributed.rank() == 0 else None
-        first = distributed.from_first(found)
+            outcome = outcome_of(result, self.method) if distributed.rank() == 0 else None
+        first = distributed.from_first(outcome)
         if first is None:
             raise RuntimeError("the first process has no result")
         return first

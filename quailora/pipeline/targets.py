@@ -127,16 +127,16 @@ def typed_targets(model: Any, layers: Mapping[str, Layer]) -> list[str]:
 
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """Return the layers with each reason."""
-    found: dict[str, list[str]] = {}
+    layers: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        found.setdefault(reason, []).append(name)
-    return found
+        layers.setdefault(reason, []).append(name)
+    return layers
 
 
 def in_short(names: Sequence[str]) -> str:
     """Return layers by kind, with the number of each kind: `down_proj (24), gate (1)`."""
     kinds = [kind(name) for name in names]
-    counted = [f"{each} ({kinds.count(each)})" for each in dict.fromkeys(kinds)]
+    counted = [f"{one} ({kinds.count(one)})" for one in dict.fromkeys(kinds)]
     return ", ".join(counted[:_SHOWN]) + (", ..." if len(counted) > _SHOWN else "")
 
 

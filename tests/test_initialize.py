@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import save_llama
+from helpers import evaluate
 from live import EVERY, KINDS, adapted, live_model, saved_hqq
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.eva import forward_fn_dict, prepare_model_inputs_fn_language_modeling
@@ -30,7 +31,6 @@ from quailora.calibration.windows import Calibration
 from quailora.core.objective import Factors
 from quailora.errors import ArgumentTypeError, CalibrationError, ConfigurationError, ModelError, TargetError
 from quailora.evaluation.check import check
-from quailora.evaluation.evaluate import evaluate
 from quailora.pipeline.initialize import initialize
 from quailora.pipeline.initialize_model import initialize_model
 

@@ -29,10 +29,10 @@ from ..models.quantized import quantization_of
 from ..quantizers import NF4, Quantizer
 from ..support import distributed
 from ..support.progress import shown
-from .initialize_model import InitializedModel, initialize_model
+from .initialize_model import InitializedModel, carry_out
 from .options import Resources
 from .output import origin_of
-from .plan import method_of
+from .plan import method_of, plan_run
 
 logger = logging.getLogger("quailora")
 
@@ -176,9 +176,9 @@ class Asked:
         # Only the first process has the result of a run in memory. The others get factors, report and origin from it,
         # so that all start from the same numbers.
         with self.full_precision() as model:
-            result = initialize_model(
-                model, self.method, BatchCalibration(tokens), targets=list(self.layers), resources=self.resources
-            )
+            source, targets = BatchCalibration(tokens), list(self.layers)
+            plan = plan_run(model, self.method, source, targets, None, self.resources, wrapped=True)
+            result = carry_out(plan)
             outcome = outcome_of(result, self.method) if distributed.rank() == 0 else None
         first = distributed.from_first(outcome)
         if first is None:
@@ -187,7 +187,7 @@ class Asked:
 
     @contextmanager
     def full_precision(self) -> Iterator[Any]:
-        """Yield what `initialize_model` takes as the full-precision model, for a `with` statement."""
+        """Yield what a run takes as the full-precision model, for a `with` statement."""
         if self.weights is not None:
             yield self.weights
             return

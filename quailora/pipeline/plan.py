@@ -91,6 +91,8 @@ def plan_run(
     targets: Sequence[str],
     output: Output | None,
     resources: Resources,
+    *,
+    wrapped: bool = False,
 ) -> RunPlan:
     """Return the plan of a run; only configurations and shapes are read.
 
@@ -101,6 +103,7 @@ def plan_run(
         targets: names or kinds of layers; see `select_layers`.
         output: what to write; None for a result in memory.
         resources: what may be used.
+        wrapped: whether PEFT has put an adapter into these layers already, so that it need not be asked whether it can.
 
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
@@ -118,7 +121,7 @@ def plan_run(
         empty = empty_model(model, resources.dtype, trust_remote_code=resources.trust_remote_code)
     else:
         empty = empty_copy(model)
-    adapter = plan_adapter(empty, targets, method.scaling, method.base, stock=not save_base)
+    adapter = plan_adapter(empty, targets, method.scaling, method.base, stock=not save_base, wrapped=wrapped)
     method = replace(method, scaling=adapter.scaling)
     source = fitted_to(source, empty)
     check_layers(adapter.layers, method, source, save_base)

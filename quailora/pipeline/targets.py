@@ -47,6 +47,7 @@ def plan_adapter(
     base: ExistingBase | None = None,
     *,
     stock: bool = False,
+    wrapped: bool = False,
 ) -> AdapterPlan:
     """Return what an adapter for these targets consists of, found on a model without weights.
 
@@ -58,6 +59,7 @@ def plan_adapter(
         scaling: ranks and alphas that were asked for.
         base: the base, if it is quantized already; its maker has decided which layers are quantized.
         stock: whether stock transformers will quantize the base while it loads it, and decides likewise.
+        wrapped: whether PEFT has put the adapter into a model already, so that it need not be asked whether it can.
 
     Raises:
         TargetError: if a target matches nothing, names a layer that cannot be used, or one too small for its rank.
@@ -75,7 +77,8 @@ def plan_adapter(
     reasons |= unquantized(linear, base, stock=stock)
     left = {name: layer for name, layer in chosen.items() if name not in reasons}
     fitted = fit_ranks(left, named, scaling)
-    reasons |= unusable_layers(model, left, fitted, run=reach.known)
+    if not wrapped:
+        reasons |= unusable_layers(model, left, fitted, run=reach.known)
     left = {name: layer for name, layer in left.items() if name not in reasons}
     refuse(model, reasons.keys() & named, reasons, left)
     for reason, names in by_reason(reasons).items():

@@ -62,10 +62,10 @@ class InitResult:
                 "this adapter before its training" if report["training"] else "this adapter",
                 f"{share['error']:.2%}",
             ],
-            ["optimum of this rank", f"{share['error_optimal']:.2%}"],
+            ["optimum of this rank (a lower bound in wide layers)", f"{share['error_optimal']:.2%}"],
         ]
         title = f"{self.out}: {len(report['layers'])} layers, {report['bits_per_weight']:.2f} bits per weight"
-        print_table(title, ("output error, mean over layers", "share"), rows)
+        print_table(title, ("output error, mean over layers", "share of the error without correction"), rows)
 
 
 def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:

@@ -96,7 +96,10 @@ class Objective:
         return self.total.value
 
     def value(self, lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]) -> float:
-        """Return `tr((E - C) H (E - C)^T)` at `C = lora_B @ lora_A`: squared, total over outputs, per token."""
+        """Return `tr((E - C) H (E - C)^T)` at `C = lora_B @ lora_A`.
+
+        It is squared and a total over outputs. It is a mean over tokens for a Gram metric only.
+        """
         return max(0.0, self.value_at_zero - self.measure(lora_B, lora_A)[0])
 
     def measure(
@@ -106,7 +109,7 @@ class Objective:
 
         The gain is `tr(E H E^T) - tr((E - C) H (E - C)^T) = 2 tr(C H E^T) - tr(C H C^T)`, so that neither a dense
         `E - C` nor the error without correction is needed. Both terms are computed in float64, where their cancellation
-        costs about 1e-16 of the error without correction.
+        costs about 1e-16 of the larger term.
         """
         # tr(C H C^T) = tr((B^T B) (A H A^T)) and tr(C H E^T) = tr(B^T (E H A^T)): everything is r wide.
         lora_B, lora_A = lora_B.double(), lora_A.double()

@@ -26,7 +26,8 @@ class Subspace:
 
     Attributes:
         basis: orthonormal columns, most important first.
-        energies: energy of each column, `diag(U^T M U)`, float64, descending; never above the true eigenvalue.
+        energies: energy of each column, `diag(U^T M U)`, float64, descending; up to rounding, never above the true
+            eigenvalue.
         upper: bound from above on each true eigenvalue, float64: the energies themselves after a dense solution.
             After an iteration it is a bound unless some direction orthogonal to those found carries more energy than
             the least of them.
@@ -69,7 +70,8 @@ def worth_iterating(side: int, rank: int, *, decaying: bool) -> bool:
 
 def dense_subspace(moment: Float[Tensor, "rows rows"], rank: int) -> Subspace:
     """Return the leading eigenvectors of a symmetric positive semidefinite matrix by LAPACK, in its dtype."""
-    # LAPACK reads one triangle only; the mean of both halves the rounding errors of the product.
+    # LAPACK reads one triangle only. Rounding makes the two triangles of a product differ; averaging both makes it
+    # symmetric.
     values, vectors = small_eigh((moment + moment.T) / 2)
     energies = values[-rank:].flip(0).clamp(min=0).double()
     return Subspace(vectors[:, -rank:].flip(1), energies, energies)
@@ -80,7 +82,8 @@ def left_singular_subspace(matrix: Float[Tensor, "rows columns"], rank: int) -> 
     if matrix.shape[0] <= matrix.shape[1]:
         return dense_subspace(matrix @ matrix.T, rank)
     # With the singular value decomposition F = U S V^T the shorter side gives V and S, and F V = U S. Its columns are
-    # orthogonal up to rounding, so that QR only normalises them: their order and their span stay the same.
+    # orthogonal up to rounding relative to the largest singular value. QR normalises them and makes them orthogonal to
+    # machine precision; their order and their span stay the same.
     right = dense_subspace(matrix.T @ matrix, rank)
     return Subspace(torch.linalg.qr(matrix @ right.basis).Q, right.energies, right.upper)
 
@@ -116,9 +119,8 @@ class KrylovSearch:
     def find(self, rank: int, *, tolerance: float, limit: int) -> Subspace | None:
         """Return the `rank` leading eigenvectors.
 
-        Stops when `slack` is at most `tolerance` times the captured energy, and times what the search has met beyond
-        the leading directions, which is no more than what no correction of this rank can capture. Also stops when
-        rounding keeps the slack from falling further.
+        Stops when `slack <= tolerance * min(captured energy, energy of the other searched directions)`. The latter is a
+        lower bound of the optimal error. Also stops when rounding keeps the slack from falling further.
 
         Args:
             rank: number of directions.
@@ -133,9 +135,14 @@ class KrylovSearch:
         #     sum_i l_i - captured <= slack,    captured = sum_i t_i over the leading Ritz values t_i <= l_i.
         #
         # The error of the correction is tr(M) - captured >= beyond, the energy of all other directions that were
-        # searched. So slack <= tolerance * beyond makes the error at most 1 / (1 - tolerance) times the optimum,
-        # without tr(M), which would cost as much as the search. Float32 rounds the captured energy to `rounding`, below
-        # which no slack can be told from zero.
+        # searched. The optimum is sum_(i > r) l_i >= beyond, since every Ritz value is at most the eigenvalue of its
+        # place. So slack <= tolerance * beyond makes the error at most (1 + tolerance) times the optimum. This needs no
+        # tr(M), which would cost as much as the search.
+        #
+        # The dtype of the products rounds the captured energy by about `rounding`. A slack below a tenth of that cannot
+        # be told from zero, so no less is asked for. Rounding errors of several products add up, and the slack can stop
+        # falling above that: the search also ends when a check finds no less than the one before, if that was at most
+        # 64 times `rounding`.
         check, slack, rate = max(rank + 2 * self._block, 2 * rank + self._block), math.inf, _RATE
         checked = 0
         while True:
@@ -150,8 +157,8 @@ class KrylovSearch:
                 before, slack = slack, subspace.slack
                 if slack <= allowed or before <= slack <= 64 * rounding:
                     return subspace
-                # Krylov methods converge geometrically: log(slack) falls by `rate` for each block. The next check is
-                # made after as many blocks as that rate needs to bring the slack down to what is wanted.
+                # Krylov methods converge geometrically: log(slack) falls by about `rate` for each block. The next check
+                # is made where the rate between the last two checks, extrapolated, brings the slack down to `allowed`.
                 if before < math.inf:
                     rate = math.log(before / slack) * self._block / (columns - checked)
                 ahead = math.ceil(math.log(slack / allowed) / rate) if rate > 0 and allowed > 0 else 1
@@ -195,11 +202,12 @@ class KrylovSearch:
     def _ritz(self, rank: int) -> Subspace:
         """Take the leading directions of the searched space, and bound the true eigenvalues from above.
 
-        The bound holds unless a direction orthogonal to those found has more energy than the least of them.
+        The bound holds unless a direction orthogonal to those found has more energy than the least one found.
         """
         # Why `upper` is a bound. Let V be the leading Ritz vectors and T the diagonal matrix of their energies. With
-        # the next block Q', M V = V T + Q' R: the residual is R = B S, where S are the last rows of the coefficients of
-        # V. In the basis of V and its complement, R being zero outside of Q',
+        # the next block Q', M V = V T + Q' R. The residual is Q' R with R = B S, where B is the coupling to the next
+        # block and S are the last rows of the coefficients of V. In the basis of V and its complement, in which R has
+        # entries for Q' alone,
         #
         #     M = [[T, R^T], [R, D]].
         #

@@ -16,13 +16,15 @@ from .metrics import SHRINKAGE, Diagonal, Identity, Metric, check_shrinkage, gra
 from .objective import Objective
 from .statistics import InputStatistics
 
-_FLOOR = 1e-6  # of the mean: a row that no gradient reached still has to be divided by its weight
+_FLOOR = 1e-6  # least weight of a row as a share of the mean: every row is divided by the root of its weight
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """Means of the empirical Fisher information `F = E[(dL/dW)^2]` of one layer, over calibration windows.
+    """Means of the empirical Fisher information `F = E[(dL/dW)^2]` of one layer.
+
+    `L` is the loss of the whole model on one calibration window, and `E` the mean over these windows.
 
     Attributes:
         rows: mean over inputs, for each output.
@@ -166,8 +168,9 @@ class ShrunkWeighting(Weighting):
 class FisherWeighting(Weighting):
     """Outputs and inputs count by squared gradients of the loss (LQ-LoRA, Guo et al., 2023, arXiv 2311.12023).
 
-    With means over rows and over columns in place of the Fisher information `F` itself, `|sqrt(F) (W - Q - C)|^2` has a
-    closed-form minimum over `C` of a given rank (section 3.3). The model has to fit into memory.
+    The error is `sum_ij F_ij (W - Q - C)_ij^2` with the Fisher information `F`. Up to a factor, `r_i c_j` takes the
+    place of `F_ij`, with the means `r` over each row and `c` over each column of `F`. The error then has a closed-form
+    minimum over `C` of a given rank (section 3.3). The whole model has to fit into memory, for its gradients.
     """
 
     name: ClassVar[str] = "fisher"

@@ -2,7 +2,8 @@
 
 This is reduced-rank regression: the layer gets the target `W* = W G H~^-1` in place of its weight `W`, and the metric
 `H~`, with `G = E[x x~^T]` and `H~ = E[x~ x~^T]` for inputs `x` in full precision and `x~` in the network as quantized
-and corrected so far. The target is estimated from few tokens, so it is moved towards `W` as far as held-out tokens ask.
+and corrected so far. `W*` is estimated from few tokens, so the target lies between `W` and a ridge estimate of `W*`.
+The ridge, and how far the target lies from `W`, are chosen by the error on held-out tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from ..schedules.layer import QuantizedLayer, Validation
 from .initializer import Initializer, LayerInitialization
 
 RIDGES = (100.0, 10.0, 1.0, 0.1, 0.01)
-"""Ridges to choose from, as multiples of the median power of an input channel."""
+"""Ridges to choose from, as multiples of `typical(diag(H~))`."""
 STEP = 0.5
-"""How much of the best share for a layer alone is used. Later layers make up for the same errors of earlier ones."""
+"""How much of the step that is best for a layer alone is taken. Later layers make up for the same errors as it does."""
 
 # With H = E[x x^T], and G and H~ as above, the error of a weight V is
 #
@@ -41,7 +42,8 @@ STEP = 0.5
 # shortens it in all directions. Both are chosen by the error on held-out tokens before anything is solved.
 #
 # An input of width n needs 5 n^2 numbers in float64. Four are the moments of all tokens and of the held-out ones. The
-# fit to the others is made in float32, from differences; the target is computed in float64, once, and takes the fifth.
+# fit to the others is made in float32, from differences. The target is computed in float64, once, and the Cholesky
+# factor of H~ + l I takes the fifth.
 
 _ROWS = 512  # rows of a moment that are converted at a time
 
@@ -57,19 +59,22 @@ def initialize_asymmetric(
     step: float = STEP,
     quantized: QuantizedWeight | None = None,
 ) -> tuple[LayerInitialization, float]:
-    """Initialize a layer; return the result, and at which share of the step from `W` to `W*` its target lies.
+    """Initialize a layer; return the result, and which share of the step from `W` to its ridge target was taken.
 
-    With a share of 0 the target is `W` itself, as in the symmetric problem.
+    The target of the layer is `T = W + share * (W*_l - W)`, with the ridge target `W*_l = W (G + l I) (H~ + l I)^-1`.
+    The share that is returned contains the factor `step`. With a share of 0 the target is `W` itself, as in the
+    symmetric problem.
 
-    The weight itself is quantized, since the base has to stay a stock one. The errors of the result are those of
-    `W* - Q - C` in the metric `H~`, without the constant that no weight can change.
+    `W` itself is quantized, not the target, because the base has to be a quantized form of the full-precision model.
+    The errors of the result are `tr((T - Q - C) H~ (T - Q - C)^T)`. They would be the error of the output up to a
+    constant only if `T` were `W*`.
 
     Args:
         initializer: quantizer and solver; its weighting has to keep correlations.
         weight: the full-precision weight `W`.
         statistics: statistics of the inputs of both networks, over all tokens.
         held_out: statistics of those of these tokens that are held out.
-        step: how much of the share that does best on held-out tokens is taken, from 0 to 1.
+        step: factor of the share that has the least error on held-out tokens, from 0 to 1.
         quantized: `Q`, if it is there already.
 
     Raises:
@@ -107,7 +112,7 @@ def shift(weight: Weight, statistics: PairedStatistics, ridge: float) -> Weight:
     Args:
         weight: the full-precision weight `W`.
         statistics: `G` and `H~`.
-        ridge: `l`, as a multiple of the median of `diag(H~)`.
+        ridge: `l` divided by `typical(diag(H~))`.
     """
     # W (G + l I) (H~ + l I)^-1 - W = W (G - H~) (H~ + l I)^-1. The right side needs no difference of large numbers: the
     # statistics hold G - H~ as it was summed up. With H~ + l I = L L^T it takes two triangular solves for the
@@ -125,7 +130,7 @@ def shift(weight: Weight, statistics: PairedStatistics, ridge: float) -> Weight:
 
 
 def typical(power: Float[Tensor, " in_features"]) -> float:
-    """Return the median power of an input channel; if more than half of them are dead, the mean; 1 if all are."""
+    """Return the median power of all input channels; the mean if that is zero; 1 if every channel is always zero."""
     return power.median().item() or power.mean().item() or 1.0
 
 
@@ -158,9 +163,9 @@ class HeldOutFit:
             held_out: statistics of the held-out tokens among them.
         """
         # A mean over all tokens is `share` times that over the held-out ones plus (1 - share) times that over the
-        # others. All three matrices of a fit are linear in the moments, so the others follow by subtraction, without a
-        # third sum while the model runs. Dividing by `power` puts the typical entry of the diagonal at one, where
-        # float32 is safe.
+        # others. `moment` and `change` are linear in the moments, so those of the other tokens follow by subtraction,
+        # without a third sum while the model runs. `slope` is that of the held-out tokens. Dividing by `power` makes
+        # the typical entry of the diagonal one, where float32 is safe.
         share = held_out.tokens / statistics.tokens
         every, held = statistics.quantized.second_moment, held_out.quantized.second_moment
         power = typical((every.diagonal() - share * held.diagonal()) / (1 - share))
@@ -186,7 +191,7 @@ class HeldOutFit:
         channel by itself, however much louder another one is.
 
         Args:
-            ridge: `l`, as a multiple of the median of `diag(H~)`.
+            ridge: `l` divided by `typical(diag(H~))`, so that it is added to `moment` as it is.
         """
         # With S = diag(M)^(-1/2), (M)^-1 = S (S M S)^-1 S: the matrix that is factored has ones on its diagonal.
         damped = self.moment.clone()
@@ -197,17 +202,17 @@ class HeldOutFit:
 
     def choose(self) -> tuple[float, float]:
         """Return the ridge, and the share of the step to its target, with the least error on held-out tokens."""
-        # On held-out tokens the error of W + t D, less that of W, is the parabola t^2 c - 2 t g with the gradient g =
-        # <W (G - H~), D> and the curvature c = tr(D H~ D^T), both of the held-out moments. Its minimum is at t = g / c,
-        # and cut to [0, 1], where it gains t (2 g - t c). A negative g says that every step in this direction is
-        # harmful.
+        # On held-out tokens the error of W + t D, less that of W, is the parabola t^2 c - 2 t g, with the descent
+        # g = <W (G - H~), D>, minus half its slope at t = 0, and the bend c = tr(D H~ D^T), half its second derivative,
+        # both of the held-out moments. Its minimum is at t = g / c, which is cut to [0, 1]; there it gains
+        # t (2 g - t c). If g is negative, every step in this direction increases the error.
         choices = []
         metric = gram(self.held_out)
         for ridge in RIDGES:
             shift = self.shift(ridge)
-            gradient, curvature = (self.slope * shift).sum(dtype=torch.float64).item(), metric.energy(shift)
-            share = min(1.0, max(0.0, gradient / curvature)) if curvature > 0 else 0.0
-            choices.append((share * (2 * gradient - share * curvature), ridge, share))
+            descent, bend = (self.slope * shift).sum(dtype=torch.float64).item(), metric.energy(shift)
+            share = min(1.0, max(0.0, descent / bend)) if bend > 0 else 0.0
+            choices.append((share * (2 * descent - share * bend), ridge, share))
         _, ridge, share = max(choices)
         return ridge, share
 

@@ -16,7 +16,10 @@ from .initializer import LayerInitialization
 @final
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer of the report. Errors are `tr((E - C) H (E - C)^T)`: squared, total over outputs, per token.
+    """One layer of the report. Errors are `tr((E - C) H (E - C)^T)` in the Gram metric of the inputs fitted to.
+
+    They are squared, totals over outputs, and means over tokens. `E` is `W - Q`; for asymmetric inputs it is the target
+    less `Q`, so that errors are the distance to the target.
 
     Attributes:
         name: module name.
@@ -27,11 +30,11 @@ class LayerRecord:
         error_none: output error without correction.
         error_uncalibrated: output error with the plain SVD.
         error: output error with this adapter.
-        error_optimal: the least for this rank; in wide layers a certified bound just below it.
+        error_optimal: the least for this rank; in wide layers a lower bound of it, see `Subspace.upper`.
         relative_error: `error / tr(W H W^T)`.
         iterations: rounds that the solver ran.
         seconds: what it took to quantize and correct; what several methods share counts for the first of them.
-        asymmetry: for asymmetric inputs, where the target lies between `W` (0) and `W*` (1).
+        asymmetry: for asymmetric inputs, where the target lies between `W` (0) and the ridge estimate of `W*` (1).
         base: tells the quantized weight that the correction belongs to from others.
     """
 

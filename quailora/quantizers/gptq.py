@@ -33,10 +33,11 @@ Square = Float[Tensor, "in_features in_features"]
 class GPTQ(Quantizer):
     """2 to 8 bits: columns are rounded in turn, and those still to come are shifted to make up for the error made.
 
-    Works on `H = mean(x x^T)` of the layer's inputs, shrunk towards its diagonal and damped. If the sweep ends worse
-    than rounding to nearest on the same grid, in the metric of `H`, the latter is returned (this happens on degenerate
-    statistics). The published method is `shrinkage=0`, `damping_scale="mean"`: it trusts every correlation between
-    channels of the calibration inputs, and can leave a worse model than rounding to nearest.
+    Works on `H = mean(x x^T)` of the layer's inputs, shrunk towards its diagonal and damped. Rounding to nearest with
+    the same bits and group size, which fits a grid of its own, is tried as well, and is returned if its error in the
+    metric `H` is smaller (this happens on degenerate statistics). The published method is `shrinkage=0`,
+    `damping_scale="mean"`: it takes every correlation between channels as the calibration inputs show it, and can leave
+    a worse model than rounding to nearest.
 
     Attributes:
         bits: width of a code.
@@ -45,8 +46,9 @@ class GPTQ(Quantizer):
         activation_order: round the columns with the largest inputs first (`desc_act`).
         static_groups: with `activation_order`, keep groups of consecutive columns, with grids fitted beforehand.
         damping: added to the diagonal of `H`, relative to the `damping_scale` of that diagonal.
-        damping_scale: "mean", as in the GPTQ papers' code, or "median". One massive activation can raise the mean of
-            the diagonal a thousandfold, which then blurs every other channel; the median does not notice it.
+        damping_scale: "mean", as in the code of the GPTQ paper, or "median"; in both, channels that are always zero are
+            left out. One massive activation can raise the mean of the diagonal a thousandfold. The damping can
+            then exceed the power of the other channels and hide their correlations. The median hardly changes.
         mse: scales with the least squared error, in place of those that span the range of their group.
         shrinkage: share of the correlations between input channels that is taken off `H`, from 0 to below 1.
     """
@@ -178,7 +180,8 @@ def damped_factor(
     def compute() -> tuple[Int[Tensor, " in_features"] | None, float, Square]:
         moment = statistics.second_moment
         power = moment.diagonal()
-        # Channels that are always zero would pull the typical power down, and need no damping: nothing couples to them.
+        # Channels that are always zero are left out of the median and of the mean, which they would pull down. Nothing
+        # couples to them, and their own damping only has to be positive.
         live = power[power > 0]
         added = damping * (live.mean() if scale == "mean" else live.median()).item() if len(live) else 1.0
         if not activation_order:
@@ -225,7 +228,8 @@ def sweep(
     Returns:
         Codes, transposed as the weight; and the loss `tr(E (U^T U)^-1 E^T)` of what rounding has done.
     """
-    # Let R = U^-1, which is upper triangular, so that H = (U^T U)^-1 = R R^T, and let E = W - Q be the error. Then
+    # Let H be the shrunk and damped matrix here, R = U^-1, which is upper triangular, so that H = (U^T U)^-1 = R R^T,
+    # and let E = W - Q be the error. Then
     #
     #     tr(E H E^T) = |E R|^2 = sum_j |e_j|^2,    e_j = sum_(i <= j) E_i R_ij
     #
@@ -236,8 +240,9 @@ def sweep(
     #
     # (both sides follow from E = e U, whose column j is E_j = sum_(i <= j) e_i U_ij, with U_jj = 1 / R_jj). With w_j
     # the right side, e_j = (w_j - Q_j) / U_jj. So once a column is rounded, its e_i times row i of U comes off all
-    # columns to its right: this is the error feedback of GPTQ, and the same as Babai's nearest plane for the lattice of
-    # levels. The sum over i can be taken in any order and in blocks. Only the columns that come next need it at once.
+    # columns to its right: this is the error feedback of GPTQ. For uniform levels, and as long as nothing is clipped,
+    # it is Babai's nearest plane algorithm for the lattice of levels. The sum over i can be taken in any order and in
+    # blocks. Only the columns that come next need it at once.
     count = len(columns)
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
     scales = factor.diagonal().tolist()

@@ -14,7 +14,7 @@ from .base import Schedule, Solve
 from .layer import QuantizedLayer
 
 DAMPINGS: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
-"""Of the error feedback, to choose from, relative to the median power of an input channel."""
+"""Dampings of the error feedback to choose from, relative to the median power of channels that are not always zero."""
 
 
 @final
@@ -67,8 +67,8 @@ class HeldOut(Schedule):
 
     @override
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
-        # On the tokens that a rounding was fitted to, the one with the least damping has the least error: it has fitted
-        # their noise as well. Only other tokens can tell how much of that was noise.
+        # On the tokens that a rounding was fitted to, the one with the least damping nearly always has the least error,
+        # because it has fitted their noise as well. Only other tokens show how much of that was noise.
         validation = layer.validation
         if validation is None:
             raise ConfigurationError(

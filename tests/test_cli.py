@@ -315,6 +315,7 @@ def test_compare_prints_a_table_and_goes_on(run, tiny_llama, tmp_path):
     status, _, errors = run(*common, "--recipes", "lorca")
     assert status == 1
     assert "Unknown recipe 'lorca'" in errors
+    assert "Did you mean lorc?" in errors
 
 
 def test_init_by_recipe(run, tiny_llama, tmp_path):
@@ -332,6 +333,9 @@ def test_list_names_every_component(run):
     assert status == 0
     for name in ("nf4", "fp4", "int8", "uniform", "gptq", "zero", "svd", "quailora", "optimal"):
         assert name in shown
+    assert all(f"{name} *" in shown for name in ("loftq", "caldera", "best-joint"))
+    assert "best *" not in shown
+    assert shown.count("(default)") == 4
 
 
 def test_help_teaches(run):

@@ -165,7 +165,12 @@ def test_one_group_a_row_can_be_written_down(run, tiny_llama, tmp_path):
         (["init", "demo", "--out", "x", "--rank", "a"], "--rank: Expected int, got a. See: quailora init --help"),
         (["init", "demo", "--out", "x", "--rank-pattern", "y"], "Expected dict[str, int], NoneType, got y"),
         (["init", "demo", "--out", "x", "--bogus", "1"], "Unknown options or words: --bogus 1"),
+        (
+            ["init", "demo", "--out", "x", "--offlod", "never"],
+            "--offlod never. Did you mean --offload? See: quailora init",
+        ),
         (["nonsense"], "There is no command 'nonsense'. Expected one of init, evaluate"),
+        (["innit"], "demo, list. Did you mean init? See: quailora --help"),
         ([], "Expected a command: init, evaluate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -29,7 +29,7 @@ Forward = Callable[[int, Tensor], Tensor]
 """Runs one block on the hidden states of a batch, given by its number."""
 
 RunBlock = Callable[..., Inputs]
-"""Runs one block on a batch in one network, and returns what layers were run on; see `Walk._visit`."""
+"""Runs one block on a batch in one network, and returns what layers were run on; the inner `run` of `Walk._run_at`."""
 
 
 _PROBE_TOKENS = 8
@@ -37,11 +37,13 @@ _PROBE_TOKENS = 8
 
 @final
 class Block:
-    """One block of a model, or the layers in it that share an input, resident while it is visited.
+    """What a visit gets: layers of one block, whose weights are in memory during the visit.
+
+    For full inputs these are all its layers, else a group of them with one input, so that an index comes several times.
 
     Args:
-        index: its place in the model; what lies outside all blocks comes last.
-        inputs: what is known of the inputs of each layer in it, by name.
+        index: number of the block in the model, from 0. Layers outside all blocks come last, with the next number.
+        inputs: statistics of the inputs of each layer, by the layer's name.
     """
 
     def __init__(self, index: int, inputs: Mapping[str, LayerInputs]) -> None:
@@ -67,9 +69,8 @@ class Block:
 
 
 Visit = Callable[[Block], Mapping[str, Tensor]]
-"""Works on a block; returns what its layers compute with from now on in the quantized network, (out_features,
-in_features) by name: of every layer, where layers are fitted to other inputs than those of full precision; else
-nothing."""
+"""Works on a block. Returns {} for inputs "full", else the new weight, (out_features, in_features), of every layer of
+the block by name, which the quantized network computes with from then on."""
 
 
 @final
@@ -84,12 +85,13 @@ class Walk:
         model: a transformers causal language model, in memory or on disk.
         layers: the layers to watch, by name.
         tokens: the tokens that the model is run on.
-        inputs: "full": of the full-precision model. "quantized": of the network in which all layers before are
-            replaced by what their visit has returned; blocks then come in groups of layers with the same input, and are
-            run once more for each. "asymmetric": of both, paired.
+        inputs: which network's inputs layers get statistics of. "full": the full-precision model. "quantized": the
+            network in which all layers before have the weights that visits have returned; the layers of a block then
+            come in groups with the same input, and the block is run once more for each group. "asymmetric": both
+            networks, paired by token.
         dtype: arithmetic; see `Calibration`.
         activations: keeps hidden states between blocks.
-        start: blocks that an earlier walk has done.
+        start: number of blocks that an earlier walk has done, whose results `activations` must hold.
         on_done: called with the number of blocks done, when all that the next block needs is kept.
         on_batch: called with a few words before a block is run on a batch.
     """
@@ -115,8 +117,7 @@ class Walk:
             CalibrationError: if a layer is never run, or there are too few sequences to hold some out.
             NumericalError: if a weight or an input is NaN or infinite.
             ModelError: if the model has to be run block by block and cannot be.
-            ValueError: if layers are fitted to other inputs than those of full precision, and a visit returns no weight
-                for one of them.
+            ValueError: if `inputs` is not "full", and a visit returns no weight for one of its layers.
         """
         if any(layer.expert is not None for layer in self.layers.values()):
             self.model.set_experts_implementation("eager")  # a product for each expert, which can be watched
@@ -130,8 +131,8 @@ class Walk:
                 self.activations.save(0, network, number, hidden)
         members = [self._members(name) for name in chain.names]
         outside = [name for name in self.layers if not any(name in inside for inside in members)]
-        last = len(members) if outside else max((i + 1 for i, inside in enumerate(members) if inside), default=0)
-        for index in range(self.start, last):
+        end = len(members) if outside else max((i + 1 for i, inside in enumerate(members) if inside), default=0)
+        for index in range(self.start, end):
             with resident(chain.blocks[index]):
                 check_finite_parameters(chain.names[index], chain.blocks[index])
                 forward = partial(_run_block, chain, calls, index)
@@ -149,7 +150,7 @@ class Walk:
                 for layer in rest.values():
                     weights.enter_context(resident(layer.module))
                 forward = partial(_run_outside, chain, batches)
-                self._run_at(last, rest, forward, batches, held_out, visit)
+                self._run_at(end, rest, forward, batches, held_out, visit)
 
     @property
     def _networks(self) -> tuple[str, ...]:

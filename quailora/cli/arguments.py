@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 from jsonargparse import get_loader
 
 from ..errors import ConfigurationError
+from ..support.choices import did_you_mean
 from .components import Component, class_of, is_switch, may_be_none, resolved
 from .parser import command_parser, component_help
 from .plugins import add_recipes, import_for, import_module
@@ -201,8 +201,7 @@ def check_written(command: str, written: Mapping[str, Any], parameters: Mapping[
     """Raise a `ConfigurationError` if configuration files have what is no option, or a single value for a list."""
     for name, value in written.items():
         if name not in parameters:
-            near = get_close_matches(name, parameters, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, parameters)
             hint = " Pass it on the command line." if name in {"plugin", "config"} else hint
             raise ConfigurationError(f"Expected options of {command} in the configuration file, got {name!r}.{hint}")
         if "Sequence[" in str(parameters[name].annotation) and not isinstance(value, list):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, final, get_args, get_type_hints
 
 from ..errors import ConfigurationError
+from ..support.choices import did_you_mean
 from ..support.settings import class_path, find_class, short_name, subclasses
 
 
@@ -72,10 +73,11 @@ def class_of(option: str, name: str) -> type[Any]:
     interface = interfaces()[option]
     found = find_class(interface, name)
     if found is None:
-        names = ", ".join(short_name(cls) for cls in subclasses(interface) if short_name(cls))
+        names = [short_name(cls) for cls in subclasses(interface) if short_name(cls)]
         raise ConfigurationError(
-            f"Unknown {option} {name!r}. Expected one of {names}, or the name of a class in your own module, which has "
-            f"to be imported: pass --plugin {name.rpartition('.')[0] or 'MODULE'}."
+            f"Unknown {option} {name!r}. Expected one of {', '.join(names)}, or the name of a class in your own "
+            f"module, which has to be imported: pass --plugin {name.rpartition('.')[0] or 'MODULE'}."
+            f"{did_you_mean(name, names)}"
         )
     return found
 

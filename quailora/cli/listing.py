@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, final
 
 from ..support.tables import print_table
+from .commands.init import init
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -38,11 +40,18 @@ def tables() -> dict[tuple[str, str], Rows]:
     imported = f"{_PACKAGE}.quantizers" in sys.modules  # by a module of the caller's own
     quantizers, solvers, metrics, recipes = imported_rows() if imported else source_rows()
     return {
-        ("Quantizers (fields: quailora init --quantizer.help NAME)", "what"): quantizers,
-        ("Solvers (fields: quailora init --solver.help NAME)", "what"): solvers,
-        ("Metrics (fields: quailora init --metric.help NAME)", "what"): metrics,
-        ("Recipes (quailora init --recipe NAME)", "source"): recipes,
+        ("Quantizers (fields: quailora init --quantizer.help NAME)", "what"): with_default("quantizer", quantizers),
+        ("Solvers (fields: quailora init --solver.help NAME)", "what"): with_default("solver", solvers),
+        ("Metrics (fields: quailora init --metric.help NAME)", "what"): with_default("metric", metrics),
+        # The default solver and metric together are the recipe of the same name as the solver.
+        ("Recipes (quailora init --recipe NAME; * writes its own base)", "source"): with_default("solver", recipes),
     }
+
+
+def with_default(option: str, rows: Rows) -> Rows:
+    """Return rows in which the name that `quailora init` takes for an option by default is marked."""
+    default = str(signature(init).parameters[option].default)
+    return [(f"{name} (default)" if name == default else name, about) for name, about in rows]
 
 
 def imported_rows() -> list[Rows]:
@@ -59,7 +68,8 @@ def imported_rows() -> list[Rows]:
     for interface, table in zip(interfaces().values(), own, strict=True):
         classes = [*table.values(), *(cls for cls in subclasses(interface) if not is_own(cls))]
         found.append([(cls.name or written_name(cls), f"{cls.__doc__ or ''}".partition("\n")[0]) for cls in classes])
-    return [*found, [(name, recipe.source) for name, recipe in RECIPES.items()] + other_names(ALIASES)]
+    own_base = {name for name, recipe in RECIPES.items() if recipe.changes_base}
+    return [*found, recipe_rows({name: recipe.source for name, recipe in RECIPES.items()}, ALIASES, own_base)]
 
 
 def source_rows() -> list[Rows]:
@@ -67,22 +77,34 @@ def source_rows() -> list[Rows]:
     module = parsed(file_of("methods/recipes.py"))
     table = assigned(module, "RECIPES")
     assert isinstance(table, ast.Dict)
-    recipes = [
-        (str(key.value), str(value.args[0].value))
+    recipes = {
+        str(key.value): value
         for key, value in zip(table.keys, table.values, strict=True)
-        if isinstance(key, ast.Constant) and isinstance(value, ast.Call) and isinstance(value.args[0], ast.Constant)
-    ]
+        if isinstance(key, ast.Constant) and isinstance(value, ast.Call)
+    }
+    sources = {name: str(ast.literal_eval(recipe.args[0])) for name, recipe in recipes.items()}
+    own_base = {name for name, recipe in recipes.items() if changes_base(recipe)}
     return [
         list(rows_of(file_of("quantizers/__init__.py"), "QUANTIZERS")),
         list(rows_of(file_of("solvers/__init__.py"), "SOLVERS")),
         list(rows_of(file_of("core/weightings.py"), "WEIGHTINGS")),
-        recipes + other_names(ast.literal_eval(assigned(module, "ALIASES"))),
+        recipe_rows(sources, ast.literal_eval(assigned(module, "ALIASES")), own_base),
     ]
 
 
-def other_names(aliases: Mapping[str, str]) -> Rows:
-    """Return a row for each name that stands for another one."""
-    return [(alias, f"another name of {name}") for alias, name in aliases.items()]
+def changes_base(recipe: ast.Call) -> bool:
+    """Return whether the source text of a recipe has a schedule other than `Once`, or rounds with error feedback."""
+    names = {ast.unparse(each.func) for each in ast.walk(recipe) if isinstance(each, ast.Call)}
+    table = assigned(parsed(file_of("schedules/__init__.py")), "SCHEDULES")
+    schedules = {node.id for node in ast.walk(table) if isinstance(node, ast.Name)} - {"Once"}
+    return bool(names & schedules) or any(ast.unparse(word.value) == "'feedback'" for word in recipe.keywords)
+
+
+def recipe_rows(sources: Mapping[str, str], aliases: Mapping[str, str], own_base: Container[str]) -> Rows:
+    """Return a row for each recipe and for each name that stands for another one; names in `own_base` are marked."""
+    rows = [(name, name, source) for name, source in sources.items()]
+    rows += [(alias, name, f"another name of {name}") for alias, name in aliases.items()]
+    return [(f"{shown} *" if name in own_base else shown, about) for shown, name, about in rows]
 
 
 def rows_of(file: Path, table: str) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from ..errors import QuailoraError
+from ..support.choices import did_you_mean
 from ..support.progress import console
 from .arguments import arguments_of, load_plugins
 from .commands import COMMANDS
@@ -109,8 +110,8 @@ def run(words: Sequence[str]) -> Any:
         command_list(COMMANDS).parse_args([command])
     if command not in COMMANDS:
         names = ", ".join(COMMANDS)
-        refuse(
-            f"There is no command {command!r}. Expected one of {names}." if command else f"Expected a command: {names}."
-        )
+        if not command:
+            refuse(f"Expected a command: {names}.")
+        refuse(f"There is no command {command!r}. Expected one of {names}.{did_you_mean(command, COMMANDS)}")
     function = COMMANDS[command]
     return function(**arguments_of(command, function, rest))

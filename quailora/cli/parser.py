@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from rich.text import Text
 
+from ..support.choices import did_you_mean
 from ..support.progress import console
 from ..support.settings import class_path, short_name
 
@@ -57,7 +58,9 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong in one line, in place of the usage of every option, and exit with status 2."""
         del ex
-        refuse(plain(message, self.prog), self.prog if " --" in self.prog else f"{self.prog} --help")
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
+        hint = did_you_mean(unknown, self._option_string_actions) if unknown.startswith("--") else ""
+        refuse(plain(message, self.prog) + hint, self.prog if " --" in self.prog else f"{self.prog} --help")
 
 
 def command_parser(name: str, function: Callable[..., Any]) -> Parser:

@@ -24,10 +24,13 @@ class Method:
     Attributes:
         initializer: quantizer, weighting, solver and schedule; its rank is replaced by the layer's own.
         scaling: rank of each layer.
-        inputs: whose inputs layers are fitted to, see `Walk`.
-        replaced: the quantizer that was asked for, where the method rounds with error feedback in its place.
-        distillation: training of the whole model that follows, if any.
-        step: length of the step to the asymmetric target; see `initialize_asymmetric`.
+        inputs: whose inputs layers are fitted to. "full": those of the full-precision model. "quantized": those of the
+            network in which all layers before are quantized and corrected. "asymmetric": the layer gets the latter and
+            is fitted to its full-precision output on the former.
+        requested_quantizer: the quantizer that was asked for, if the quantizer of `initializer` is another one, which
+            rounds to the same format with error feedback; None if it is the one that was asked for.
+        distillation: training of all corrections together that follows, if any.
+        step: share of the best step from `W` to the asymmetric target, from 0 to 1; see `initialize_asymmetric`.
         base: the base, if it is quantized already; the initializer then has no quantizer.
         recipe: name of the recipe that the method is; None for one that was put together by hand.
     """
@@ -35,7 +38,7 @@ class Method:
     initializer: Initializer
     scaling: LoraScaling
     inputs: InputsOf = "full"
-    replaced: Quantizer | None = None
+    requested_quantizer: Quantizer | None = None
     distillation: Distillation | None = None
     step: float = STEP
     base: ExistingBase | None = None
@@ -49,7 +52,7 @@ class Method:
     @property
     def changes_base(self) -> bool:
         """Whether the base is another one than the quantizer alone gives, so that it has to be saved."""
-        return self.initializer.schedule.changes_base or self.replaced is not None
+        return self.initializer.schedule.changes_base or self.requested_quantizer is not None
 
     @property
     def needs_gradients(self) -> bool:
@@ -73,13 +76,17 @@ class Method:
         """Raise a `ConfigurationError` if the parts of the method do not go together."""
         initializer, schedule = self.initializer, self.initializer.schedule
         if (self.base is None) == (initializer.quantizer is None):
-            raise ConfigurationError("Expected a quantizer or a base that is quantized already, and not both.")
+            came = "neither" if self.base is None else f"both {initializer.quantizer!r} and a base"
+            raise ConfigurationError(
+                f"Expected either a quantizer or a base that is quantized already, got {came}. Give the initializer a "
+                "quantizer and leave `base` out, or give the method a `base` and the initializer None as quantizer."
+            )
         if initializer.quantizer is not None:
             schedule.check(initializer.quantizer)
         elif schedule.changes_base:
             raise ConfigurationError(
-                f"The base is quantized already, and {schedule!r} would quantize it again. Take another recipe, such "
-                "as quailora or best."
+                f"The base is quantized already, and {schedule!r} would quantize it again. Take a recipe that keeps "
+                "the base, such as quailora or best."
             )
         if self.inputs == "asymmetric" and not initializer.weighting.keeps_correlations:
             raise ConfigurationError(
@@ -87,4 +94,7 @@ class Method:
                 f"{initializer.weighting!r}. Take the metric gram or shrunk, or full inputs."
             )
         if schedule.needs_validation and self.inputs != "asymmetric":
-            raise ConfigurationError("This schedule needs held-out tokens, which only asymmetric inputs have.")
+            raise ConfigurationError(
+                f"The schedule {schedule!r} needs held-out tokens, which only asymmetric inputs have, got "
+                f"{self.inputs} inputs. Pass `inputs='asymmetric'`, or take another schedule."
+            )

@@ -26,6 +26,7 @@ from ..layer.initializer import Initializer
 from ..quantizers import Quantizer
 from ..schedules import SRR, Alternate, HeldOut, MagR, Once, ProjQ, Schedule
 from ..solvers import SVD, AlternatingLeastSquares, Optimal, Solver, Zero
+from ..support.choices import did_you_mean
 from .distillation import Distillation
 from .method import Method
 
@@ -59,6 +60,11 @@ class Recipe:
     distillation: Distillation | None = None
     step: float = STEP
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base is another one than the quantizer alone gives, so that it has to be saved."""
+        return self.rounding == "feedback" or self.schedule.changes_base
+
     def method(self, quantizer: Quantizer | None, scaling: LoraScaling, base: ExistingBase | None = None) -> Method:
         """Return the method for a base and ranks.
 
@@ -70,16 +76,16 @@ class Recipe:
         Raises:
             ConfigurationError: if the method needs error feedback and there is none for this base.
         """
-        chosen, replaced = quantizer, None
+        chosen, requested = quantizer, None
         if self.rounding == "feedback":
-            chosen, replaced = quantizer.with_feedback() if quantizer is not None else None, quantizer
+            chosen, requested = quantizer.with_feedback() if quantizer is not None else None, quantizer
             if chosen is None:
                 base_name = "a base that is quantized already" if quantizer is None else repr(quantizer)
                 raise ConfigurationError(
                     f"There is no rounding with error feedback for {base_name}; take NF4 or Uniform."
                 )
         initializer = Initializer(chosen, self.solver, scaling.rank, self.weighting, self.schedule)
-        return Method(initializer, scaling, self.inputs, replaced, self.distillation, self.step, base)
+        return Method(initializer, scaling, self.inputs, requested, self.distillation, self.step, base)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -229,7 +235,10 @@ def resolved_name(name: str) -> str:
     """
     resolved = ALIASES.get(name, name)
     if resolved not in RECIPES:
-        raise ConfigurationError(f"Unknown recipe {name!r}. Expected one of {', '.join((*RECIPES, *ALIASES))}.")
+        names = (*RECIPES, *ALIASES)
+        raise ConfigurationError(
+            f"Unknown recipe {name!r}. Expected one of {', '.join(names)}.{did_you_mean(name, names)}"
+        )
     return resolved
 
 

@@ -36,7 +36,7 @@ def options_of(plan: RunPlan) -> dict[str, Any] | None:
     output = plan.output or Output("")
     return {
         "model": plan.model,
-        "quantizer": describe(method.replaced or method.quantizer or NF4()),
+        "quantizer": describe(method.requested_quantizer or method.quantizer or NF4()),
         "base": method.base.checkpoint if method.base is not None else None,
         "recipe": method.recipe,
         **(composed if method.recipe is None else {}),

@@ -58,16 +58,22 @@ def initialize(
 
     Called between `get_peft_model` and the training. The full-precision model is run on the tokens block by block, and
     `lora_A` and `lora_B` are changed in place, with PEFT's scaling divided out. What the adapter belongs to is noted in
-    its configuration, where `save_pretrained` keeps it for `quailora check`.
+    its configuration, where `save_pretrained` keeps it for `quailora check`. For example:
+
+        model = get_peft_model(quantized, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        quailora.initialize(model, dataloader, weights="org/model", recipe="best")
+        trainer = Trainer(model=model, ...)
 
     Args:
         peft_model: a `PeftModel` around a causal language model that is quantized (bitsandbytes in 4 or 8 bits, GPTQ,
             AWQ, HQQ, torchao in 8 bits), whose other layers keep their adapters; or around one in full precision.
         dataloader: batches as the model takes them. Padding is cut off, and tokens with the label -100 are run but do
-            not count. The first 131072 tokens are used; of `CalibrationTokens`, all.
+            not count. The first 131072 tokens are used. `CalibrationTokens`, which hold sequences that have been cut
+            and checked before, may be passed in place of batches, and are used as a whole.
         weights: the full-precision model: hub name, folder, or the model itself. By default what the model was loaded
             from. Read from disk block by block.
-        recipe: name of a method, see `quailora list`; or a `Recipe`.
+        recipe: name of a method, see `quailora list`; or a `Recipe`. Recipes that choose their own base, marked with *
+            in that list, are refused: `quailora init` writes their base.
         adapter_name: name of the adapter.
         forward_fn: calls its first argument, the model, on its second, a batch; `model(**batch)` if None.
         prepare_model_inputs_fn: returns which tokens of a batch, its first argument, count: a mask, or pairs of row and

@@ -43,11 +43,12 @@ class ModelRun:
     method, because it decides what later layers see.
 
     Attributes:
-        walk: the model, block by block; its layers are all that matter to the run.
+        walk: the walk through the model, block by block; its layers are all layers to quantize that text reaches.
         targets: the layers that get a correction; the others are quantized only.
-        methods: the methods by name; a name is a folder of the store, or empty.
+        methods: the methods by name. The name is the prefix of their keys in the store, and may be empty; see `key`.
         store: keeps finished layers, and holds those of an earlier run.
-        keep_weights: methods whose quantized weights are kept, too.
+        keep_weights: names of the methods whose quantized weights of targets are kept in the store, too. Those of other
+            layers, and all weights where inputs are not full, are always kept.
         keep_packed: whether they are also kept as a checkpoint has them.
         seed: seed of untrained directions.
         sensitivities: sensitivity of each target, for methods that need gradients.
@@ -74,8 +75,12 @@ class ModelRun:
     def finish(self) -> None:
         """Finish every layer that is not finished yet.
 
-        Where layers are missing that an earlier walk has been through, since their files were damaged, a walk from the
-        start follows, and makes these again.
+        If files of finished blocks are gone, a second walk from block 0 makes those layers again.
+
+        Raises:
+            ConfigurationError: if there are several methods, and inputs are not full.
+
+        See `Walk.run` for other errors.
         """
         if self.walk.inputs != "full" and len(self.methods) != 1:
             raise ConfigurationError(f"Expected one method on {self.walk.inputs} inputs, got {len(self.methods)}.")
@@ -112,23 +117,25 @@ class ModelRun:
         for inputs in block.drain():
             name = inputs.layer.name
             if name in mine:
-                for method, stored in self._made(inputs):
-                    self.store.save(key(method, name), stored)
+                for method_name, stored in self._made(inputs):
+                    self.store.save(key(method_name, name), stored)
             if name in names:
                 counter.advance()
         self._share(block)
         if self.walk.inputs == "full":
             return {}
-        (method,) = self.methods
-        return {name: self.compensated(method, name) for name in block.layers}
+        (method_name,) = self.methods
+        return {name: self.compensated(method_name, name) for name in block.layers}
 
     def _quantize_silent(self) -> None:
         """Quantize the layers that no text reaches; with a quantizer that needs inputs they stay as they are.
 
         The first of several processes does it, which is the one that writes the base.
         """
-        for method, settings in self.methods.items() if self.silent and distributed.rank() == 0 else ():
-            quantizer = settings.quantizer
+        if not self.silent or distributed.rank() != 0:
+            return
+        for method_name, method in self.methods.items():
+            quantizer = method.quantizer
             if quantizer is None or quantizer.needs_calibration:
                 logger.warning(
                     "The base keeps %d layers that text never reaches in full precision: %r needs their inputs.",
@@ -137,35 +144,43 @@ class ModelRun:
                 )
                 continue
             for name, layer in self.silent.items():
-                if not self.store.has(key(method, name)):
+                if not self.store.has(key(method_name, name)):
                     with resident(layer.module):
                         stored = quantizer.quantize(layer.weight)
-                    self.store.save(key(method, name), StoredLayer(None, None, *self._kept(stored)))
+                    self.store.save(key(method_name, name), StoredLayer(None, None, *self._kept(stored)))
 
-    def finished(self, method: str, distillation: Distillation | None = None) -> dict[str, StoredLayer]:
+    def finished(self, method_name: str, distillation: Distillation | None = None) -> dict[str, StoredLayer]:
         """Return what a finished run made of each layer by one of its methods; tensors may be memory-mapped.
 
         Args:
-            method: its name.
+            method_name: its name in `methods`.
             distillation: the training that followed, if any; see `distil`.
         """
-        silent = [name for name in self.silent if self.store.has(key(method, name))]
-        layers = {name: self.store.load(key(method, name)) for name in (*self.walk.layers, *silent)}
+        silent = [name for name in self.silent if self.store.has(key(method_name, name))]
+        layers = {name: self.store.load(key(method_name, name)) for name in (*self.walk.layers, *silent)}
         if distillation is not None:
-            keys = distilled_keys(method, distillation, self.targets)
+            keys = distilled_keys(method_name, distillation, self.targets)
             layers |= {name: self.store.load(stored) for name, stored in keys.items()}
         return layers
 
-    def distil(self, method: str, distillation: Distillation | None, source: CalibrationSource, tokenizer: Any) -> None:
-        """Distil what a finished run made by one of its methods, unless there are no settings or this was done before.
+    def distil(
+        self, method_name: str, distillation: Distillation | None, source: CalibrationSource, tokenizer: Any
+    ) -> None:
+        """Train the corrections of a finished run together, unless this was done before; keep the trained ones, too.
 
         The first of several processes trains, and the others wait. Errors of layers remain those before the training.
+
+        Args:
+            method_name: name of the method in `methods` whose corrections are trained.
+            distillation: settings of the training; nothing is trained if None.
+            source: what the training draws its text from.
+            tokenizer: tokenizer of the model.
         """
-        keys = distilled_keys(method, distillation, self.targets) if distillation is not None else {}
+        keys = distilled_keys(method_name, distillation, self.targets) if distillation is not None else {}
         if distillation is not None and distributed.rank() == 0 and not all(map(self.store.has, keys.values())):
             # Weights and corrections come from the store and not from memory, so that a run which ended after its last
             # layer can go on with the training alone.
-            before = self.finished(method)
+            before = self.finished(method_name)
             weights = {name: one.dequantized for name, one in before.items() if one.dequantized is not None}
             corrections = {name: one.correction for name, one in before.items() if one.correction is not None}
             trained = distillation.train(
@@ -181,9 +196,9 @@ class ModelRun:
                 self.store.save(keys[name], replace(before[name], correction=correction))
         distributed.barrier()
 
-    def compensated(self, method: str, layer: str) -> Tensor:
+    def compensated(self, method_name: str, layer: str) -> Tensor:
         """Return what a finished layer computes with in the quantized network: `Q + C`, or `Q`."""
-        stored = self.store.load(key(method, layer))
+        stored = self.store.load(key(method_name, layer))
         if stored.dequantized is None:
             raise RuntimeError(f"no weight of {layer} was kept")
         if stored.correction is None:
@@ -191,7 +206,7 @@ class ModelRun:
         return stored.dequantized + stored.correction.dense().to(stored.dequantized.dtype)
 
     def _missing_here(self, layer: str) -> list[str]:
-        return [method for method in self.methods if not self.store.has(key(method, layer))]
+        return [name for name in self.methods if not self.store.has(key(name, layer))]
 
     def _missing(self, block: Block) -> set[str]:
         """Return the layers that no process has finished by all methods."""
@@ -202,7 +217,7 @@ class ModelRun:
         """Give every process the layers of the others, unless all of them see the same files."""
         # On a shared file system nothing is lacking and nothing is sent. Hosts with folders of their own need the
         # layers of other processes too: to write the adapter, and for the inputs of later layers.
-        keys = {key(method, name) for method in self.methods for name in block.layers}
+        keys = {key(method_name, name) for method_name in self.methods for name in block.layers}
         here = {one for one in keys if self.store.has(one)}
         lacking = keys.difference(keys.intersection(*distributed.gather(here)))
         for layers in distributed.gather({one: self.store.load(one) for one in sorted(lacking & here)}):
@@ -213,7 +228,7 @@ class ModelRun:
     def _made(self, inputs: LayerInputs) -> Iterator[tuple[str, StoredLayer]]:
         """Yield each method that is missing and what it makes of a layer."""
         layer, start = inputs.layer, time.perf_counter()
-        methods = {method: self.methods[method] for method in self._missing_here(layer.name)}
+        methods = {name: self.methods[name] for name in self._missing_here(layer.name)}
         if layer.name not in self.targets:
             for name, method in methods.items():
                 with named(layer.name):
@@ -234,7 +249,10 @@ class ModelRun:
     def _initialized(
         self, inputs: LayerInputs, methods: Mapping[str, Method]
     ) -> Iterator[tuple[str, LayerInitialization, float | None]]:
-        """Yield each method's name, the initialization of a layer, and the share of an asymmetric target."""
+        """Yield for each method its name, the initialization of a layer, and the asymmetry.
+
+        The asymmetry says how far the target moved from W towards the asymmetric one, from 0 to 1; None on full inputs.
+        """
         layer = inputs.layer
         if inputs.paired is None:
             sensitivity = self.sensitivities.get(layer.name)
@@ -252,14 +270,14 @@ class ModelRun:
         return stored.dequantize(), stored.packed() if self.keep_packed else {}
 
 
-def key(method: str, layer: str) -> str:
-    """Return the name of a layer in the store."""
-    return f"{method}/{layer}" if method else layer
+def key(method_name: str, layer: str) -> str:
+    """Return the name that a layer, as one method made it, has in the store."""
+    return f"{method_name}/{layer}" if method_name else layer
 
 
-def distilled_keys(method: str, distillation: Distillation, layers: Iterable[str]) -> dict[str, str]:
+def distilled_keys(method_name: str, distillation: Distillation, layers: Iterable[str]) -> dict[str, str]:
     """Return the name of each distilled layer in the store."""
-    return {layer: key(f"distilled-{digest([repr(distillation)])}", key(method, layer)) for layer in layers}
+    return {layer: key(f"distilled-{digest([repr(distillation)])}", key(method_name, layer)) for layer in layers}
 
 
 def cost(layer: Layer) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -28,3 +30,9 @@ Offload = Literal["auto", "always", "never"]
 
 BaseFormat = Literal["auto", "dequantized"]
 """How a quantized base is written."""
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """Return a question with the name that is most like a given one, to be put after a message; nothing if none is."""
+    near = get_close_matches(given, list(names), 1)
+    return f" Did you mean {near[0]}?" if near else ""

@@ -1,4 +1,4 @@
-"""What `quailora init` does: typed values from its options, the function of the library, and a summary."""
+"""What `quailora init` does: it makes typed values from its options, calls the library, and prints a summary."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class InitResult:
 
 
 def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
-    """Initialize an adapter as options say; return what it would take, if that is all that is asked for.
+    """Initialize an adapter as the options say; with a dry run, only return the estimate of memory and time.
 
     Args:
         options: every option of `quailora init` by name, with objects for quantizer, solver and metric.
@@ -124,7 +124,7 @@ class Asked:
 
     Attributes:
         solver: how the correction is found.
-        metric: which errors count how much.
+        metric: how much each error of a layer counts.
         inputs: whose inputs layers are fitted to.
     """
 

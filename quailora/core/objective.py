@@ -18,10 +18,10 @@ from .metrics import Metric
 from .subspace import KrylovSearch, Subspace, dense_subspace, left_singular_subspace, worth_iterating
 
 TOLERANCE = 1e-3
-"""How far above the optimum an iterative solution may be, by default: relative to it, and to what it gains."""
+"""Default of how far an iterative solution may be above the optimum: a share of the optimum, and of its own gain."""
 
 _ROWS = 512  # rows of the error that are converted to float64 at a time
-_BLOCK = 32  # columns that a round of the iteration adds: fewer need more rounds, more need more columns
+_BLOCK = 32  # columns that a round of the iteration adds: fewer make more rounds, more make more columns altogether
 
 
 class Factors(NamedTuple):
@@ -49,7 +49,7 @@ class Deferred:
 
     @classmethod
     def known(cls, value: float) -> Deferred:
-        """Return a number that is there already."""
+        """Return a number that is known already, without anything to compute."""
         return cls(partial(float, value))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -69,14 +69,15 @@ class Deferred:
 class Objective:
     """`min tr((E - C) H (E - C)^T)` over `C = lora_B @ lora_A` of a given rank.
 
-    What several solvers need is computed once: the value at `C = 0`, if anybody reads it, and leading directions by
-    metric.
+    What several solvers need is computed once and kept: the value at `C = 0`, when it is first read, and the leading
+    directions for each metric.
 
     Attributes:
         error: `E = W - Q`, any float dtype.
         metric: the metric `H`.
         row_scale: the root of each output's weight, where outputs count differently. `error` is then `E` with its rows
-            multiplied by it, and what solvers find is for that; `finish` divides it out of the correction.
+            multiplied by this root, and solvers find the correction of the scaled error. `finish` divides its rows
+            by the root afterwards.
     """
 
     error: Float[Tensor, "out_features in_features"]
@@ -87,7 +88,7 @@ class Objective:
 
     @cached_property
     def total(self) -> Deferred:
-        """The error without any correction, `tr(E H E^T)`: for a wide layer more work than finding the optimum."""
+        """The error without any correction, `tr(E H E^T)`; for a wide layer more work than finding the optimum."""
         return Deferred(partial(self.metric.energy, self.error))
 
     @property
@@ -111,7 +112,7 @@ class Objective:
         `E - C` nor the error without correction is needed. Both terms are computed in float64, where their cancellation
         costs about 1e-16 of the larger term.
         """
-        # tr(C H C^T) = tr((B^T B) (A H A^T)) and tr(C H E^T) = tr(B^T (E H A^T)): everything is r wide.
+        # tr(C H C^T) = tr((B^T B) (A H A^T)) and tr(C H E^T) = tr(B^T (E H A^T)): every product has a side of length r.
         lora_B, lora_A = lora_B.double(), lora_A.double()
         weighted = self.metric.product(lora_A)
         gram = weighted @ lora_A.T
@@ -133,10 +134,10 @@ class Objective:
         """Return the leading eigenvectors `U` of `E H E^T`: `U U^T E` is the best correction of its rank in `H`.
 
         (Eckart-Young for `E L`, where `L L^T = H`.) Neither a square root nor an inverse of `H` is needed, so `H` may
-        be singular. Where the shorter side of `E` is long against the rank, block Krylov iteration finds them by thin
-        products with `E`, `H` and `E^T`; otherwise, and where that does not converge, it is one dense eigenproblem
-        of the shorter side. Whatever was found for a metric serves every lower rank, and the search for a
-        higher one goes on from there.
+        be singular. Where the shorter side of `E` is long against the rank, block Krylov iteration finds them by
+        products of `E`, `H` and `E^T` with a few columns. Otherwise, and where the iteration does not converge, one
+        dense eigenproblem of the shorter side is solved. What was found for a metric is kept: it gives every lower
+        rank, and the search for a higher rank goes on from it.
 
         Args:
             rank: number of directions, at most `min(out_features, in_features)`.
@@ -172,7 +173,8 @@ class Objective:
             return None
         if metric not in self._searches:
             random = uniform((_BLOCK, error.shape[1]), error, seed=0)
-            start = error @ metric.product(random).T  # half a product, and no column wasted on a random direction
+            # E H random^T costs half of a product with E H E^T, and its columns are no longer random directions.
+            start = error @ metric.product(random).T
             self._searches[metric] = KrylovSearch(lambda at: error @ metric.product((error.T @ at).T).T, start)
         return self._searches[metric].find(rank, tolerance=tolerance, limit=side // 2)
 

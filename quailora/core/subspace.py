@@ -16,7 +16,7 @@ from .linalg import near, small_eigh, uniform
 Apply = Callable[[Tensor], Tensor]
 """`Y -> M Y` for a symmetric positive semidefinite `M`, in the dtype of `Y`."""
 
-_RATE = math.log(4)  # by which the logarithm of the slack is taken to fall in a round, before two checks have shown it
+_RATE = math.log(4)  # assumed fall of log(slack) in a round, until two checks have shown the real one
 
 
 @final
@@ -50,20 +50,20 @@ class Subspace:
         return (self.upper.sum() - self.energies.sum()).item()
 
     def leading(self, rank: int) -> Subspace:
-        """Return the first directions alone."""
+        """Return the subspace of the first `rank` directions alone."""
         return Subspace(self.basis[:, :rank], self.energies[:rank], self.upper[:rank], self.applications)
 
     def rotated(self, rows: Float[Tensor, "more rows"]) -> Subspace:
-        """Return the subspace in the coordinates that it was reduced from."""
+        """Return the subspace of `rows M rows^T`, where `rows` has orthonormal columns."""
         return Subspace(rows @ self.basis, self.energies, self.upper, self.applications)
 
 
 def worth_iterating(side: int, rank: int, *, decaying: bool) -> bool:
     """Return whether iteration should beat a dense eigenproblem of this size.
 
-    It can while it searches less than half of all directions. Measured at the smallest sides that this allows, on the
-    errors of quantized models: at most `2 * rank + 128` directions are needed where the spectrum decays, and a block
-    fewer than `3 * rank + 256` where it is flat.
+    Iteration is faster as long as it searches less than half of all directions. How many it needs was measured on the
+    errors of quantized models, at the smallest sides that this rule allows: at most `2 * rank + 128` directions where
+    the spectrum decays, and one block fewer than `3 * rank + 256` where it is flat.
     """
     return side >= 2 * (2 * rank + 128 if decaying else 3 * rank + 256)
 
@@ -94,15 +94,16 @@ class KrylovSearch:
 
     Block Lanczos with full reorthogonalisation and Rayleigh-Ritz on all blocks (Musco and Musco, 2015,
     arXiv 1504.05477). On a flat spectrum, such as that of a quantization error, it needs far fewer products than
-    subspace iteration, because no block is thrown away. Nor is one when more directions or a tighter tolerance are
-    asked for later: the search goes on from where it was.
+    subspace iteration, because no block is thrown away. All blocks are also kept between calls of `find`: if more
+    directions or a tighter tolerance are asked for later, the search goes on from where it was.
 
-    Its small eigenproblems are a large part of the time, most of it on an accelerator. So convergence is not checked
-    after every round: the slack falls by about the same factor from round to round, and the next check is made where
-    it is due to be small enough.
+    Each check of convergence solves a small eigenproblem. These take a large part of the time, and most of it on an
+    accelerator, so convergence is not checked after every round. The slack falls by about the same factor in each
+    round, and the next check is made when it should have become small enough.
 
-    Massive directions do no harm in float32. Rounding errors of a product point along them, so orthogonalisation
-    against the basis, which holds them from the first round on, takes the errors away.
+    Directions whose energy is much larger than that of all others do no harm in float32. The rounding errors of a
+    product point along them. The basis holds these directions from the first round on, so orthogonalisation against it
+    removes the errors.
     """
 
     def __init__(self, apply: Apply, start: Float[Tensor, "rows block"]) -> None:
@@ -168,7 +169,7 @@ class KrylovSearch:
             self._grow()
 
     def _grow(self) -> None:
-        """Search one more block: take the cursor into the basis, and what `M` makes of it for the next cursor."""
+        """Search one more block: append the cursor to the basis, and make the next cursor from its product with `M`."""
         # One step of block Lanczos. With orthonormal blocks Q_1 ... Q_j the products fulfil
         #
         #     M Q_j = Q_(j-1) B_(j-1)^T + Q_j A_j + Q_(j+1) B_j

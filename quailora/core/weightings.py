@@ -1,4 +1,4 @@
-"""How much each error of a layer counts: weightings, from those that ignore the inputs to those that take gradients."""
+"""Weightings: how much each error of a layer counts. Some ignore the inputs, others use their moments or gradients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Weighting(ABC):
 
     To add one, implement `metric`. Whatever a method minimises, its errors are reported in the Gram metric.
 
-    A weighting is either this class or final. Its hyper-parameters are the fields of a frozen dataclass.
+    Subclasses are final: none derives from another. Their hyper-parameters are the fields of a frozen dataclass.
     """
 
     name: ClassVar[str] = ""
@@ -50,7 +50,7 @@ class Weighting(ABC):
     needs_gradients: ClassVar[bool] = False
     """Whether `objective` needs the `Sensitivity` of the layer, which takes gradients of the whole model."""
     keeps_correlations: ClassVar[bool] = False
-    """Whether the metric keeps correlations between input channels, as fits to the outputs of another network need."""
+    """Whether the metric keeps correlations between input channels. Asymmetric inputs need them."""
 
     @abstractmethod
     def metric(self, statistics: InputStatistics) -> Metric:
@@ -62,8 +62,8 @@ class Weighting(ABC):
         """Return the problem that solvers get.
 
         Args:
-            gram_objective: the same error in the Gram metric; returned itself where this is the metric asked for, so
-                that methods share what they find.
+            gram_objective: the same error in the Gram metric. If the weighting has this metric, the same object is
+                returned, so that methods share what they find.
             statistics: statistics of the layer's inputs; without them every input counts the same.
             sensitivity: sensitivity of the layer, for weightings that need gradients.
 
@@ -82,7 +82,7 @@ class Weighting(ABC):
 @final
 @dataclass(frozen=True)
 class IdentityWeighting(Weighting):
-    """The squared Frobenius norm of the error, which ignores the inputs."""
+    """Every error of a weight counts the same: the squared Frobenius norm, which ignores the inputs."""
 
     name: ClassVar[str] = "identity"
 
@@ -135,7 +135,8 @@ class GramWeighting(Weighting):
     def objective(
         self, gram_objective: Objective, statistics: InputStatistics | None, sensitivity: Sensitivity | None
     ) -> Objective:
-        # Not by way of the statistics: a schedule that holds tokens out solves for layers fitted to a part of them.
+        # The metric is not built from the statistics again: a schedule that holds tokens out also solves for layers
+        # that are fitted to a part of the tokens, and the objective already has the metric of that part.
         del statistics, sensitivity
         return gram_objective
 

@@ -32,7 +32,7 @@ class EvaluationTexts:
         sources: files, folders or data sets; the shipped text if there are none. Do not use the calibration text.
         fields: fields of a record that are the text, see `TextSource`.
         windows: windows of each text at most.
-        window_length: tokens in a window; 2048 if None, or all positions that the model has.
+        window_length: tokens in a window. If None, 2048, or as many as the model has positions where these are fewer.
         bos: see `Calibration`.
     """
 
@@ -55,7 +55,7 @@ class EvaluationTexts:
             source.check()
 
     def cut(self, loaded: LoadedModel) -> Iterator[tuple[str, Int[Tensor, "windows length"]]]:
-        """Yield the name and the windows of each text, as many of them as it fills.
+        """Yield the name and the windows of each text: `windows` of them, or fewer if the text is too short.
 
         Args:
             loaded: the model, and its tokenizer.
@@ -79,8 +79,8 @@ def distinct_names(paths: Sequence[str]) -> dict[str, str]:
 
     A path that is there twice gets one name.
     """
-    # The shortest names that are all different: first the file names without their endings, then the last one, two,
-    # three parts of the paths, and at last the paths themselves.
+    # Candidates from short to long: file names without their endings, then the last part of each path, the last two
+    # parts, and so on. The first kind of name that differs for all paths is taken.
     parts = {path: Path(path).parts for path in paths}
     longest = max(map(len, parts.values()), default=0)
     choices = [[Path(path).stem for path in parts]]

@@ -34,7 +34,7 @@ STEP = 0.5
 #     E |W x - V x~|^2 = tr(W H W^T) - 2 tr(V G^T W^T) + tr(V H~ V^T)
 #                      = tr((W* - V) H~ (W* - V)^T) + constant,    W* = W G H~^-1
 #
-# so the symmetric problem with the target W* and the metric H~ is the exact one. A ridge,
+# so that the symmetric problem with W* in place of W and H~ in place of H has the same solution. A ridge,
 #
 #     W (G + l I) (H~ + l I)^-1 = W + W (G - H~) (H~ + l I)^-1,
 #
@@ -78,7 +78,7 @@ def initialize_asymmetric(
         quantized: `Q`, if it is there already.
 
     Raises:
-        ConfigurationError: if the weighting is another, or the base is not told.
+        ConfigurationError: if the weighting does not keep correlations, or there is neither a quantizer nor `Q`.
         CalibrationError: if no token, or every one, is held out.
     """
     if not initializer.weighting.keeps_correlations:
@@ -141,8 +141,8 @@ class HeldOutFit:
 
     Attributes:
         weight: the full-precision weight `W`.
-        moment: `H~` of the tokens that are fitted to, over `power`.
-        change: `W (G - H~)` of the same, over `power`: minus half the gradient of their error at `W`.
+        moment: `H~` of the tokens that are fitted to, divided by `power`, the typical power of a channel.
+        change: `W (G - H~)` of the same tokens, divided by `power`: minus half the gradient of their error at `W`.
         slope: `W (G - H~)` of the tokens that are held out.
         held_out: statistics of the tokens that are held out.
     """
@@ -193,7 +193,8 @@ class HeldOutFit:
         Args:
             ridge: `l` divided by `typical(diag(H~))`, so that it is added to `moment` as it is.
         """
-        # With S = diag(M)^(-1/2), (M)^-1 = S (S M S)^-1 S: the matrix that is factored has ones on its diagonal.
+        # With M = H~ + l I and S = diag(M)^(-1/2), M^-1 = S (S M S)^-1 S. The matrix S M S that is factored has ones on
+        # its diagonal.
         damped = self.moment.clone()
         damped.diagonal().add_(ridge)
         scale = damped.diagonal().rsqrt()

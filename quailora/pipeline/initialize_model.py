@@ -47,8 +47,9 @@ class InitializedModel:
     """An adapter that `initialize_model` has made.
 
     Attributes:
-        output: everything that can be written; of several processes that write a folder, the first one has it alone.
-        report: errors of each layer and what the run took, as in `report.json`; None in the same processes.
+        output: everything that can be written. If several processes write a folder, only the first one has it; it is
+            None in the others.
+        report: errors of each layer, memory and time, as in `report.json`; None in the same processes as `output`.
         folder: the folder that the adapter was written to; None for a result in memory.
     """
 
@@ -92,14 +93,14 @@ class InitializedModel:
         if self._output.plan.method.changes_base:
             raise ConfigurationError(
                 "This method chooses a base of its own, which the model does not have. Write it with save, and load "
-                "the model from there."
+                "the model from the folder base in it."
             )
         layers, corrections = wrapped_layers(peft_model, adapter_name), self.corrections
         if layers.keys() != corrections.keys():
             other = min(layers.keys() ^ corrections.keys())
             raise ConfigurationError(
                 f"Expected corrections for the {len(layers)} LoRA layers of the adapter {adapter_name!r}, got "
-                f"{len(corrections)}. {other} is among one of them only."
+                f"{len(corrections)}. {other} has a LoRA layer or a correction, not both."
             )
         for name, layer in layers.items():
             layer.correct(corrections[name].factors)
@@ -135,7 +136,7 @@ def initialize_model(
         base: the base that the adapter is for, unless the method has it: a quantizer, or a quantized checkpoint by hub
             name or folder. NF4 if None.
         out: folder to write the adapter to, or `Output` for more choices; the result stays in memory if None.
-        resources: what of the machine to use.
+        resources: device, memory and dtype that the run uses, and what it may read.
 
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
@@ -206,7 +207,7 @@ def work_folder(plan: RunPlan) -> Path | None:
 
 
 def loaded_model(plan: RunPlan, offload: Path | None) -> LoadedModel:
-    """Return the model; its weights are left on disk if there is a folder for those that have to be converted first."""
+    """Return the model, loaded; with a folder `offload`, weights stay on disk, and converted ones are written there."""
     if not isinstance(plan.model, str):
         return model_in_memory(plan.model)
     resources = plan.resources

@@ -42,7 +42,7 @@ class AdapterOutput:
 
     Attributes:
         plan: what was asked for.
-        phases: what it took.
+        phases: time and memory of each phase of the run.
         loaded: the model.
         layers: the layers with a correction.
         tokens: number of calibration tokens.
@@ -58,7 +58,7 @@ class AdapterOutput:
 
     @cached_property
     def finished(self) -> dict[str, StoredLayer]:
-        """What has become of each layer; tensors may be memory-mapped."""
+        """The result for each layer, by name; tensors may be memory-mapped."""
         return self.run.finished("", self.plan.method.distillation)
 
     @property
@@ -81,7 +81,7 @@ class AdapterOutput:
     def write(self, folder: Path, base_format: BaseFormat | None) -> dict[str, Any]:
         """Write all files; return the report.
 
-        Tensors of finished layers are memory-mapped and written from there, where they are in files.
+        Tensors of finished layers that are in files are memory-mapped, so that they are not all in memory at once.
 
         Args:
             folder: the folder to write to.
@@ -108,7 +108,7 @@ class AdapterOutput:
 
     @property
     def _checkpoint(self) -> str | None:
-        """Where the base is loaded from, if it was there before the adapter."""
+        """Hub name or folder of the quantized checkpoint that is the base, if the run did not make the base."""
         base = self.plan.method.base
         return None if base is None else base.checkpoint
 
@@ -155,7 +155,7 @@ class AdapterOutput:
             "base_model": self.loaded.name,
             **described_method(method),
             "recipe": method.recipe,
-            "training": describe(method.distillation),  # the errors of layers are those before it
+            "training": describe(method.distillation),  # errors of layers are those before distillation
             "calibration": self.plan.source.described(),
             "calibration_tokens": report["calibration_tokens"],
             "mean_error_share": report["mean_error_share"],
@@ -176,8 +176,9 @@ def origin_of(method: Method, model: str, base: Mapping[str, BaseIdentity]) -> O
     """
     quantizer = method.quantizer if method.base is None else method.base.quantizer
     checkpoint = None if method.base is None else method.base.checkpoint
-    # What it takes to make the base again: the model alone; also the calibration text, if the quantizer looks at inputs
-    # of the full-precision model; or nothing does, because the base depends on corrections or is there already.
+    # `needs` says what the base can be made from again. "model": the full-precision model is enough. "calibration": the
+    # quantizer also needs the calibration text, whose inputs in the full-precision model it looks at. "base": it cannot
+    # be made again, because it depends on corrections or was not made by quailora, and has to be loaded itself.
     needs = "model"
     if quantizer is None or checkpoint is not None or method.initializer.schedule.changes_base:
         needs = "base"

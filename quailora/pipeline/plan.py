@@ -47,11 +47,11 @@ class RunPlan:
         empty: the model without weights.
         method: how layers are initialized, with the ranks that they can carry.
         adapter: which layers get a correction.
-        source: what is calibrated on.
+        source: where the calibration tokens come from.
         targets: the targets that were asked for.
-        output: what is written; None for a result in memory.
-        resources: what may be used.
-        estimate: what it will take.
+        output: the folder to write to and what is written; None for a result in memory.
+        resources: what of the machine the run may use.
+        estimate: memory and time that the run will take.
     """
 
     model: Any
@@ -75,7 +75,7 @@ class RunPlan:
 
         Raises:
             DoesNotFitError: if the run stays above the limit of memory that was asked for.
-            ConfigurationError: if the method takes gradients of the whole model, which then cannot be had.
+            ConfigurationError: if the method takes gradients of the whole model, and its weights would stay on disk.
         """
         if not isinstance(self.model, str):
             return False
@@ -110,8 +110,8 @@ def plan_run(
     """
     if output is not None:
         output = replace(output, folder=output_folder(output.folder, overwrite=output.overwrite))
-    # From cheap to expensive: paths, the first record of a text, seeds and compositions, then the configuration of the
-    # model, then a pass through the empty model. Weights are not touched.
+    # The cheap checks come first: paths, the first record of a text, the seed and the parts of the method. Then the
+    # configuration of the model is read, and then the model runs without its weights, which are not read at all.
     device = resolve_device(resources.device)
     source.check()
     check_seed(source.seed)
@@ -153,7 +153,7 @@ def title_of(model: Any) -> str:
 
 
 def fitted_to(source: CalibrationSource, empty: Any) -> CalibrationSource:
-    """Return a source whose windows are as long as was asked for, or as the model has positions for.
+    """Return a source whose windows fit the model: as long as asked for, or the default, cut to the model's positions.
 
     Raises:
         ModelError: if the model has no positions for sequences of this length.
@@ -187,7 +187,7 @@ def method_of(method: Method | Recipe | str, scaling: LoraScaling | None, base: 
         base: base for a recipe; NF4 if None.
 
     Raises:
-        ConfigurationError: if a method comes with a scaling or a base, which it has of its own, or there is no recipe
+        ConfigurationError: if a scaling or a base is given beside a `Method`, which has its own, or there is no recipe
             of this name.
     """
     if isinstance(method, Method):
@@ -201,7 +201,7 @@ def method_of(method: Method | Recipe | str, scaling: LoraScaling | None, base: 
 
 
 def base_of(given: BaseGiven | None) -> tuple[Quantizer | None, ExistingBase | None]:
-    """Return the quantizer that makes a base, or the base if it is there already."""
+    """Return the quantizer that makes the base and None, or None and the base if it exists already."""
     if given is None or isinstance(given, Quantizer):
         return given or NF4(), None
     return None, given if isinstance(given, ExistingBase) else StoredBase(str(given))

@@ -19,7 +19,7 @@ from .base import Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
 from .uniform import Uniform, nearest
 
-_TIE = 1e-4  # share of the loss by which the sweep has to be better than rounding to nearest, against float32's errors
+_TIE = 1e-4  # share of the loss by which the sweep has to be better than rounding to nearest; float32 rounds off less
 
 BLOCK, STRETCH = 128, 32
 """Largest number of columns in a block and in a stretch; see `sweep`."""
@@ -196,8 +196,9 @@ def inverse_factor(moment: Square, damping: float, shrinkage: float) -> Square:
     """Return the upper triangular `U` of `(U^T U)^-1 = (1 - shrinkage) H + shrinkage diag(H) + damping I`, in float32.
 
     With `J` the reversal of rows and columns and `J H J = L L^T`, the matrix `R = J L J` is upper triangular and
-    `H = R R^T`, so `U = R^-1`: one Cholesky factorisation, in float64 because a massive channel makes `H` nearly
-    singular against its largest entry, and one triangular inverse.
+    `H = R R^T`, so that `U = R^-1`, where `H` is the shrunk and damped matrix. This takes one Cholesky factorisation
+    and one triangular inverse. The factorisation is in float64, because one massive channel makes all other eigenvalues
+    tiny against the largest.
     """
     # In place on the flipped copy: off the diagonal H shrinks by the share, on it H stays and the damping is added.
     damped = moment.flip(0, 1)
@@ -216,17 +217,17 @@ def sweep(
 
     Feedback is given at three ranges. After each column it goes to the columns up to the end of a short stretch. At the
     end of a stretch, one product gives it to the rest of the block, and at the end of a block, one product gives it to
-    all other columns. Stretches and blocks end where runs end (or divide a run), so levels can be fitted to a run of
-    columns that all feedback has reached.
+    all other columns. Stretches and blocks end where runs end, or divide a run into equal pieces. So when the
+    levels of a run are fitted, all feedback from earlier columns has reached its columns.
 
     Args:
         columns: the transposed weight, in the order of rounding; overwritten.
         factor: `U` of `inverse_factor`, in the same order.
-        levels: gives the levels of a column, when its turn comes.
+        levels: returns the levels of a column; called once for each column, in order.
         run: columns that levels are fitted to together.
 
     Returns:
-        Codes, transposed as the weight; and the loss `tr(E (U^T U)^-1 E^T)` of what rounding has done.
+        Codes, transposed like `columns`; and the loss `tr(E (U^T U)^-1 E^T)`, where `E` is the error of rounding.
     """
     # Let H be the shrunk and damped matrix here, R = U^-1, which is upper triangular, so that H = (U^T U)^-1 = R R^T,
     # and let E = W - Q be the error. Then
@@ -261,8 +262,8 @@ def sweep(
 
 def cut(start: int, stop: int, run: int, limit: int) -> Iterator[tuple[int, int]]:
     """Cut a range into pieces of at most `limit` that are whole runs, or divide a run."""
-    # Runs of 64 under a limit of 128 make pieces of 128. A run of 192 does not fit: the largest divisor below the
-    # limit, 96, cuts it into equal pieces, so that no piece contains the end of a run.
+    # Runs of 64 with a limit of 128 give pieces of two runs. A run of 192 is longer than the limit: the largest divisor
+    # of 192 that is within the limit, 96, cuts it into equal pieces, so that each run ends where a piece ends.
     width = run * (limit // run) or next(width for width in range(limit, 0, -1) if run % width == 0)
     for first in range(start, stop, width):
         yield first, min(first + width, stop)

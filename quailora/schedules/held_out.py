@@ -73,7 +73,7 @@ class HeldOut(Schedule):
         if validation is None:
             raise ConfigurationError(
                 "HeldOut needs held-out tokens, which only asymmetric inputs have. Take `inputs='asymmetric'`, "
-                "or the schedule inside of it."
+                "or the schedule that HeldOut wraps, without HeldOut."
             )
 
         if layer.quantizer is None:

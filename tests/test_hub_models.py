@@ -9,7 +9,7 @@ import torch
 from helpers import init
 from hub import Hub, serving
 from safetensors.torch import load_file, save_file
-from test_hub import SMALL, run
+from test_hub import SMALL, run_commands
 
 from quailora import NF4
 
@@ -39,7 +39,7 @@ def test_models_and_bases_are_fetched_by_name(tiny_llama, tmp_path):
     split(model)
     repositories = {"org/model": model, "org/base": base, "org/pickled": pickled, "org/adapter": tmp_path / "a"}
     with serving(Hub(repositories, gated=("org/secret",))) as hub:
-        made, checked, *refused = run(
+        made, checked, *refused = run_commands(
             hub,
             tmp_path / "cache",
             ["init", "org/model", "--base", "org/base", "--out", tmp_path / "b", *SMALL],

@@ -375,3 +375,7 @@ def test_bad_compositions_are_refused():
         initializer(RECIPES["srr"], NF4(), 2)(problem.weight)
     with pytest.raises(ConfigurationError, match=r"Unknown recipe 'lora'. Expected one of qlora, "):
         find_recipe("lora")
+    with pytest.raises(ConfigurationError, match=r"or a base that is quantized already, got neither\. Give"):
+        RECIPES["quailora"].method(None, LoraScaling(2)).check()
+    with pytest.raises(ConfigurationError, match=r"got full inputs\. Pass `inputs='asymmetric'`"):
+        replace(find_recipe("best-joint").method(NF4(), LoraScaling(2)), inputs="full").check()

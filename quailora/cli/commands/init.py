@@ -69,15 +69,17 @@ def init(
             correlations of the inputs, which generalises better, diagonal ignores them, magnitude weighs them by mean
             magnitude in place of power, identity ignores the inputs, fisher weighs outputs and inputs by squared
             gradients of the loss, for which the model has to fit into memory.
-        recipe: a published method by name, in place of solver, metric and inputs; `quailora list` names them. Methods
-            that choose another base than the quantizer alone write it, too.
+        recipe: a method by name, such as best; `quailora list` names them. It decides solver, metric and inputs, so
+            that these options cannot be given with it. Methods that are marked with * there write their own base, too.
         rank: rank of the adapter.
         alpha: lora_alpha; the rank by default. PEFT's scaling is divided out, so any value gives the same correction.
-        rslora: the adapter is used with use_rslora.
+        rslora: write use_rslora=True to the adapter, with which PEFT scales by alpha / sqrt(rank) in place of
+            alpha / rank. The scaling is divided out, so the correction stays the same.
         rank_pattern: rank of the layers that a name, ending or regular expression matches, as in PEFT.
         alpha_pattern: lora_alpha of the layers that a name, ending or regular expression matches, as in PEFT.
-        targets: "all-linear" for every linear layer but the output head that text reaches and stock PEFT can load, or
-            names, endings and regular expressions.
+        targets: the layers that get a correction. "all-linear" means every linear layer that text reaches and stock
+            PEFT can load, without the output head. "experts" means experts in fused parameters. Otherwise
+            names of layers, endings of names such as q_proj, or regular expressions.
         modules_to_save: modules that training shall change as a whole beside the adapter, as in PEFT, such as
             embed_tokens and lm_head.
         calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the
@@ -97,15 +99,16 @@ def init(
         inputs: whose inputs layers are fitted to: "full" are those of the full-precision model, as in the paper;
             "quantized" those of the network as quantized and corrected up to the layer's block; "asymmetric" brings
             the output on the latter close to the full-precision output on the former.
-        offload: "always" leaves the weights on disk and holds one block in memory at a time, "never" holds the whole
-            model; "auto" does so where it fits.
+        offload: "always" leaves the weights on disk and holds one block in memory at a time; "never" holds the whole
+            model in memory; "auto" holds the whole model if it fits, and else leaves it on disk.
         memory_limit: how much memory of the device that computes to use, such as 8GiB; four fifths of what is free by
             default. On a GPU that is the GPU's own memory.
         allow_pickle: accept a checkpoint in PyTorch's pickle format, which can run any code while it is read.
         trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
         save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
-        base_format: of the base: "auto" is packed as transformers reads it (bitsandbytes in 4 or 8 bits, AutoGPTQ's
-            format) where there is such a format; "dequantized" needs no package to load.
+        base_format: format of a base that is written. "auto" packs it as transformers reads it (bitsandbytes in 4 or 8
+            bits, AutoGPTQ's format), and writes it dequantized if there is no such format. "dequantized" writes weights
+            in the dtype of the model, which take more space and need no package to load.
         overwrite: replace a result that is in the folder.
         fresh: forget what an unfinished run with this output folder has done, instead of going on from it.
         dry_run: load configuration and shapes only, print what the run would take, and write nothing.

@@ -143,8 +143,9 @@ def test_the_pages_show_every_command():
 def write_package(monkeypatch):
     """Make the package that a reader of docs/extending.md has written, with the names that the page uses."""
     from quailora import Optimal
-    from quailora.methods.recipes import Recipe
+    from quailora.methods.recipes import RECIPES, Recipe
 
+    monkeypatch.setattr("quailora.methods.recipes.RECIPES", dict(RECIPES))  # commands add the recipe of the page
     code = examples("docs/extending.md")[0].replace(
         "class Sign(Quantizer):", 'class Sign(Quantizer):\n    name = "sign"'
     )

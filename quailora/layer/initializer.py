@@ -36,7 +36,7 @@ class LayerInitialization:
         error_uncalibrated: error with the best correction that ignores the inputs (SVD).
         error: error with this correction.
         error_optimal: the least error that any correction of this rank can have; in wide layers, where the optimum is
-            found by iteration, a bound that is at most a thousandth below it.
+            found by iteration, a bound just below it; see `Subspace.upper` for when that holds.
     """
 
     quantized: QuantizedWeight

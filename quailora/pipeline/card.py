@@ -99,7 +99,7 @@ def model_card(
             "**this adapter**" if distillation is None else "**this adapter before its training**",
             f"**{share['error']:.1%}**",
         ],
-        ["optimum of this rank", f"{share['error_optimal']:.1%}"],
+        ["optimum of this rank (a lower bound in wide layers)", f"{share['error_optimal']:.1%}"],
     ]
     # Layers of one kind behave alike in all blocks, so that one line for each kind says where the correction works.
     kinds = [

@@ -54,4 +54,4 @@ def test_the_summary_says_what_comes_next(tiny_llama, tmp_path, capsys):
     result.show()
     shown = capsys.readouterr().out
     assert f"quailora evaluate {tiny_llama} --adapter '{out}' --text" in shown
-    assert f"{out}/README.md has the code" in shown
+    assert f'"{out}", is_trainable=True)' in shown

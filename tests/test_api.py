@@ -12,7 +12,9 @@ import pytest
 import quailora
 from examples import ROOT
 
-DIRECTIVE = re.compile(r"^\.\. auto(class|function|module|data|exception)::[ ]+(\S+)\n((?:[ ]+:.*\n)*)", re.MULTILINE)
+DIRECTIVE = re.compile(
+    r"^\.\. (?:auto|py:)(class|function|module|data|exception)::[ ]+(\S+)\n((?:[ ]+:.*\n)*)", re.MULTILINE
+)
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 NAME = re.compile(r"\bquailora(?:\.\w+)+")
 NO_NAMES = {"quailora.json", "quailora.toml"}  # files

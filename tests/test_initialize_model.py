@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,11 +44,12 @@ def windows_of(model):
     return CALIBRATION.windows(load_model(str(model)).tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["name", "object"])
+@pytest.mark.parametrize("kind", ["name", "path", "object"])
 @pytest.mark.parametrize("given", ["text", "batches", "padded"])
 def test_every_form_of_model_and_calibration_gives_the_same_factors(tiny_llama, by_command, kind, given):
     """Bit for bit in float32: batches are cut into sequences, and put together again as those of a text are."""
-    model = str(tiny_llama) if kind == "name" else load_model(str(tiny_llama)).model
+    forms = {"name": str, "path": Path, "object": lambda folder: load_model(str(folder)).model}
+    model = forms[kind](tiny_llama)
     windows = windows_of(tiny_llama)
     batches = {
         "text": CALIBRATION,

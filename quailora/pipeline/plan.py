@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, final
 
 from ..adapters.hub import check_upload
@@ -108,6 +109,7 @@ def plan_run(
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
+    model = str(model) if isinstance(model, Path) else model
     if output is not None:
         output = replace(output, folder=output_folder(output.folder, overwrite=output.overwrite))
     # The cheap checks come first: paths, the first record of a text, the seed and the parts of the method. Then the

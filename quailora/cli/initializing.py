@@ -68,6 +68,19 @@ class InitResult:
         print_table(title, ("output error, mean over layers", "share of the error without correction"), rows)
 
 
+def calibration_of(options: Mapping[str, Any]) -> Calibration:
+    """Return the calibration data that the options of `init` and `compare` describe."""
+    fields = tuple(options["calibration_fields"])
+    return Calibration(
+        TextSource(as_str(options["calibration"]), fields, options["calibration_split"]),
+        options["samples"],
+        options["sequence_length"],
+        options["seed"],
+        options["calibration_dtype"],
+        options["bos"],
+    )
+
+
 def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
     """Initialize an adapter as the options say; with a dry run, only return the estimate of memory and time.
 
@@ -77,17 +90,7 @@ def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    text = TextSource(
-        as_str(options["calibration"]), tuple(options["calibration_fields"]), options["calibration_split"]
-    )
-    source = Calibration(
-        text,
-        options["samples"],
-        options["sequence_length"],
-        options["seed"],
-        options["calibration_dtype"],
-        options["bos"],
-    )
+    source = calibration_of(options)
     patterns = options["rank_pattern"] or {}, options["alpha_pattern"] or {}
     scaling = LoraScaling(options["rank"], options["alpha"], options["rslora"], *patterns)
     asked = Asked(options["solver"], options["metric"], options["inputs"])

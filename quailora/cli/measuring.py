@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..calibration.text import TextSource
-from ..calibration.windows import Calibration
 from ..comparison.compare import ComparisonOutput, compare
 from ..comparison.table import Comparison
 from ..errors import ConfigurationError
@@ -17,6 +15,7 @@ from ..evaluation.tasks import Tasks
 from ..evaluation.texts import EvaluationTexts
 from ..pipeline.options import Resources
 from ..support.files import as_str, write_json
+from .initializing import calibration_of
 
 
 def run_evaluate(options: Mapping[str, Any]) -> Evaluation:
@@ -67,17 +66,6 @@ def run_compare(options: Mapping[str, Any], command: str = "") -> Comparison:
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    text = TextSource(
-        as_str(options["calibration"]), tuple(options["calibration_fields"]), options["calibration_split"]
-    )
-    calibration = Calibration(
-        text,
-        options["samples"],
-        options["sequence_length"],
-        options["seed"],
-        options["calibration_dtype"],
-        options["bos"],
-    )
     texts = EvaluationTexts(
         tuple(map(str, options["text"])),
         tuple(options["text_fields"]),
@@ -88,7 +76,7 @@ def run_compare(options: Mapping[str, Any], command: str = "") -> Comparison:
     return compare(
         str(options["model"]),
         tuple(options["recipes"]),
-        calibration,
+        calibration_of(options),
         out=ComparisonOutput(options["out"], options["fresh"], command),
         ranks=tuple(options["ranks"]),
         quantizer=options["quantizer"],

@@ -77,7 +77,8 @@ each_recipe = pytest.mark.parametrize("name", list(RECIPES))
 
 def init(model, **options):
     """`quailora init` with these options, from Python: quantizer, solver and metric are objects."""
-    made = {"quantizer": NF4(), "solver": AlternatingLeastSquares(), "metric": GramWeighting()}
+    quantizer = None if options.get("base") else NF4()
+    made = {"quantizer": quantizer, "solver": AlternatingLeastSquares(), "metric": GramWeighting()}
     return run_init(all_options("init", made, model, options))
 
 

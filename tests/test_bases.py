@@ -247,8 +247,9 @@ def test_bad_bases_are_refused(model, tmp_path):
     arguments = {"out": str(tmp_path / "out"), **FAST}
     with pytest.raises(ModelError, match="has no quantization_config"):
         init(str(model), base=str(model), **arguments)
-    with pytest.raises(ConfigurationError, match="leave out --quantizer"):
-        init(str(model), base=str(model), quantizer=Uniform(), **arguments)
+    for quantizer in (Uniform(), NF4()):
+        with pytest.raises(ConfigurationError, match="Expected `quantizer` or `base`, got both"):
+            init(str(model), base=str(model), quantizer=quantizer, **arguments)
     init(str(model), out=str(tmp_path / "a"), quantizer=GPTQ(), save_base=True, **FAST)
     base = tmp_path / "a" / "base"
     with pytest.raises(ConfigurationError, match="would quantize it again"):

@@ -98,6 +98,20 @@ def test_config_file_with_overrides(run, adapter, tiny_llama, tmp_path):
     assert config == first | {"rank": 3}
 
 
+def test_a_base_is_no_contradiction_of_the_default_quantizer(run, tiny_llama, tmp_path):
+    """NF4 that was asked for beside a base is refused; the configuration of a run on a base runs again."""
+    few = ["--samples", "4", "--sequence-length", "32", "--rank", "2", "--targets", "q_proj"]
+    made, again = tmp_path / "made", tmp_path / "again"
+    assert run("init", tiny_llama, *few, "--out", made, "--quantizer", "gptq", "--save-base")[0] == 0
+    on_base = ["--base", made / "base", "--out", tmp_path / "a"]
+    status, _, error = run("init", tiny_llama, *few, *on_base, "--quantizer", "nf4")
+    assert status != 0
+    assert "Expected --quantizer or --base, got both" in error
+    assert run("init", tiny_llama, *few, *on_base)[0] == 0
+    status, _, error = run("init", tiny_llama, "--config", tmp_path / "a" / "config.yaml", "--out", again)
+    assert status == 0, error
+
+
 @pytest.mark.parametrize(
     "quantizer", ["uniform", {"class_path": "uniform", "init_args": {"bits": 3}}, {"class_path": "Uniform"}], ids=str
 )

@@ -141,7 +141,7 @@ def merged(
         raise ConfigurationError(
             f"Expected --{option} with the name of a {option} before {words[0]}, got the field only."
         )
-    return None if chosen is None else replace(chosen, words=words)
+    return replace(chosen, words=words) if chosen is not None and words else chosen
 
 
 def component_in_file(option: str, content: Any) -> Component | None:

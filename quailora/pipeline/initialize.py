@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from copy import copy
-from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
-from typing import Any, final
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+from ..adapters.frozen import beside_fresh, freeze_layers
 from ..adapters.lora import PREFIX
 from ..adapters.provenance import Origin, digest_of
-from ..adapters.wrapped import WrappedLayer, lora_config_of, scaling_of, trained, unwrapped, warn_of_rounding
+from ..adapters.wrapped import lora_config_of, trained
 from ..adapters.wrapped import wrapped_layers as layers_of
-from ..bases.live import LiveBase
 from ..calibration.loader import LoaderReader, all_tokens
-from ..calibration.sources import BatchCalibration
 from ..calibration.tokens import CalibrationTokens
-from ..core.objective import Factors
-from ..errors import ConfigurationError
-from ..methods.method import Method
 from ..methods.recipes import Recipe
-from ..models.quantized import quantization_of
-from ..quantizers import NF4, Quantizer
+from ..quantizers import Quantizer
 from ..support import distributed
 from ..support.progress import shown
-from .initialize_model import InitializedModel, carry_out
-from .options import Resources
-from .output import origin_of
-from .plan import method_of, plan_run
+from .asked import Asked
 
 logger = logging.getLogger("quailora")
 
@@ -53,6 +42,7 @@ def initialize(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
     quantizer: Quantizer | None = None,
+    frozen_rank: int | None = None,
 ) -> dict[str, Any]:
     """Let the LoRA adapter of a model in memory make up for the quantization of the model, before it is trained.
 
@@ -84,6 +74,8 @@ def initialize(
             processes get the same factors.
         show_progress_bar: whether to show one where a person is watching.
         quantizer: how a model in full precision will be quantized; NF4 by default.
+        frozen_rank: number of directions of each layer that are the correction and are not trained, see `freeze`. The
+            others start as in plain LoRA. By default all directions are the correction, and all are trained.
 
     Returns:
         What `init` writes as `report.json`: errors of each layer, and what the run took; the same in every process.
@@ -91,154 +83,41 @@ def initialize(
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    asked = Asked.of(peft_model, adapter_name, weights, recipe, quantizer)
+    asked = Asked.of(peft_model, adapter_name, weights, recipe, quantizer, frozen_rank)
     reader = reader_for(peft_model, adapter_name, forward_fn, prepare_model_inputs_fn)
+    if trained(asked.layers):
+        logger.warning(
+            "The adapter %r does something already, as if it was trained: this is overwritten.", adapter_name
+        )
     distributed.join(asked.device.type)  # and stay, for the trainer that comes
     with shown(show_progress_bar):
         tokens = all_tokens(dataloader, reader, gather=gather_distributed_inputs)
+    return fit(asked, tokens, adapter_name, callback, frozen_rank, show_progress_bar=show_progress_bar)
+
+
+def fit(
+    asked: Asked,
+    tokens: CalibrationTokens,
+    adapter_name: str,
+    callback: Callable[[Any, str], bool] | None = None,
+    frozen_rank: int | None = None,
+    *,
+    show_progress_bar: bool = True,
+) -> dict[str, Any]:
+    """Put the corrections that were asked for into an adapter; see `initialize`."""
+    peft_model = asked.peft_model
+    with shown(show_progress_bar):
         outcome = asked.outcome(tokens)
     for name, factors in outcome.factors.items():
-        before = asked.layers[name].kept()
-        asked.layers[name].correct(factors)
+        layer = asked.layers[name]
+        before = layer.kept()
+        layer.restore(beside_fresh(layer, factors))
         if callback is not None and not callback(peft_model, name):
-            asked.layers[name].restore(before)
+            layer.restore(before)
+    if frozen_rank is not None:
+        freeze_layers(asked.layers.values(), frozen_rank)
     note_origin(peft_model, adapter_name, outcome.origin)
     return outcome.report
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a run has found, the same in every process.
-
-    Attributes:
-        factors: correction of each layer, before PEFT's scaling.
-        report: see `initialize`.
-        origin: what the corrections were made from.
-    """
-
-    factors: dict[str, Factors]
-    report: dict[str, Any]
-    origin: Origin
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """What was asked for, checked before a batch is read.
-
-    Attributes:
-        peft_model: the model.
-        layers: the layers to correct, by name.
-        method: how.
-        weights: hub name or folder of the full-precision model, or the model; None for the one in `peft_model`.
-    """
-
-    peft_model: Any
-    layers: Mapping[str, WrappedLayer]
-    method: Method
-    weights: Any
-
-    @classmethod
-    def of(
-        cls, peft_model: Any, adapter: str, weights: Any, recipe: Recipe | str, quantizer: Quantizer | None
-    ) -> Asked:
-        """Make out what was asked for; see `initialize`."""
-        every = layers_of(peft_model, adapter)
-        base = LiveBase(peft_model)
-        layers = {name: layer for name, layer in every.items() if name in base.layers}
-        if layers and quantizer is not None:
-            raise ConfigurationError(
-                f"Expected a quantizer for a model in full precision only, got {quantizer!r} for a model whose layers "
-                "are quantized already. Leave quantizer out."
-            )
-        if layers and len(layers) < len(every):
-            others = [name for name in every if name not in layers]
-            logger.warning(
-                "Adapters of %d layers stay as they are, since these layers are in full precision: %s.",
-                len(others),
-                ", ".join(others[:5]) + (", ..." if len(others) > 5 else ""),
-            )
-        is_live, chosen = bool(layers), layers or every
-        scaling = scaling_of(chosen, lora_config_of(peft_model, adapter))
-        method = method_of(recipe, scaling, base if is_live else (quantizer or NF4()))
-        if method.changes_base:
-            raise ConfigurationError(
-                f"The recipe {recipe!r} chooses a base of its own, but this model has one already. Take another one, "
-                "such as quailora or best; quailora init writes the base with the adapter."
-            )
-        warn_of_rounding(chosen)
-        if trained(chosen):
-            logger.warning("The adapter %r does something already, as if it was trained: this is overwritten.", adapter)
-        return cls(peft_model, chosen, method, weights_of(base, weights, is_live=is_live))
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first layer."""
-        return next(iter(self.layers.values())).parameters.lora_A.device
-
-    def outcome(self, tokens: CalibrationTokens) -> Outcome:
-        """Run the full-precision model on tokens, and return the correction of each layer in every process."""
-        # Only the first process has the result of a run in memory. The others get factors, report and origin from it,
-        # so that all start from the same numbers.
-        with self.full_precision() as model:
-            source, targets = BatchCalibration(tokens), list(self.layers)
-            plan = plan_run(model, self.method, source, targets, None, self.resources, wrapped=True)
-            result = carry_out(plan)
-            outcome = outcome_of(result, self.method) if distributed.rank() == 0 else None
-        first = distributed.from_first(outcome)
-        if first is None:
-            raise RuntimeError("the first process has no result")
-        return first
-
-    @contextmanager
-    def full_precision(self) -> Iterator[Any]:
-        """Yield what a run takes as the full-precision model, for a `with` statement."""
-        if self.weights is not None:
-            yield self.weights
-            return
-        with unwrapped(self.peft_model) as model:
-            yield model
-
-    @property
-    def resources(self) -> Resources:
-        """The device of the model; weights stay on disk, unless gradients of the whole model are needed."""
-        trusted = type(self.peft_model.get_base_model()).__module__.startswith("transformers_modules.")
-        return Resources(
-            device="cuda" if self.device.type == "cuda" else "cpu",
-            offload="auto" if self.method.needs_gradients else "always",
-            trust_remote_code=trusted,
-        )
-
-
-def outcome_of(result: InitializedModel, method: Method) -> Outcome:
-    """Return what the first process has found; nothing of it is memory-mapped."""
-    output = result.output
-    if output is None or result.report is None:
-        raise RuntimeError("the first process has no result")
-    corrections = result.corrections.items()
-    factors = {name: Factors(*(factor.cpu() for factor in found.factors)) for name, found in corrections}
-    base = {record.name: record.base for record in output.records if record.base is not None}
-    return Outcome(factors, dict(result.report), origin_of(method, output.loaded.name, base))
-
-
-def weights_of(base: LiveBase, given: Any, *, is_live: bool) -> Any:
-    """Return where the full-precision weights are: a name, a folder, or a model; None for the model itself.
-
-    Raises:
-        ConfigurationError: if the model does not say.
-    """
-    if given is not None:
-        return str(given) if isinstance(given, (str, PathLike)) else given
-    if not is_live:
-        return None
-    if not base.place or quantization_of(base.place):
-        where = f"was loaded quantized from {base.place!r}" if base.place else "does not say what it was loaded from"
-        raise ConfigurationError(
-            f"Expected the full-precision weights of the model, which {where}. Pass the hub name or the folder of the "
-            "full-precision model as weights."
-        )
-    return str(Path(base.place)) if Path(base.place).is_dir() else base.place
 
 
 def reader_for(

@@ -1,0 +1,165 @@
+"""The commands of the experiment: `run`, `queue`, `finish`, `left` and `draw`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from jsonargparse import auto_cli
+
+from .draw import draw_all
+from .finishing import finished
+from .plan import outstanding
+from .protocol import PROTOCOLS, CalibrationText, Run
+from .runs import Bench, Store
+
+logger = logging.getLogger("experiments")
+
+
+def run(
+    arm: str,
+    *,
+    texts: Path,
+    rank: int = 16,
+    rate: float = 1.6e-3,
+    seed: int = 0,
+    calibration: CalibrationText = "train",
+    curve: bool = False,
+    protocol: str = "reference",
+    folder: Path = Path("runs"),
+) -> None:
+    """Carry out one run and keep its result.
+
+    Args:
+        arm: name of the arm, see `experiments/arms.py`.
+        texts: folder with the instruction pairs and the WikiText-2 test set.
+        rank: rank that is trained.
+        rate: peak learning rate.
+        seed: seed of the order of the batches and of the fresh directions.
+        calibration: the text that the start is calibrated on.
+        curve: score the held-out pairs before and during training, too.
+        protocol: reference, smoke or large.
+        folder: folder for starts and trained adapters.
+    """
+    bench = Bench(PROTOCOLS[protocol], texts, folder)
+    Store(bench.protocol).add(bench.carry_out(Run(arm, rank, rate, seed, calibration, curve)))
+
+
+def queue(
+    *,
+    texts: Path,
+    protocol: str = "reference",
+    folder: Path = Path("runs"),
+    workers: int = 1,
+    hours: float = 1000.0,
+    results: Path | None = None,
+) -> None:
+    """Carry out the runs that are left, most important first. Can be stopped at any time, and started again.
+
+    Args:
+        texts: folder with the instruction pairs, the WikiText-2 test set and the other calibration texts.
+        protocol: reference, smoke or large.
+        folder: folder for starts and trained adapters.
+        workers: processes, each on its share of the cores. Two on two cores do 15 % more runs than one.
+        hours: hours after which no further run is begun.
+        results: folder of the results; experiments/results by default.
+    """
+    if workers > 1:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+        options = [f"--texts={texts}", f"--protocol={protocol}", f"--folder={folder}", f"--hours={hours}"]
+        options += [f"--results={results}"] if results else []
+        command = [sys.executable, "-m", "experiments", "queue", *options]
+        processes = [subprocess.Popen(command, env=environment) for _ in range(workers)]
+        sys.exit(max(process.wait() for process in processes))
+    bench = Bench(PROTOCOLS[protocol], texts, folder)
+    store = Store(bench.protocol, results) if results else Store(bench.protocol)
+    end = time.monotonic() + 3600 * hours
+    while time.monotonic() < end:
+        chosen = claim(bench, store)
+        if chosen is None:
+            return
+        one, lock = chosen
+        began = time.monotonic()
+        try:
+            row = bench.carry_out(one)
+            store.add(row)
+        finally:
+            lock.release()
+        loss = sum(row["after"]["all"]) / len(row["after"]["all"])
+        logger.warning("%s: %.4f nats a token on held-out pairs, %.0f s", one.key, loss, time.monotonic() - began)
+
+
+def claim(bench: Bench, store: Store) -> tuple[Run, FileLock] | None:
+    """Return the first run that no other process is at, with the lock that keeps it; None if none is left."""
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    for candidate in outstanding(bench.protocol, store.read()):
+        lock = FileLock(bench.folder / f"{candidate.key}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            continue
+        if candidate.key in store.read():  # finished between reading and locking
+            lock.release()
+            return claim(bench, store)
+        return candidate, lock
+    return None
+
+
+def finish(
+    arm: str,
+    *,
+    texts: Path,
+    rate: float,
+    rank: int = 16,
+    seed: int = 0,
+    recipe: str = "best",
+    protocol: str = "reference",
+    folder: Path = Path("runs"),
+    results: Path | None = None,
+) -> None:
+    """Fit the trained adapter of a run again by `quailora.finish`, and keep its scores.
+
+    Args:
+        arm: name of the arm.
+        texts: folder with the texts.
+        rate: peak learning rate of the run.
+        rank: rank of the run.
+        seed: seed of the run.
+        recipe: recipe that fits the adapter.
+        protocol: reference, smoke or large.
+        folder: folder with starts and trained adapters.
+        results: folder of the results; experiments/results by default.
+    """
+    bench = Bench(PROTOCOLS[protocol], texts, folder)
+    store = Store(bench.protocol, results) if results else Store(bench.protocol)
+    store.add(finished(bench, Run(arm, rank, rate, seed), recipe))
+
+
+def left(protocol: str = "reference") -> None:
+    """Print the runs that are left, most important first.
+
+    Args:
+        protocol: reference, smoke or large.
+    """
+    store = Store(PROTOCOLS[protocol])
+    for candidate in outstanding(PROTOCOLS[protocol], store.read()):
+        print(candidate.key)
+
+
+def draw(page: Path = Path("docs/worth.md")) -> None:
+    """Write the tables of the reference experiment into the page, and its plots beside it.
+
+    Args:
+        page: the page of the documentation.
+    """
+    draw_all(Store(PROTOCOLS["reference"]).read(), page)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M")
+    auto_cli([run, queue, finish, left, draw], as_positional=False)

@@ -1,0 +1,54 @@
+"""The arms of the experiment: which base, which start, and how the start is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Base = Literal["full precision", "int8", "nf4", "own"]
+Training = Literal["all", "frozen", "slow A", "scaled", "half", "recalibrated"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune.
+
+    Attributes:
+        title: what the tables call it.
+        base: the weights under the adapter: "nf4" is bitsandbytes' own with double quantization, and "own" are codes
+            of the same format that the recipe has chosen.
+        recipe: recipe of the start; plain LoRA without one.
+        training: "all" trains the factors of the start. "frozen" leaves them as they are, and trains a fresh adapter of
+            the same rank beside them. "half" does so with half of the rank for each. "slow A" trains the factors of the
+            start with a lower rate for A. "scaled" makes A larger and B smaller before training, by the same factor.
+            "recalibrated" fits the factors again after each third of the training.
+    """
+
+    title: str
+    base: Base = "nf4"
+    recipe: str | None = None
+    training: Training = "all"
+
+    def start_rank(self, rank: int) -> int:
+        """Return the rank of the start of an arm of which `rank` directions take space."""
+        return rank // 2 if self.training == "half" else rank
+
+
+ARMS = {
+    "full": Arm("full precision, LoRA", "full precision"),
+    "int8": Arm("int8, LoRA", "int8"),
+    "qlora": Arm("NF4, QLoRA"),
+    "loftq": Arm("NF4, `loftq`", "own", "loftq"),
+    "quailora": Arm("NF4, `quailora`", recipe="quailora"),
+    "best": Arm("NF4, `best`", recipe="best"),
+    "distilled": Arm("NF4, `distilled`", recipe="distilled"),
+    "best-joint": Arm("NF4, `best-joint`", "own", "best-joint"),
+    "best-frozen": Arm("NF4, `best`, start frozen", recipe="best", training="frozen"),
+    "distilled-frozen": Arm("NF4, `distilled`, start frozen", recipe="distilled", training="frozen"),
+    "best-joint-frozen": Arm("NF4, `best-joint`, start frozen", "own", "best-joint", "frozen"),
+    "distilled-joint-frozen": Arm("NF4, `distilled-joint`, start frozen", "own", "distilled-joint", "frozen"),
+    "best-half": Arm("NF4, `best`, half frozen", recipe="best", training="half"),
+    "best-slow-a": Arm("NF4, `best`, lower rate for A", recipe="best", training="slow A"),
+    "best-recalibrated": Arm("NF4, `best`, recalibrated", recipe="best", training="recalibrated"),
+    "best-scaled": Arm("NF4, `best`, A larger and B smaller", recipe="best", training="scaled"),
+}

@@ -1,0 +1,53 @@
+"""Write the tables and plots of docs/worth.md from the results that are kept beside this file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .plan import Results, reference_rank
+from .plots import draw_curves, draw_ranks, draw_rates
+from .protocol import REFERENCE
+from .tables import calibration_table, main_table, rank_table, rate_table
+
+SHOWN = ("int8", "qlora", "best", "best-frozen", "distilled-frozen", "best-joint-frozen")
+"""Arms of the plots against rate and step."""
+
+BY_RANK = ("best", "best-frozen")
+"""Arms that were run at several ranks and with several calibration texts."""
+
+
+def parts(results: Results) -> dict[str, str]:
+    """Return every table of the page by the name that its place in the page has."""
+    rank = reference_rank(REFERENCE)
+    return {
+        "main": main_table(results, rank),
+        "rates": rate_table(results, rank),
+        "ranks": rank_table(results, REFERENCE.ranks, BY_RANK),
+        "calibration": calibration_table(results, rank, BY_RANK),
+    }
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """Return a page with each table between its `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Raises:
+        ValueError: if the page has no place for a table.
+    """
+    for name, table in tables.items():
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        page, count = re.subn(
+            pattern, lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", page, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"Expected one place for the table {name!r} in the page, found {count}.")
+    return page
+
+
+def draw_all(results: Results, page: Path) -> None:
+    """Write the tables into the page, and the plots beside it."""
+    page.write_text(filled(page.read_text(encoding="utf-8"), parts(results)), encoding="utf-8")
+    rank = reference_rank(REFERENCE)
+    draw_rates(results, rank, SHOWN, page.with_name("worth-rates.svg"))
+    draw_curves(results, rank, SHOWN, page.with_name("worth-curves.svg"))
+    draw_ranks(results, REFERENCE.ranks, BY_RANK, page.with_name("worth-ranks.svg"))

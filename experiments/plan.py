@@ -1,0 +1,89 @@
+"""Which runs the experiment consists of, most important first. Later ones depend on what earlier ones have shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .protocol import Protocol, Run
+
+MAIN = ("int8", "qlora", "best-frozen", "best", "best-joint-frozen", "distilled-frozen")
+"""Arms whose best rate is searched for first."""
+
+STARTS = ("best-half", "best-slow-a", "best-scaled", "best-recalibrated")
+"""Other ways to train a start, at the middle rates of the grid."""
+
+REST = ("full", "quailora", "loftq", "distilled", "best-joint")
+"""Arms that complete the table."""
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def outstanding(protocol: Protocol, results: Results) -> list[Run]:
+    """Return the runs that are still to be carried out, in order."""
+    seen: dict[str, Run] = {}
+    for run in planned(protocol, results):
+        seen.setdefault(run.key, run)
+    return [run for key, run in seen.items() if key not in results]
+
+
+def planned(protocol: Protocol, results: Results) -> Iterator[Run]:
+    """Yield all runs that can be planned today; those at the best rate of an arm once the rate is known."""
+    rank, first = reference_rank(protocol), protocol.seeds[0]
+    # From the middle of the grid outwards, so that the best rate is seen early.
+    middle = (len(protocol.rates) - 1) / 2
+    rates = sorted(protocol.rates, key=lambda rate: abs(protocol.rates.index(rate) - middle - 0.1))
+    for rate in rates:
+        yield from (Run(arm, rank, rate, first) for arm in MAIN)
+    for rate in rates[:3]:
+        yield from (Run(arm, rank, rate, first) for arm in STARTS)
+    for rate in rates:
+        yield from (Run(arm, rank, rate, first) for arm in REST)
+    for arm in (*MAIN, *STARTS, *REST):
+        yield from beyond_the_edge(protocol, results, arm, rank)
+    yield from with_seeds(protocol, results, (*MAIN, "best-joint", "distilled", "quailora"), rank)
+    for other in protocol.ranks:
+        if other != rank:
+            for rate in rates[:3]:
+                yield from (Run(arm, other, rate, first) for arm in ("int8", "qlora", "best-frozen", "best"))
+            yield from with_seeds(protocol, results, ("int8", "qlora", "best-frozen", "best"), other)
+    for arm in ("best-frozen", "best"):
+        rate = best_rate(results, arm, rank)
+        if rate is not None:
+            yield from (Run(arm, rank, rate, seed, text) for text in ("wikitext2", "c4") for seed in protocol.seeds)
+
+
+def with_seeds(protocol: Protocol, results: Results, arms: tuple[str, ...], rank: int) -> Iterator[Run]:
+    """Yield the runs of arms at their best rates with every seed, with a curve."""
+    for arm in arms:
+        rate = best_rate(results, arm, rank)
+        if rate is not None:
+            yield from (Run(arm, rank, rate, seed, curve=True) for seed in protocol.seeds[1:])
+
+
+def beyond_the_edge(protocol: Protocol, results: Results, arm: str, rank: int) -> Iterator[Run]:
+    """Yield a run at half or twice the rates that were tried, if the best of them is the lowest or the highest."""
+    tried = sorted(row["rate"] for row in rows_of(results, arm, rank))
+    best = best_rate(results, arm, rank)
+    if best is not None and len(tried) >= 3:
+        if best == tried[0]:
+            yield Run(arm, rank, best / 2, protocol.seeds[0])
+        if best == tried[-1]:
+            yield Run(arm, rank, best * 2, protocol.seeds[0])
+
+
+def best_rate(results: Results, arm: str, rank: int) -> float | None:
+    """Return the rate with the lowest loss on the held-out pairs, for the first seed; None before any run."""
+    losses = {row["rate"]: sum(row["after"]["all"]) for row in rows_of(results, arm, rank)}
+    return min(losses, key=losses.__getitem__) if losses else None
+
+
+def rows_of(results: Results, arm: str, rank: int) -> list[Mapping[str, Any]]:
+    """Return the results of the first seed of an arm that is calibrated on the training pairs."""
+    chosen = {"arm": arm, "rank": rank, "calibration": "train", "seed": 0}
+    return [row for row in results.values() if chosen.items() <= row.items()]
+
+
+def reference_rank(protocol: Protocol) -> int:
+    """Return the rank at which everything is tried."""
+    return 16 if 16 in protocol.ranks else protocol.ranks[0]

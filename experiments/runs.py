@@ -1,0 +1,104 @@
+"""Carry out one run, and keep results where they are found again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from transformers import AutoTokenizer
+
+from quailora.models.locate import resolve
+
+from .arms import ARMS
+from .data import Data, load_data
+from .protocol import Protocol, Run
+from .scoring import held_out_losses, window_losses
+from .starts import start_folder
+from .training import model_of, train
+
+logger = logging.getLogger("experiments")
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Store:
+    """Results of a protocol: one line of JSON for each run, to which any number of processes may add.
+
+    Args:
+        protocol: the protocol.
+        folder: folder of the results.
+    """
+
+    def __init__(self, protocol: Protocol, folder: Path = RESULTS) -> None:
+        self.path = folder / f"{protocol.name}.jsonl"
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Return all results, by the key of their run."""
+        if not self.path.exists():
+            return {}
+        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return {row["key"]: row for row in rows}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a result."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Bench:
+    """Where runs are carried out: the texts they need, and a folder for starts and trained adapters.
+
+    Args:
+        protocol: how runs train and are scored.
+        texts: folder with the texts.
+        folder: folder for starts and trained adapters.
+    """
+
+    def __init__(self, protocol: Protocol, texts: Path, folder: Path) -> None:
+        self.protocol, self.texts, self.folder = protocol, texts, folder / protocol.name
+
+    @cache  # noqa: B019 # there is one bench in a process
+    def data(self) -> Data:
+        """Return the data."""
+        return load_data(self.texts, AutoTokenizer.from_pretrained(resolve(self.protocol.model)), self.protocol)
+
+    def carry_out(self, run: Run) -> dict[str, Any]:
+        """Train and score a run, keep its adapter, and return its result."""
+        arm, data, start = ARMS[run.arm], self.data(), self.start(run)
+        model = model_of(run, arm, start, self.protocol)
+        before = self.score(model) if run.curve else None
+        place = self.folder / "adapters" / run.key
+        training = train(model, run, arm, data, self.protocol, place.with_suffix(".trainer"))
+        shutil.rmtree(place.with_suffix(".trainer"), ignore_errors=True)
+        model.save_pretrained(place)
+        return {
+            "key": run.key,
+            **run.as_dict(),
+            "before": before,
+            "after": self.score(model),
+            "training": asdict(training),
+            "trained": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", "0")),
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        }
+
+    def start(self, run: Run) -> Path | None:
+        """Return the folder of the start of a run, which is made if it is not there; None for plain LoRA."""
+        starts = self.folder / "starts"
+        return start_folder(ARMS[run.arm], run.rank, run.calibration, self.data(), self.texts, starts, self.protocol)
+
+    def score(self, model: Any) -> dict[str, list[float]]:
+        """Return the losses on the held-out pairs and on WikiText-2, in nats a token."""
+        data = self.data()
+        scores = {**held_out_losses(model, data.held_out), "wikitext2": window_losses(model, data.wikitext)}
+        return {name: [round(loss, 5) for loss in losses] for name, losses in scores.items()}

@@ -1,0 +1,51 @@
+"""Score a model on the held-out pairs and on WikiText-2, in nats a token.
+
+The model stays in the mode that it is in: without dropout nothing of the arithmetic differs, except that layers of 8
+bits round their inputs to 8 bits in evaluation mode only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from .data import HeldOutPair
+
+_BATCH = 8
+
+
+@torch.no_grad()
+def held_out_losses(model: Any, pairs: Sequence[HeldOutPair]) -> dict[str, list[float]]:
+    """Return the mean loss of each pair, over all of its tokens but the first, and over those of its response."""
+    everything, response = [0.0] * len(pairs), [0.0] * len(pairs)
+    by_length = sorted(range(len(pairs)), key=lambda index: len(pairs[index].ids))
+    for start in range(0, len(pairs), _BATCH):
+        chosen = by_length[start : start + _BATCH]
+        ids = pad_sequence([pairs[index].ids for index in chosen], batch_first=True)
+        mask = pad_sequence([torch.ones_like(pairs[index].ids) for index in chosen], batch_first=True)
+        for index, losses in zip(chosen, token_losses(model, ids, mask), strict=True):
+            own = losses[: len(pairs[index].ids) - 1]
+            everything[index] = own.mean().item()
+            response[index] = own[pairs[index].prompt - 1 :].mean().item()
+    return {"all": everything, "response": response}
+
+
+@torch.no_grad()
+def window_losses(model: Any, windows: Tensor) -> list[float]:
+    """Return the mean loss of each window."""
+    losses = [token_losses(model, part).mean(dim=1) for part in windows.split(4)]
+    return torch.cat(losses).tolist()
+
+
+def token_losses(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the loss of each token but the first of each row, (batch, tokens - 1), in the arithmetic of training."""
+    device = next(model.parameters()).device
+    ids = ids.to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        logits = model(input_ids=ids, attention_mask=None if mask is None else mask.to(device)).logits
+    return functional.cross_entropy(logits[:, :-1].float().mT, ids[:, 1:], reduction="none").cpu()

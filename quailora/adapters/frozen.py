@@ -1,0 +1,88 @@
+"""Directions of a LoRA adapter that training leaves as they are, beside fresh ones that it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.objective import Factors
+from ..errors import ConfigurationError
+from .lora import divided
+from .wrapped import WrappedLayer, wrapped_layers
+
+_HANDLES = "_quailora_frozen"
+
+
+def freeze(peft_model: Any, rank: int, adapter_name: str = "default") -> None:
+    """Let training leave the first directions of an adapter as they are: rows of `lora_A`, columns of `lora_B`.
+
+    The adapter stays an ordinary LoRA adapter. Gradients of its first directions are zero from now on, so that
+    optimizers do not move them. Weight decay would: leave it at 0, which is the default of transformers' trainer.
+    Hooks are not saved. After a model is loaded to go on with its training, freeze it again.
+
+    Args:
+        peft_model: a `PeftModel`.
+        rank: number of directions to freeze in every layer; 0 trains all directions again.
+        adapter_name: name of the adapter.
+
+    Raises:
+        ArgumentTypeError: if the model is no `PeftModel`.
+        ConfigurationError: if a layer has no direction left to train.
+    """
+    layers = wrapped_layers(peft_model, adapter_name)
+    check_frozen(rank, layers)
+    freeze_layers(layers.values(), rank)
+
+
+def freeze_layers(layers: Iterable[WrappedLayer], rank: int) -> None:
+    """Let training leave the first directions of layers as they are; see `freeze`."""
+    for layer in layers:
+        for parameter, dimension in zip(layer.parameters, (1, 0), strict=True):
+            for handle in getattr(parameter, _HANDLES, ()):
+                handle.remove()
+            handles = []
+            if rank and parameter.requires_grad:
+                handles.append(parameter.register_hook(without(rank, dimension)))  # type: ignore[no-untyped-call] # torch
+            setattr(parameter, _HANDLES, handles)
+
+
+def check_frozen(rank: int, layers: Mapping[str, WrappedLayer]) -> None:
+    """Raise a `ConfigurationError` unless each layer has directions beside the frozen ones."""
+    name, least = min(((name, layer.rank) for name, layer in layers.items()), key=lambda pair: pair[1])
+    if not 0 <= rank < least:
+        raise ConfigurationError(
+            f"Expected to freeze at least 0 and fewer directions than a layer has, got {rank}, and {name} has {least}. "
+            "Make the adapter with a larger rank: r=32 for 16 frozen directions beside 16 that are trained."
+        )
+
+
+def without(rank: int, dimension: int) -> Callable[[Tensor], Tensor]:
+    """Return a hook that sets the first entries of a gradient along a dimension to zero."""
+
+    def hook(gradient: Tensor) -> Tensor:
+        kept = gradient.clone()
+        kept.narrow(dimension, 0, rank).zero_()
+        return kept
+
+    return hook
+
+
+@torch.no_grad()
+def beside_fresh(layer: WrappedLayer, correction: Factors) -> Factors:
+    """Return the factors of a layer as PEFT stores them: a correction first, and fresh directions after it.
+
+    Fresh directions have the rows of `lora_A` that PEFT has drawn, and zeros in `lora_B`, as in plain LoRA.
+
+    Args:
+        layer: the layer, whose adapter has not been trained.
+        correction: `(lora_B, lora_A)` before PEFT's scaling, of the layer's rank or a lower one.
+    """
+    kept = layer.kept()
+    frozen = divided(correction, layer.scale)
+    rank = len(frozen.lora_A)
+    fresh = kept.lora_A[rank:].cpu()
+    zeros = torch.zeros(len(frozen.lora_B), len(fresh))
+    return Factors(torch.cat([frozen.lora_B, zeros], 1), torch.cat([frozen.lora_A, fresh.to(frozen.lora_A)]))

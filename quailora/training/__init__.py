@@ -1,0 +1,1 @@
+"""What helps while an adapter is trained, and after its training."""

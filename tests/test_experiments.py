@@ -1,0 +1,203 @@
+"""The experiment on what starts are worth after training: its runs, its statistics and its tables."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import save_llama
+
+from experiments.__main__ import queue
+from experiments.arms import ARMS
+from experiments.data import as_held_out, packed, tokens_of
+from experiments.draw import filled, parts
+from experiments.finishing import finished
+from experiments.plan import best_rate, outstanding
+from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
+from experiments.runs import Bench, Store
+from experiments.scoring import held_out_losses, token_losses
+from experiments.statistics import bootstrapped, difference, gap_closed
+from experiments.training import SCALED, model_of, optimizer_of, scale_factors
+
+PAGE = Path(__file__).parents[1] / "docs" / "worth.md"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Small stand-ins for the texts of the experiment."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = ["river", "stone", "light", "under", "water", "green", "field", "small", "house"]
+    pairs = [
+        {
+            "prompt": f"Below is an instruction.\n\n### Instruction:\nSay {words[index % 9]}.\n\n### Response:\n",
+            "response": " ".join(words[(index + step) % 9] for step in range(12)),
+        }
+        for index in range(60)
+    ]
+    (folder / "dolly_hhrlhf_1000.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    (folder / "wikitext2_raw_test.txt").write_text(" ".join(words * 400), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ending(tokenizer):
+    """A tokenizer that has an end of text."""
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"eos_token": "<end>"})
+    return changed
+
+
+@pytest.fixture(scope="module")
+def protocol(tmp_path_factory, ending) -> Protocol:
+    model = save_llama(tmp_path_factory.mktemp("model"), ending)
+    return replace(SMOKE, name="tiny", model=str(model), length=32, steps=2, calibration_windows=8)
+
+
+@pytest.fixture(scope="module")
+def bench(protocol, texts, tmp_path_factory) -> Bench:
+    return Bench(protocol, texts, tmp_path_factory.mktemp("runs"))
+
+
+def test_a_run_is_kept_and_scored(bench, tmp_path):
+    run = Run("best-frozen", 4, 1e-3, curve=True)
+    store = Store(bench.protocol, tmp_path)
+    store.add(bench.carry_out(run))
+    row = store.read()[run.key]
+    assert len(row["after"]["all"]) == len(row["before"]["response"]) == bench.protocol.held_out
+    assert len(row["training"]["online"]) == bench.protocol.steps
+    assert [step for step, _ in row["training"]["curve"]] == [2]
+    assert (bench.folder / "adapters" / run.key / "adapter_model.safetensors").is_file()
+    again = bench.carry_out(run)
+    assert again["after"] == row["after"], "a run repeats exactly"
+
+
+def test_the_queue_goes_on_where_it_stopped(protocol, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "tiny", replace(protocol, rates=(4e-4,)))
+    store = Store(protocol, tmp_path)
+    runs = outstanding(PROTOCOLS["tiny"], {})
+    done = []
+    monkeypatch.setattr(Bench, "carry_out", lambda _, run: done.append(run.key) or stand_in(run))
+    for run in runs[:2]:
+        store.add(stand_in(run))
+    queue(texts=texts, protocol="tiny", folder=tmp_path, results=tmp_path)
+    assert done
+    assert not {run.key for run in runs[:2]} & set(done)
+    assert not outstanding(PROTOCOLS["tiny"], store.read())
+
+
+def stand_in(run: Run, loss: float = 2.0) -> dict:
+    """A result without a run."""
+    return {"key": run.key, **run.as_dict(), "after": {"all": [loss, loss + 1], "response": [loss, loss]}}
+
+
+def test_the_search_goes_beyond_the_edge_of_the_grid():
+    rates = REFERENCE.rates
+    rows = {run.key: stand_in(run, 2 - rate) for rate in rates for run in [Run("qlora", 16, rate)]}
+    assert best_rate(rows, "qlora", 16) == rates[-1]
+    assert Run("qlora", 16, 2 * rates[-1]).key in {run.key for run in outstanding(REFERENCE, rows)}
+
+
+def test_only_the_fresh_adapter_is_trained_beside_a_held_start(bench):
+    start = Run("best-frozen", 4)
+    bench.carry_out(start)
+    folder = bench.folder / "starts" / "best-train-r4"
+    model = model_of(start, ARMS["best-frozen"], folder, bench.protocol)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(".default." in name for name in trained)
+    alone = model_of(start, ARMS["best"], folder, bench.protocol)
+    data = bench.data()
+    torch.testing.assert_close(
+        token_losses(model, data.wikitext), token_losses(alone, data.wikitext), rtol=0, atol=0.02
+    )
+
+
+def test_factors_are_scaled_against_each_other_alone(bench):
+    bench.carry_out(Run("best", 4))
+    model = model_of(Run("best", 4), ARMS["best"], bench.folder / "starts" / "best-train-r4", bench.protocol)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    product = (second @ first).detach().clone()
+    scale_factors(model, SCALED)
+    torch.testing.assert_close(second @ first, product)
+    rms = [factor.square().mean().sqrt().item() for factor in (first, second)]
+    assert rms[0] / rms[1] == pytest.approx(SCALED, rel=1e-4)
+    groups = optimizer_of(model, Run("x", rate=0.8), ARMS["best-slow-a"]).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.8])
+
+
+def test_pairs_are_cut_and_scored_by_part(bench, ending):
+    pair = {"prompt": "First.\n\nabc def", "response": "ghi " * 40}
+    ids, prompt = tokens_of(pair, ending)
+    assert ids[-1] == ending.eos_token_id
+    held_out = as_held_out(pair, ending, 2 * prompt)
+    assert held_out.prompt == prompt
+    assert len(held_out.ids) == 2 * prompt
+    assert packed(torch.arange(10), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    model = model_of(Run("qlora", 4), ARMS["qlora"], None, bench.protocol)
+    pairs = bench.data().held_out
+    batched = held_out_losses(model, pairs)
+    for index, pair in enumerate(pairs):
+        losses = token_losses(model, pair.ids[None])[0]
+        assert batched["all"][index] == pytest.approx(losses.mean().item(), abs=0.02)
+        assert batched["response"][index] == pytest.approx(losses[pair.prompt - 1 :].mean().item(), abs=0.02)
+
+
+def test_intervals_are_those_of_pairs_and_seeds():
+    generator = np.random.default_rng(0)
+    plain = generator.normal(2.7, 0.5, (1, 400))
+    better = plain - generator.normal(0.05, 0.2, plain.shape)
+    found = bootstrapped(difference, better, plain)
+    expected = (better - plain).std() / np.sqrt(400)
+    assert found.value == pytest.approx((better - plain).mean())
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * expected, rel=0.1)
+    half = bootstrapped(gap_closed, plain, plain - 0.1, plain - 0.05)
+    assert (half.value, half.low, half.high) == pytest.approx((0.5, 0.5, 0.5))
+    # Two seeds that differ by far more than pairs do.
+    seeds = np.stack([plain[0], plain[0] + 1])
+    assert bootstrapped(difference, seeds, np.stack([plain[0]] * 2)).high == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="same seeds and pairs"):
+        bootstrapped(difference, plain, plain[:, :10])
+
+
+def test_the_page_has_the_tables_of_the_results():
+    """`python -m experiments draw` writes them."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert filled(page, parts(Store(REFERENCE).read())) == page
+    with pytest.raises(ValueError, match="one place for the table 'other'"):
+        filled(page, {"other": ""})
+
+
+@pytest.mark.parametrize("arm", ["qlora", "best", "best-frozen", "best-half"])
+def test_trained_adapters_are_fitted_again(bench, arm):
+    run = Run(arm, 4, 1e-3)
+    before = bench.carry_out(run)
+    row = finished(bench, run, "quailora")
+    assert row["of"] == run.key
+    assert row["arm"] == f"{arm}-finished-quailora"
+    for part, losses in row["after"].items():
+        assert losses != before["after"][part]
+        np.testing.assert_allclose(losses, before["after"][part], atol=0.2)
+
+
+def test_recalibration_is_an_arm(bench):
+    longer = Bench(replace(bench.protocol, steps=6), bench.texts, bench.folder.parent)
+    row = longer.carry_out(Run("best-recalibrated", 4, 1e-3))
+    assert len(row["training"]["online"]) == 6
+
+
+@pytest.mark.slow
+def test_the_experiment_from_nothing(shared_data, tmp_path, all_threads):
+    """A smoke size of the main arms on the real model; `make test-slow`."""
+    bench, store = Bench(SMOKE, shared_data, tmp_path), Store(SMOKE, tmp_path)
+    for arm in ("int8", "qlora", "best", "best-frozen"):
+        store.add(bench.carry_out(Run(arm, 4, 4e-4)))
+    rows = store.read()
+    loss = {row["arm"]: np.mean(row["after"]["all"]) for row in rows.values()}
+    assert loss["int8"] < loss["best"] < loss["qlora"]
+    assert loss["best-frozen"] < loss["qlora"]

@@ -1,4 +1,4 @@
-"""The commands of the experiment: `run`, `queue`, `finish`, `left` and `draw`."""
+"""The commands of the experiment: `run`, `queue`, `finish`, `curvature`, `left` and `draw`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from jsonargparse import auto_cli
 
+from .curvature import curvature_of
 from .draw import draw_all
 from .finishing import finished
 from .plan import outstanding
 from .protocol import PROTOCOLS, CalibrationText, Run
-from .runs import Bench, Store
+from .runs import RESULTS, Bench, Store
 
 logger = logging.getLogger("experiments")
 
@@ -77,7 +78,7 @@ def queue(
         processes = [subprocess.Popen(command, env=environment) for _ in range(workers)]
         sys.exit(max(process.wait() for process in processes))
     bench = Bench(PROTOCOLS[protocol], texts, folder)
-    store = Store(bench.protocol, results) if results else Store(bench.protocol)
+    store = Store(bench.protocol, results or RESULTS)
     end = time.monotonic() + 3600 * hours
     while time.monotonic() < end:
         chosen = claim(bench, store)
@@ -136,8 +137,38 @@ def finish(
         results: folder of the results; experiments/results by default.
     """
     bench = Bench(PROTOCOLS[protocol], texts, folder)
-    store = Store(bench.protocol, results) if results else Store(bench.protocol)
+    store = Store(bench.protocol, results or RESULTS)
     store.add(finished(bench, Run(arm, rank, rate, seed), recipe))
+
+
+def curvature(
+    arms: list[str],
+    *,
+    texts: Path,
+    rank: int = 16,
+    seed: int = 0,
+    protocol: str = "reference",
+    folder: Path = Path("runs"),
+    results: Path | None = None,
+) -> None:
+    """Keep the largest eigenvalue of the Hessian at the start of each arm.
+
+    Args:
+        arms: names of arms.
+        texts: folder with the texts.
+        rank: rank of the starts.
+        seed: seed of the fresh directions.
+        protocol: reference, smoke or large.
+        folder: folder with starts and trained adapters.
+        results: folder of the results; experiments/results by default.
+    """
+    bench = Bench(PROTOCOLS[protocol], texts, folder)
+    store = Store(bench.protocol, results or RESULTS, "curvature")
+    for arm in arms:
+        row = curvature_of(bench, Run(arm, rank, seed=seed))
+        if row["key"] not in store.read():
+            store.add(row)
+        logger.warning("%s: %.4g", row["key"], row["eigenvalue"])
 
 
 def left(protocol: str = "reference") -> None:
@@ -162,4 +193,4 @@ def draw(page: Path = Path("docs/worth.md")) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M")
-    auto_cli([run, queue, finish, left, draw], as_positional=False)
+    auto_cli([run, queue, finish, curvature, left, draw], as_positional=False)

@@ -9,22 +9,40 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from .training import base_of as base_of  # noqa: PLC0414 # the caller loads models by it
+from .arms import ARMS
+from .protocol import Run
+from .runs import Bench
+from .training import model_of
+
+_WINDOWS = 4
+_VECTORS, _RESTARTS, _TOLERANCE = 8, 8, 0.02
 
 
-def top_eigenvalue(model: Any, windows: Tensor, iterations: int = 12, tolerance: float = 0.02) -> float:
-    """Return the largest eigenvalue of the Hessian by Lanczos (SciPy's ARPACK), over products with the Hessian.
+def curvature_of(bench: Bench, run: Run) -> dict[str, Any]:
+    """Return the largest eigenvalue at the start of a run, over the first training windows.
 
     Args:
-        model: a `PeftModel` whose trained parameters require gradients, with attention that can be differentiated
-            twice (`attn_implementation="eager"`), in float32.
+        bench: where starts are.
+        run: arm, rank and seed of the start; the rate is without meaning.
+    """
+    model = model_of(run, ARMS[run.arm], bench.start(run), bench.protocol)
+    model.get_base_model().set_attn_implementation("eager")  # other kernels cannot be differentiated twice
+    value = top_eigenvalue(model, bench.data().windows[:_WINDOWS])
+    return {"key": f"{run.arm}-r{run.rank}-s{run.seed}", "arm": run.arm, "rank": run.rank, "eigenvalue": value}
+
+
+def top_eigenvalue(model: Any, windows: Tensor) -> float:
+    """Return the largest eigenvalue of the Hessian by Lanczos (SciPy's ARPACK), over products with the Hessian.
+
+    Products are exact, by differentiating the gradient along a vector (Pearlmutter, 1994), in float32.
+
+    Args:
+        model: a `PeftModel` whose trained parameters require gradients, which can be differentiated twice.
         windows: token ids, (batch, tokens), over which the loss is the mean.
-        iterations: restarts of Lanczos at most.
-        tolerance: relative accuracy of the eigenvalue.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sizes = [parameter.numel() for parameter in parameters]
-    loss = model(input_ids=windows, labels=windows).loss
+    loss = model(input_ids=windows, labels=windows, use_cache=False).loss
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
 
     def product(vector: np.ndarray) -> np.ndarray:
@@ -34,7 +52,15 @@ def top_eigenvalue(model: Any, windows: Tensor, iterations: int = 12, tolerance:
         return torch.cat([part.flatten() for part in products]).numpy()
 
     size = sum(sizes)
-    start = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float32)
-    return float(eigsh(operator, 1, which="LA", v0=start, ncv=8, maxiter=iterations, tol=tolerance,
-                       return_eigenvectors=False)[0])  # fmt: skip
+    begin = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
+    values = eigsh(
+        LinearOperator((size, size), matvec=product, dtype=np.float32),
+        k=1,
+        which="LA",
+        v0=begin,
+        ncv=_VECTORS,
+        maxiter=_RESTARTS,
+        tol=_TOLERANCE,
+        return_eigenvectors=False,
+    )
+    return float(values[0])

@@ -36,10 +36,11 @@ class Store:
     Args:
         protocol: the protocol.
         folder: folder of the results.
+        kind: what is kept; the results of runs if empty.
     """
 
-    def __init__(self, protocol: Protocol, folder: Path = RESULTS) -> None:
-        self.path = folder / f"{protocol.name}.jsonl"
+    def __init__(self, protocol: Protocol, folder: Path = RESULTS, kind: str = "") -> None:
+        self.path = folder / (f"{protocol.name}-{kind}.jsonl" if kind else f"{protocol.name}.jsonl")
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Return all results, by the key of their run."""

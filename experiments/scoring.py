@@ -42,10 +42,13 @@ def window_losses(model: Any, windows: Tensor) -> list[float]:
     return torch.cat(losses).tolist()
 
 
-def token_losses(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the loss of each token but the first of each row, (batch, tokens - 1), in the arithmetic of training."""
+def token_losses(model: Any, ids: Tensor, mask: Tensor | None = None, *, exact: bool = False) -> Tensor:
+    """Return the loss of each token but the first of each row, (batch, tokens - 1).
+
+    It is computed in the arithmetic of training, unless `exact` asks for the dtype of the model.
+    """
     device = next(model.parameters()).device
     ids = ids.to(device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=not exact):
         logits = model(input_ids=ids, attention_mask=None if mask is None else mask.to(device)).logits
     return functional.cross_entropy(logits[:, :-1].float().mT, ids[:, 1:], reduction="none").cpu()

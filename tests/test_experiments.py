@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from families import save_llama
+from transformers import AutoTokenizer
 
 from experiments.__main__ import queue
 from experiments.arms import ARMS
+from experiments.curvature import top_eigenvalue
 from experiments.data import as_held_out, packed, tokens_of
 from experiments.draw import filled, parts
 from experiments.finishing import finished
@@ -22,6 +25,7 @@ from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
 from experiments.runs import Bench, Store
 from experiments.scoring import held_out_losses, token_losses
 from experiments.statistics import bootstrapped, difference, gap_closed
+from experiments.tasks import TASKS, answered, read_items
 from experiments.training import SCALED, model_of, optimizer_of, scale_factors
 
 PAGE = Path(__file__).parents[1] / "docs" / "worth.md"
@@ -191,6 +195,27 @@ def test_recalibration_is_an_arm(bench):
     assert len(row["training"]["online"]) == 6
 
 
+def test_curvature_is_that_of_the_whole_hessian(bench):
+    """Against all eigenvalues, in a tiny model whose Hessian can be written out."""
+    run = Run("full", 1)
+    model = model_of(run, replace(ARMS["full"]), None, bench.protocol)
+    model.get_base_model().set_attn_implementation("eager")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.0.self_attn" in name and "lora" in name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    windows = bench.data().windows[:2]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(model(input_ids=windows, labels=windows).loss, parameters, create_graph=True)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in flat]
+    hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).double()
+    expected = torch.linalg.eigvalsh((hessian + hessian.T) / 2)[-1].item()
+    assert top_eigenvalue(model, windows) == pytest.approx(expected, rel=0.03)
+
+
 @pytest.mark.slow
 def test_the_experiment_from_nothing(shared_data, tmp_path, all_threads):
     """A smoke size of the main arms on the real model; `make test-slow`."""
@@ -201,3 +226,42 @@ def test_the_experiment_from_nothing(shared_data, tmp_path, all_threads):
     loss = {row["arm"]: np.mean(row["after"]["all"]) for row in rows.values()}
     assert loss["int8"] < loss["best"] < loss["qlora"]
     assert loss["best-frozen"] < loss["qlora"]
+
+
+def test_answers_are_those_of_the_harness(shared_data, bench, tmp_path):
+    """The same items are right, by likelihood and by likelihood per character."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    for task in TASKS:
+        lines = (shared_data / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        text = "{{query.strip()}}" if task == "copa" else "{{query.strip()}}\nAnswer:"
+        content = {
+            "task": f"own_{task}",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{task}.jsonl")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": text,
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        }
+        (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    model = model_of(Run("full", 4), ARMS["full"], None, bench.protocol).get_base_model().eval()
+    tokenizer = AutoTokenizer.from_pretrained(bench.protocol.model)
+    results = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        tasks=[f"own_{task}" for task in TASKS],
+        task_manager=TaskManager(include_path=str(tmp_path)),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    for task in TASKS:
+        samples = sorted(results["samples"][f"own_{task}"], key=lambda sample: sample["doc_id"])
+        found = answered(model, tokenizer, read_items(tmp_path / f"{task}.jsonl"), exact=True)
+        assert found.accuracy == [bool(sample["acc"]) for sample in samples]
+        assert found.normalized == [bool(sample["acc_norm"]) for sample in samples]

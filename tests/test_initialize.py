@@ -374,6 +374,21 @@ def test_inside_a_trainer(folder, windows, tmp_path):
     assert_same(factors_of(loaded), factors_of(model))
 
 
+def test_with_the_loader_of_the_trainer(folder, windows, tmp_path):
+    """The trainer may be made first, and its own loader has the tokens that are trained on."""
+    rows = [{"input_ids": window, "labels": window} for window in windows]
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=tmp_path, learning_rate=1e-3, save_strategy="no", **options)
+    model, other = adapted(folder), adapted(folder)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    initialize(model, trainer.get_train_dataloader())
+    initialize(other, list(trainer.get_train_dataloader()))
+    before = factors_of(model)
+    assert_same(before, factors_of(other))
+    trainer.train()
+    assert differ(factors_of(model), before)
+
+
 def test_an_optimizer_goes_on_with_the_new_factors(folder, loader):
     """Shapes and objects stay, so nothing that holds them already breaks."""
     model = adapted(folder)

@@ -1,4 +1,4 @@
-"""The commands of the experiment: `run`, `queue`, `finish`, `curvature`, `left` and `draw`."""
+"""The commands of the experiment: `run`, `queue`, `finish`, `curvature`, `cost`, `left` and `draw`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from jsonargparse import auto_cli
 
+from .cost import cost_table
 from .curvature import curvature_of
 from .draw import draw_all
 from .finishing import finished
@@ -171,6 +172,21 @@ def curvature(
         logger.warning("%s: %.4g", row["key"], row["eigenvalue"])
 
 
+def cost(
+    *, texts: Path, rank: int = 16, steps: int = 12, protocol: str = "reference", folder: Path = Path("runs")
+) -> None:
+    """Print seconds and memory of a training step with each start, measured in turn.
+
+    Args:
+        texts: folder with the texts.
+        rank: rank that is trained.
+        steps: steps of each.
+        protocol: reference, smoke or large.
+        folder: folder with starts.
+    """
+    print(cost_table(Bench(PROTOCOLS[protocol], texts, folder), rank, steps))
+
+
 def left(protocol: str = "reference") -> None:
     """Print the runs that are left, most important first.
 
@@ -193,4 +209,4 @@ def draw(page: Path = Path("docs/worth.md")) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M")
-    auto_cli([run, queue, finish, curvature, left, draw], as_positional=False)
+    auto_cli([run, queue, finish, curvature, cost, left, draw], as_positional=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from quailora.support.tables import markdown_table
@@ -102,6 +103,37 @@ def calibration_table(results: Results, rank: int, arms: Sequence[str]) -> str:
         [ARMS[arm].title, *(percent(gap_of(results, arm, rank, calibration=text)) for text in texts)] for arm in arms
     ]
     return markdown_table(["arm", *texts.values()], lines)
+
+
+def steps_table(results: Results, rank: int, arms: Sequence[str]) -> str:
+    """Return after how many steps arms have the loss that QLoRA ends with, for each seed that both have a curve of."""
+    plain = with_curve(at_best(results, "qlora", rank))
+    lines = []
+    for arm in arms:
+        rows = with_curve(at_best(results, arm, rank))
+        seeds = common(rows, plain)
+        if seeds:
+            found = [steps_to(rows[seed], plain[seed]["training"]["curve"][-1][1]) for seed in seeds]
+            shown = ", ".join("not reached" if steps is None else f"{steps:.0f}" for steps in found)
+            lines.append([ARMS[arm].title, shown, str(plain[seeds[0]]["training"]["curve"][-1][0])])
+    return markdown_table(["arm", "steps, for each seed", "steps of QLoRA"], lines)
+
+
+def with_curve(rows: Mapping[int, Row]) -> dict[int, Row]:
+    """Return the results that have a curve."""
+    return {seed: row for seed, row in rows.items() if row["training"]["curve"]}
+
+
+def steps_to(row: Row, loss: float) -> float | None:
+    """Return after how many steps a curve first reaches a loss, by linear interpolation; None if it never does."""
+    before = row["before"]["all"]
+    points = [[0, sum(before) / len(before)], *row["training"]["curve"]]
+    if points[0][1] <= loss:
+        return 0.0
+    for (step, above), (later, below) in pairwise(points):
+        if below <= loss:
+            return step + (later - step) * (above - loss) / (above - below)
+    return None
 
 
 def mean(rows: Mapping[int, Row], part: str) -> float:

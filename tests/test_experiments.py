@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from experiments.__main__ import queue
 from experiments.arms import ARMS
+from experiments.cost import cost_table
 from experiments.curvature import top_eigenvalue
 from experiments.data import as_held_out, packed, tokens_of
 from experiments.draw import filled, parts
@@ -25,6 +26,7 @@ from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
 from experiments.runs import Bench, Store
 from experiments.scoring import held_out_losses, token_losses
 from experiments.statistics import bootstrapped, difference, gap_closed
+from experiments.tables import steps_table, steps_to
 from experiments.tasks import TASKS, answered, read_items
 from experiments.training import SCALED, model_of, optimizer_of, scale_factors
 
@@ -169,6 +171,17 @@ def test_intervals_are_those_of_pairs_and_seeds():
         bootstrapped(difference, plain, plain[:, :10])
 
 
+def test_steps_to_a_loss_are_interpolated():
+    row = {"before": {"all": [3.0, 5.0]}, "training": {"curve": [[20, 3.0], [40, 2.0]]}}
+    assert [steps_to(row, loss) for loss in (4.5, 3.5, 2.25, 1.0)] == [0, 10, 35, None]
+    results = {
+        f"{arm}-{seed}": {**stand_in(Run(arm, 16, 1e-3, seed)), "before": {"all": [4.0]}, "training": {"curve": curve}}
+        for arm, curve in (("qlora", [[20, 3.5], [40, 3.0]]), ("best", [[20, 2.5], [40, 2.0]]))
+        for seed in (0, 1)
+    }
+    assert steps_table(results, 16, ["best"]).splitlines()[-1] == "| NF4, `best` | 13, 13 | 40 |"
+
+
 def test_the_page_has_the_tables_of_the_results():
     """`python -m experiments draw` writes them."""
     page = PAGE.read_text(encoding="utf-8")
@@ -193,6 +206,15 @@ def test_recalibration_is_an_arm(bench):
     longer = Bench(replace(bench.protocol, steps=6), bench.texts, bench.folder.parent)
     row = longer.carry_out(Run("best-recalibrated", 4, 1e-3))
     assert len(row["training"]["online"]) == 6
+
+
+def test_a_start_costs_no_more_than_plain_lora(bench):
+    """The same bytes with a start, and those of the activations of more directions beside a frozen one."""
+    rows = [line.split(" | ") for line in cost_table(bench, 4, 2).splitlines()[2:]]
+    (plain, start, frozen) = ([float(cell.strip(" |")) for cell in row[-2:]] for row in rows)
+    assert start == plain
+    assert frozen[0] == plain[0]
+    assert frozen[1] > plain[1]
 
 
 def test_curvature_is_that_of_the_whole_hessian(bench):

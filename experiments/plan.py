@@ -11,7 +11,7 @@ MAIN = ("int8", "qlora", "best-frozen", "best", "best-joint-frozen", "distilled-
 """Arms whose best rate is searched for first."""
 
 STARTS = ("best-half", "best-slow-a", "best-scaled", "best-recalibrated")
-"""Other ways to train a start, at the middle rates of the grid."""
+"""Other ways to train a start, at the two rates in the middle of the grid and beyond if the best is at an edge."""
 
 REST = ("full", "quailora", "loftq", "distilled", "best-joint")
 """Arms that complete the table."""
@@ -33,13 +33,15 @@ def planned(protocol: Protocol, results: Results) -> Iterator[Run]:
     # From the middle of the grid outwards, so that the best rate is seen early.
     middle = (len(protocol.rates) - 1) / 2
     rates = sorted(protocol.rates, key=lambda rate: abs(protocol.rates.index(rate) - middle - 0.1))
-    for rate in rates:
+    for rate in rates[:2]:
+        yield from (Run(arm, rank, rate, first) for arm in (*MAIN, *STARTS))
+    for arm in (*MAIN, *STARTS):
+        yield from beyond_the_edge(protocol, results, arm, rank)
+    for rate in rates[2:]:
         yield from (Run(arm, rank, rate, first) for arm in MAIN)
-    for rate in rates[:3]:
-        yield from (Run(arm, rank, rate, first) for arm in STARTS)
     for rate in rates:
         yield from (Run(arm, rank, rate, first) for arm in REST)
-    for arm in (*MAIN, *STARTS, *REST):
+    for arm in REST:
         yield from beyond_the_edge(protocol, results, arm, rank)
     yield from with_seeds(protocol, results, (*MAIN, "best-joint", "distilled", "quailora"), rank)
     for other in protocol.ranks:
@@ -65,7 +67,7 @@ def beyond_the_edge(protocol: Protocol, results: Results, arm: str, rank: int) -
     """Yield a run at half or twice the rates that were tried, if the best of them is the lowest or the highest."""
     tried = sorted(row["rate"] for row in rows_of(results, arm, rank))
     best = best_rate(results, arm, rank)
-    if best is not None and len(tried) >= 3:
+    if best is not None and len(tried) >= 2:
         if best == tried[0]:
             yield Run(arm, rank, best / 2, protocol.seeds[0])
         if best == tried[-1]:

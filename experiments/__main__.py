@@ -1,4 +1,4 @@
-"""The commands of the experiment: `run`, `queue`, `finish`, `curvature`, `cost`, `left` and `draw`."""
+"""The commands of the experiment: `run`, `queue`, `finish`, `curvature`, `tasks`, `cost`, `left` and `draw`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .cost import cost_table
 from .curvature import curvature_of
 from .draw import draw_all
 from .finishing import finished
-from .plan import outstanding
+from .plan import best_rate, outstanding
 from .protocol import PROTOCOLS, CalibrationText, Run
 from .runs import RESULTS, Bench, Store
 
@@ -172,6 +172,42 @@ def curvature(
         logger.warning("%s: %.4g", row["key"], row["eigenvalue"])
 
 
+def tasks(
+    arms: list[str],
+    *,
+    texts: Path,
+    rank: int = 16,
+    seed: int = 0,
+    limit: int | None = 400,
+    protocol: str = "reference",
+    folder: Path = Path("runs"),
+    results: Path | None = None,
+) -> None:
+    """Keep which items of PIQA, ARC-easy, BoolQ and COPA arms answer right, before training and after it.
+
+    Args:
+        arms: names of arms, whose best rate has been carried out.
+        texts: folder with the texts and the tasks.
+        rank: rank that is trained.
+        seed: seed of the runs.
+        limit: number of items of each task, the first ones.
+        protocol: reference, smoke or large.
+        folder: folder with starts and trained adapters.
+        results: folder of the results; experiments/results by default.
+    """
+    bench = Bench(PROTOCOLS[protocol], texts, folder)
+    store, kept = Store(bench.protocol, results or RESULTS), Store(bench.protocol, results or RESULTS, "tasks")
+    for arm in arms:
+        rate = best_rate(store.read(), arm, rank)
+        if rate is None:
+            sys.exit(f"{arm} has no run of rank {rank} in {store.path}. Carry one out first: experiments run {arm}.")
+        for trained in (False, True):
+            row = bench.answer(Run(arm, rank, rate, seed), trained=trained, limit=limit)
+            if row["key"] not in kept.read():
+                kept.add(row)
+            logger.warning("%s done", row["key"])
+
+
 def cost(
     *, texts: Path, rank: int = 16, steps: int = 12, protocol: str = "reference", folder: Path = Path("runs")
 ) -> None:
@@ -209,4 +245,4 @@ def draw(page: Path = Path("docs/worth.md")) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M")
-    auto_cli([run, queue, finish, curvature, cost, left, draw], as_positional=False)
+    auto_cli([run, queue, finish, curvature, tasks, cost, left, draw], as_positional=False)

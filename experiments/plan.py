@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .protocol import Protocol, Run
@@ -15,6 +15,9 @@ STARTS = ("best-half", "best-slow-a", "best-scaled", "best-recalibrated")
 
 REST = ("full", "quailora", "loftq", "distilled", "best-joint")
 """Arms that complete the table."""
+
+BY_RANK = ("int8", "qlora", "best-frozen", "best")
+"""Arms that are run at all ranks."""
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -29,33 +32,43 @@ def outstanding(protocol: Protocol, results: Results) -> list[Run]:
 
 def planned(protocol: Protocol, results: Results) -> Iterator[Run]:
     """Yield all runs that can be planned today; those at the best rate of an arm once the rate is known."""
-    rank, first = reference_rank(protocol), protocol.seeds[0]
-    # From the middle of the grid outwards, so that the best rate is seen early.
-    middle = (len(protocol.rates) - 1) / 2
-    rates = sorted(protocol.rates, key=lambda rate: abs(protocol.rates.index(rate) - middle - 0.1))
-    for rate in rates[:2]:
-        yield from (Run(arm, rank, rate, first) for arm in (*MAIN, *STARTS))
-    for arm in (*MAIN, *STARTS):
-        yield from beyond_the_edge(protocol, results, arm, rank)
-    for rate in rates[2:]:
-        yield from (Run(arm, rank, rate, first) for arm in MAIN)
-    for rate in rates:
-        yield from (Run(arm, rank, rate, first) for arm in REST)
-    for arm in REST:
-        yield from beyond_the_edge(protocol, results, arm, rank)
+    rank = reference_rank(protocol)
+    yield from search(protocol, results, rank)
     yield from with_seeds(protocol, results, (*MAIN, "best-joint", "distilled", "quailora"), rank)
     for other in protocol.ranks:
         if other != rank:
-            for rate in rates[:3]:
-                yield from (Run(arm, other, rate, first) for arm in ("int8", "qlora", "best-frozen", "best"))
-            yield from with_seeds(protocol, results, ("int8", "qlora", "best-frozen", "best"), other)
+            yield from at_rates(protocol, BY_RANK, other, from_the_middle(protocol)[:3])
+            yield from with_seeds(protocol, results, BY_RANK, other)
     for arm in ("best-frozen", "best"):
         rate = best_rate(results, arm, rank)
         if rate is not None:
             yield from (Run(arm, rank, rate, seed, text) for text in ("wikitext2", "c4") for seed in protocol.seeds)
 
 
-def with_seeds(protocol: Protocol, results: Results, arms: tuple[str, ...], rank: int) -> Iterator[Run]:
+def search(protocol: Protocol, results: Results, rank: int) -> Iterator[Run]:
+    """Yield the runs that look for the best rate of each arm, with the first seed."""
+    rates = from_the_middle(protocol)
+    yield from at_rates(protocol, (*MAIN, *STARTS), rank, rates[:2])
+    for arm in (*MAIN, *STARTS):
+        yield from beyond_the_edge(protocol, results, arm, rank)
+    yield from at_rates(protocol, MAIN, rank, rates[2:])
+    yield from at_rates(protocol, REST, rank, rates)
+    for arm in REST:
+        yield from beyond_the_edge(protocol, results, arm, rank)
+
+
+def at_rates(protocol: Protocol, arms: Sequence[str], rank: int, rates: Sequence[float]) -> Iterator[Run]:
+    """Yield a run of each arm at each rate, with the first seed."""
+    yield from (Run(arm, rank, rate, protocol.seeds[0]) for rate in rates for arm in arms)
+
+
+def from_the_middle(protocol: Protocol) -> list[float]:
+    """Return the rates from the middle of the grid outwards, so that the best is seen early."""
+    middle = (len(protocol.rates) - 1) / 2
+    return sorted(protocol.rates, key=lambda rate: abs(protocol.rates.index(rate) - middle - 0.1))
+
+
+def with_seeds(protocol: Protocol, results: Results, arms: Sequence[str], rank: int) -> Iterator[Run]:
     """Yield the runs of arms at their best rates with every seed, with a curve."""
     for arm in arms:
         rate = best_rate(results, arm, rank)

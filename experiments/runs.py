@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from quailora.models.locate import resolve
@@ -23,6 +25,7 @@ from .data import Data, load_data
 from .protocol import Protocol, Run
 from .scoring import held_out_losses, window_losses
 from .starts import start_folder
+from .tasks import TASKS, answered, bits, read_items
 from .training import model_of, train
 
 logger = logging.getLogger("experiments")
@@ -97,6 +100,31 @@ class Bench:
         """Return the folder of the start of a run, which is made if it is not there; None for plain LoRA."""
         starts = self.folder / "starts"
         return start_folder(ARMS[run.arm], run.rank, run.calibration, self.data(), self.texts, starts, self.protocol)
+
+    def trained_model(self, run: Run) -> Any:
+        """Return the model of a run that was carried out, with its trained adapter."""
+        model = model_of(run, ARMS[run.arm], self.start(run), self.protocol)
+        tensors = load_file(self.folder / "adapters" / run.key / "adapter_model.safetensors")
+        set_peft_model_state_dict(model, tensors, adapter_name="default")
+        return model
+
+    def answer(self, run: Run, *, trained: bool, limit: int | None) -> dict[str, Any]:
+        """Return which items of each task the model of a run answers right, before or after its training.
+
+        Args:
+            run: the run; before training its rate is without meaning.
+            trained: after training, or before.
+            limit: number of items of each task, the first ones.
+        """
+        model = self.trained_model(run) if trained else model_of(run, ARMS[run.arm], self.start(run), self.protocol)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(self.protocol.model))
+        found = {task: answered(model, tokenizer, read_items(self.texts / f"{task}.jsonl", limit)) for task in TASKS}
+        return {
+            **run.as_dict(),
+            "key": f"{run.key}-{'after' if trained else 'before'}-{limit or 'all'}",
+            "trained": trained,
+            "items": {task: {name: bits(right) for name, right in asdict(one).items()} for task, one in found.items()},
+        }
 
     def score(self, model: Any) -> dict[str, list[float]]:
         """Return the losses on the held-out pairs and on WikiText-2, in nats a token."""

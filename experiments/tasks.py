@@ -103,3 +103,8 @@ def likelihoods(model: Any, requests: Sequence[tuple[Tensor, int]], *, exact: bo
             tokens, context = requests[index]
             found[index] = -losses[context - 1 : len(tokens) - 1].sum().item()
     return found
+
+
+def bits(right: Sequence[bool]) -> str:
+    """Return which items are right as a string of 0 and 1, which takes little space in a file of results."""
+    return "".join(map(str, map(int, right)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,6 +207,28 @@ def test_recalibration_is_an_arm(bench):
     longer = Bench(replace(bench.protocol, steps=6), bench.texts, bench.folder.parent)
     row = longer.carry_out(Run("best-recalibrated", 4, 1e-3))
     assert len(row["training"]["online"]) == 6
+
+
+@pytest.mark.parametrize("arm", ["qlora", "best-frozen"])
+def test_a_trained_model_is_loaded_as_it_was(bench, arm):
+    run = Run(arm, 4, 1e-3)
+    row = bench.carry_out(run)
+    assert bench.score(bench.trained_model(run)) == row["after"]
+
+
+def test_tasks_are_answered_before_and_after(shared_data, bench, tmp_path):
+    for name in (*TASKS, "dolly_hhrlhf_1000", "wikitext2_raw_test"):
+        source = (shared_data if name in TASKS else bench.texts) / f"{name}.{'txt' if 'wiki' in name else 'jsonl'}"
+        shutil.copy(source, tmp_path)
+    other = Bench(bench.protocol, tmp_path, bench.folder.parent)
+    run = Run("qlora", 4, 1e-3)
+    other.carry_out(run)
+    rows = [other.answer(run, trained=trained, limit=5) for trained in (False, True)]
+    assert rows[0]["key"] != rows[1]["key"]
+    for row in rows:
+        for right in row["items"].values():
+            assert {len(items) for items in right.values()} == {5}
+            assert set("".join(right.values())) <= {"0", "1"}
 
 
 def test_a_start_costs_no_more_than_plain_lora(bench):

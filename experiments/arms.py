@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Base = Literal["full precision", "int8", "nf4", "own"]
-Training = Literal["all", "frozen", "slow A", "scaled", "half", "recalibrated"]
+Training = Literal["all", "frozen", "slow A", "scaled", "half", "twice", "recalibrated"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Arm:
             of the same format that the recipe has chosen.
         recipe: recipe of the start; plain LoRA without one.
         training: "all" trains the factors of the start. "frozen" leaves them as they are, and trains a fresh adapter of
-            the same rank beside them. "half" does so with half of the rank for each. "slow A" trains the factors of the
+            the same rank beside them. "half" does so with half of the rank for each, and "twice" with
+            twice the rank for the start. "slow A" trains the factors of the
             start with a lower rate for A. "scaled" makes A larger and B smaller before training, by the same factor.
             "recalibrated" fits the factors again after each third of the training.
     """
@@ -30,8 +31,17 @@ class Arm:
     training: Training = "all"
 
     def start_rank(self, rank: int) -> int:
-        """Return the rank of the start of an arm of which `rank` directions take space."""
+        """Return the rank of the start in a run of a rank."""
+        return {"half": rank // 2, "twice": 2 * rank}.get(self.training, rank)
+
+    def trained_rank(self, rank: int) -> int:
+        """Return how many directions are trained in a run of a rank."""
         return rank // 2 if self.training == "half" else rank
+
+    @property
+    def keeps_its_start(self) -> bool:
+        """Whether the start stays as it is beside a fresh adapter."""
+        return self.training in {"frozen", "half", "twice"}
 
 
 ARMS = {
@@ -48,6 +58,7 @@ ARMS = {
     "best-joint-frozen": Arm("NF4, `best-joint`, start frozen", "own", "best-joint", "frozen"),
     "distilled-joint-frozen": Arm("NF4, `distilled-joint`, start frozen", "own", "distilled-joint", "frozen"),
     "best-half": Arm("NF4, `best`, half frozen", recipe="best", training="half"),
+    "best-twice": Arm("NF4, `best` of twice the rank, frozen", recipe="best", training="twice"),
     "best-slow-a": Arm("NF4, `best`, lower rate for A", recipe="best", training="slow A"),
     "best-recalibrated": Arm("NF4, `best`, recalibrated", recipe="best", training="recalibrated"),
     "best-scaled": Arm("NF4, `best`, A larger and B smaller", recipe="best", training="scaled"),

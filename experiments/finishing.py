@@ -35,7 +35,7 @@ def finished(bench: Bench, run: Run, recipe: str) -> dict[str, Any]:
     start = bench.start(run)
     base = kept_as_it_is(base_of(arm, start, bench.protocol)).train()
     initial = None if start is None else factors_in(start)
-    if arm.training in {"frozen", "half"}:
+    if arm.keeps_its_start:
         assert start is not None
         model = joined(base, factors_in(trained / "start"), factors_in(trained))
     else:

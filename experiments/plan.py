@@ -10,7 +10,7 @@ from .protocol import Protocol, Run
 MAIN = ("int8", "qlora", "best-frozen", "best", "best-joint-frozen", "distilled-frozen")
 """Arms whose best rate is searched for first."""
 
-STARTS = ("best-half", "best-slow-a", "best-scaled", "best-recalibrated")
+STARTS = ("best-half", "best-twice", "best-slow-a", "best-scaled", "best-recalibrated")
 """Other ways to train a start, at the two rates in the middle of the grid and beyond if the best is at an edge."""
 
 REST = ("full", "quailora", "loftq", "distilled", "best-joint")

@@ -39,11 +39,11 @@ def model_of(run: Run, arm: Arm, start: Path | None, protocol: Protocol) -> Any:
     """Return the `PeftModel` that a run trains, with only its trained factors requiring gradients."""
     base = kept_as_it_is(base_of(arm, start, protocol)).train()
     set_seed(run.seed)
-    rank = arm.start_rank(run.rank)
+    rank = arm.trained_rank(run.rank)
     fresh = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     if start is None:
         return get_peft_model(base, fresh)
-    if arm.training in {"frozen", "half"}:
+    if arm.keeps_its_start:
         return frozen(base, start, fresh)
     model = PeftModel.from_pretrained(base, start, is_trainable=True)
     if arm.training == "scaled":

@@ -191,7 +191,7 @@ def test_the_page_has_the_tables_of_the_results():
         filled(page, {"other": ""})
 
 
-@pytest.mark.parametrize("arm", ["qlora", "best", "best-frozen", "best-half"])
+@pytest.mark.parametrize("arm", ["qlora", "best", "best-frozen", "best-half", "best-twice"])
 def test_trained_adapters_are_fitted_again(bench, arm):
     run = Run(arm, 4, 1e-3)
     before = bench.carry_out(run)

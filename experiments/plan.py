@@ -10,7 +10,7 @@ from .protocol import Protocol, Run
 MAIN = ("int8", "qlora", "best-frozen", "best", "best-joint-frozen", "distilled-frozen")
 """Arms whose best rate is searched for first."""
 
-STARTS = ("best-half", "best-twice", "best-slow-a", "best-scaled", "best-recalibrated")
+STARTS = ("best-half", "best-twice", "best-slow-a", "best-scaled")
 """Other ways to train a start, at the two rates in the middle of the grid and beyond if the best is at an edge."""
 
 REST = ("full", "quailora", "loftq", "distilled", "best-joint")
@@ -39,6 +39,9 @@ def planned(protocol: Protocol, results: Results) -> Iterator[Run]:
         if other != rank:
             yield from at_rates(protocol, BY_RANK, other, from_the_middle(protocol)[:3])
             yield from with_seeds(protocol, results, BY_RANK, other)
+    rate = best_rate(results, "best", rank)
+    if rate is not None:
+        yield from at_rates(protocol, ("best-recalibrated",), rank, (rate,))
     for arm in ("best-frozen", "best"):
         rate = best_rate(results, arm, rank)
         if rate is not None:

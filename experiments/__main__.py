@@ -1,4 +1,4 @@
-"""The commands of the experiment: `run`, `queue`, `finish`, `curvature`, `tasks`, `cost`, `left` and `draw`."""
+"""The commands of the experiment; `python -m experiments --help` lists them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from jsonargparse import auto_cli
 
+from .arms import ARMS
 from .cost import cost_table
 from .curvature import curvature_of
 from .draw import draw_all
@@ -19,6 +22,7 @@ from .finishing import finished
 from .plan import best_rate, outstanding
 from .protocol import PROTOCOLS, CalibrationText, Run
 from .runs import RESULTS, Bench, Store
+from .training import model_of
 
 logger = logging.getLogger("experiments")
 
@@ -208,6 +212,40 @@ def tasks(
             logger.warning("%s done", row["key"])
 
 
+def tokens(
+    arms: list[str],
+    *,
+    texts: Path,
+    windows: list[int] = [4, 16, 64, 256],  # noqa: B006 # not changed
+    rank: int = 16,
+    protocol: str = "reference",
+    folder: Path = Path("runs"),
+    results: Path | None = None,
+) -> None:
+    """Keep the scores before training of arms whose starts are calibrated on more and more windows.
+
+    Args:
+        arms: names of arms.
+        texts: folder with the texts.
+        windows: numbers of training windows to calibrate on.
+        rank: rank of the starts.
+        protocol: reference, smoke or large.
+        folder: folder for starts.
+        results: folder of the results; experiments/results by default.
+    """
+    chosen = PROTOCOLS[protocol]
+    store = Store(chosen, results or RESULTS, "tokens")
+    for count, arm in product(windows, arms):
+        key = f"{arm}-r{rank}-{count}"
+        if key in store.read():
+            continue
+        bench = Bench(replace(chosen, calibration_windows=count), texts, folder / f"windows-{count}")
+        run = Run(arm, rank)
+        scores = bench.score(model_of(run, ARMS[arm], bench.start(run), chosen))
+        store.add({"key": key, "arm": arm, "rank": rank, "tokens": count * chosen.length, "before": scores})
+        logger.warning("%s done", key)
+
+
 def cost(
     *, texts: Path, rank: int = 16, steps: int = 12, protocol: str = "reference", folder: Path = Path("runs")
 ) -> None:
@@ -245,4 +283,4 @@ def draw(page: Path = Path("docs/worth.md")) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M")
-    auto_cli([run, queue, finish, curvature, tasks, cost, left, draw], as_positional=False)
+    auto_cli([run, queue, finish, curvature, tasks, tokens, cost, left, draw], as_positional=False)

@@ -15,7 +15,7 @@ import yaml
 from families import save_llama
 from transformers import AutoTokenizer
 
-from experiments.__main__ import queue
+from experiments.__main__ import queue, tokens
 from experiments.arms import ARMS
 from experiments.cost import cost_table
 from experiments.curvature import top_eigenvalue
@@ -229,6 +229,15 @@ def test_tasks_are_answered_before_and_after(shared_data, bench, tmp_path):
         for right in row["items"].values():
             assert {len(items) for items in right.values()} == {5}
             assert set("".join(right.values())) <= {"0", "1"}
+
+
+def test_starts_of_more_and_more_tokens(protocol, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "tiny", protocol)
+    for _ in range(2):  # what is there is not measured again
+        tokens(["best"], texts=texts, windows=[4, 8], rank=4, protocol="tiny", folder=tmp_path, results=tmp_path)
+    rows = Store(protocol, tmp_path, "tokens").read()
+    assert [row["tokens"] for row in rows.values()] == [128, 256]
+    assert rows["best-r4-4"]["before"] != rows["best-r4-8"]["before"]
 
 
 def test_a_start_costs_no_more_than_plain_lora(bench):

@@ -8,7 +8,7 @@ from pathlib import Path
 from .plan import Results, reference_rank
 from .plots import draw_curves, draw_ranks, draw_rates
 from .protocol import REFERENCE
-from .tables import calibration_table, main_table, rank_table, rate_table, steps_table
+from .tables import calibration_table, finished_table, main_table, rank_table, rate_table, steps_table
 
 SHOWN = ("int8", "qlora", "best", "best-frozen", "distilled-frozen", "best-joint-frozen")
 """Arms of the plots against rate and step."""
@@ -24,6 +24,7 @@ def parts(results: Results) -> dict[str, str]:
         "main": main_table(results, rank),
         "rates": rate_table(results, rank),
         "ranks": rank_table(results, REFERENCE.ranks, BY_RANK),
+        "finished": finished_table(results),
         "steps": steps_table(results, rank, SHOWN),
         "calibration": calibration_table(results, rank, BY_RANK),
     }

@@ -15,6 +15,8 @@ from .statistics import Estimate, bootstrapped, difference, gap_closed
 
 Row = Mapping[str, Any]
 
+_PARTS = ("all", "response", "wikitext2")
+
 
 def chosen(results: Results, arm: str, rank: int, rate: float | None, calibration: str = "train") -> dict[int, Row]:
     """Return the results of an arm at a rate, by seed."""
@@ -103,6 +105,18 @@ def calibration_table(results: Results, rank: int, arms: Sequence[str]) -> str:
         [ARMS[arm].title, *(percent(gap_of(results, arm, rank, calibration=text)) for text in texts)] for arm in arms
     ]
     return markdown_table(["arm", *texts.values()], lines)
+
+
+def finished_table(results: Results) -> str:
+    """Return the change of the losses of trained adapters when they are fitted again, over pairs."""
+    lines = []
+    for row in results.values():
+        if "of" in row:
+            before = results[row["of"]]
+            parts = [bootstrapped(difference, [row["after"][part]], [before["after"][part]]) for part in _PARTS]
+            title = f"{ARMS[before['arm']].title}, rank {row['rank']}, seed {row['seed']}"
+            lines.append([title, f"{mean({0: before}, 'all'):.4f}", *map(signed, parts)])
+    return markdown_table(["arm", "held-out loss", "its change", "of the response", "of WikiText-2"], lines)
 
 
 def steps_table(results: Results, rank: int, arms: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from experiments.cost import cost_table
 from experiments.curvature import top_eigenvalue
 from experiments.data import as_held_out, packed, tokens_of
 from experiments.draw import filled, parts
-from experiments.finishing import finished
+from experiments.finishing import factors_in, finished, joined
 from experiments.plan import best_rate, outstanding
 from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
 from experiments.runs import Bench, Store
@@ -29,7 +29,8 @@ from experiments.scoring import held_out_losses, token_losses
 from experiments.statistics import bootstrapped, difference, gap_closed
 from experiments.tables import steps_table, steps_to
 from experiments.tasks import TASKS, answered, read_items
-from experiments.training import SCALED, model_of, optimizer_of, scale_factors
+from experiments.training import SCALED, base_of, model_of, optimizer_of, scale_factors
+from quailora import freeze
 
 PAGE = Path(__file__).parents[1] / "docs" / "worth.md"
 
@@ -122,6 +123,30 @@ def test_only_the_fresh_adapter_is_trained_beside_a_held_start(bench):
     torch.testing.assert_close(
         token_losses(model, data.wikitext), token_losses(alone, data.wikitext), rtol=0, atol=0.02
     )
+
+
+def test_two_adapters_train_as_one_with_frozen_directions(bench):
+    """What the experiment runs as two stock adapters is what `quailora.freeze` does in one."""
+    run = Run("best-frozen", 4)
+    bench.carry_out(run)
+    start = bench.start(run)
+    two = model_of(run, ARMS["best-frozen"], start, bench.protocol)
+    two.save_pretrained(bench.folder / "two")
+    base = base_of(ARMS["best-frozen"], start, bench.protocol)
+    one = joined(base, factors_in(start), factors_in(bench.folder / "two")).train()
+    freeze(one, 4)
+    windows = bench.data().windows[:2]
+    losses = [model(input_ids=windows, labels=windows).loss for model in (two, one)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    fresh = dict(two.named_parameters())
+    for name, parameter in one.named_parameters():
+        if "lora_" in name:
+            dimension = 0 if "lora_A" in name else 1
+            frozen, trained = parameter.grad.split(4, dimension)
+            assert not frozen.any()
+            torch.testing.assert_close(trained, fresh[name].grad, rtol=1e-4, atol=1e-6)
 
 
 def test_factors_are_scaled_against_each_other_alone(bench):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from families import save_llama
+import yaml
+from families import make_model, save_llama
+from helpers import evaluate, init
 from live import live_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
-from quailora import freeze, initialize
+from quailora import NF4, RECIPES, LoraScaling, Output, freeze, initialize, initialize_model
 from quailora.adapters.wrapped import wrapped_layers
 from quailora.errors import ConfigurationError
 
@@ -105,3 +110,50 @@ def test_a_bad_rank_is_refused_before_anything_is_run(folder):
         with pytest.raises(ConfigurationError, match="Expected"):
             initialize(model, [], weights=str(folder), frozen_rank=rank)
     assert torch.equal(wrapped_layers(model, "default")["model.layers.0.mlp.up_proj"].parameters.lora_A, before.lora_A)
+
+
+def test_init_writes_fresh_directions_after_the_correction(folder, tmp_path):
+    """The correction is that of its rank, whatever the scaling, and the model is the same before training."""
+    options = {"samples": 4, "sequence_length": 64, "recipe": "best", "targets": ["q_proj", "down_proj"]}
+    init(folder, out=str(tmp_path / "alone"), rank=4, alpha=8.0, **options)
+    for name in ("both", "again"):
+        init(folder, out=str(tmp_path / name), rank=6, alpha=12.0, frozen_rank=4, **options)
+    alone, both, again = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "both", "again")
+    )
+    for name, factor in both.items():
+        assert torch.equal(factor, again[name])
+        frozen, fresh = factor.split([4, 2], 0 if "lora_A" in name else 1)
+        torch.testing.assert_close(frozen, alone[name], rtol=0, atol=0)
+        if "lora_B" in name:
+            assert not fresh.any()
+        else:
+            bound = factor.shape[1] ** -0.5
+            assert 0.8 * bound < fresh.abs().max() <= bound
+    options = {"windows": 2, "sequence_length": 64}
+    scores = [evaluate(folder, adapter=tmp_path / name, **options) for name in ("alone", "both")]
+    values = [score.results["quantized + adapter"].perplexity for score in scores]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    card = (tmp_path / "both" / "README.md").read_text(encoding="utf-8")
+    assert "The correction is in the first 4 directions" in card
+    assert card.count("quailora.freeze(model, 4)\n```") == 1
+    assert "freeze" not in (tmp_path / "alone" / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load((tmp_path / "both" / "config.yaml").read_text(encoding="utf-8"))["frozen_rank"] == 4
+
+
+@pytest.mark.parametrize(("frozen", "options"), [(0, {}), (6, {}), (4, {"rank_pattern": {"q_proj": 3}})])
+def test_init_refuses_to_freeze_everything(folder, tmp_path, frozen, options):
+    with pytest.raises(ConfigurationError, match="Expected `frozen_rank` to be at least 1 and below the rank of every"):
+        init(folder, out=str(tmp_path / "a"), rank=6, frozen_rank=frozen, samples=4, sequence_length=64, **options)
+
+
+def test_experts_are_not_frozen(tmp_path):
+    model = make_model("Mixtral")
+    with pytest.raises(ConfigurationError, match="Directions of fused experts cannot be frozen"):
+        initialize_model(
+            model,
+            replace(RECIPES["quailora"].method(NF4(), LoraScaling(4)), frozen_rank=2),
+            [{"input_ids": torch.arange(32)[None]}],
+            targets=["experts"],
+            out=Output(tmp_path / "a", save_base=True),
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from ..core.objective import Factors
 from ..errors import ConfigurationError
-from .lora import divided
+from ..solvers import Correction
+from .lora import LoraScaling, divided
 from .wrapped import WrappedLayer, wrapped_layers
 
 _HANDLES = "_quailora_frozen"
@@ -49,13 +51,13 @@ def freeze_layers(layers: Iterable[WrappedLayer], rank: int) -> None:
             setattr(parameter, _HANDLES, handles)
 
 
-def check_frozen(rank: int, layers: Mapping[str, WrappedLayer]) -> None:
+def check_frozen(rank: int, layers: Mapping[str, WrappedLayer], smallest: int = 0) -> None:
     """Raise a `ConfigurationError` unless each layer has directions beside the frozen ones."""
     name, least = min(((name, layer.rank) for name, layer in layers.items()), key=lambda pair: pair[1])
-    if not 0 <= rank < least:
+    if not smallest <= rank < least:
         raise ConfigurationError(
-            f"Expected to freeze at least 0 and fewer directions than a layer has, got {rank}, and {name} has {least}. "
-            "Make the adapter with a larger rank: r=32 for 16 frozen directions beside 16 that are trained."
+            f"Expected to freeze at least {smallest} and fewer directions than a layer has, got {rank}, and {name} "
+            f"has {least}. Make the adapter with a larger rank, such as r=32 for 16 frozen and 16 trained directions."
         )
 
 
@@ -68,6 +70,28 @@ def without(rank: int, dimension: int) -> Callable[[Tensor], Tensor]:
         return kept
 
     return hook
+
+
+def with_fresh(name: str, correction: Correction, scaling: LoraScaling, seed: int) -> Correction:
+    """Return a correction with directions after its own that start as in plain LoRA, up to the rank of its layer.
+
+    Their rows of `lora_A` are drawn as PEFT draws them, uniform between `-1 / sqrt(in)` and `1 / sqrt(in)` after PEFT's
+    scaling is divided out, and their columns of `lora_B` are zero, so that the product stays the same.
+
+    Args:
+        name: name of the layer, which is a part of the seed.
+        correction: the correction before PEFT's scaling.
+        scaling: rank and scale of the layer.
+        seed: seed of the draw.
+    """
+    lora_B, lora_A = correction.factors
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(f"fresh {name}".encode()))
+    bound = (scaling.scale_of(name) / lora_A.shape[1]) ** 0.5
+    size = (scaling.rank_of(name) - len(lora_A), lora_A.shape[1])
+    fresh = torch.empty(size).uniform_(-bound, bound, generator=generator).to(lora_A)
+    zeros = lora_B.new_zeros(len(lora_B), size[0])
+    energies = torch.cat([correction.energies, correction.energies.new_zeros(size[0])])
+    return Correction(torch.cat([lora_A, fresh]), torch.cat([lora_B, zeros], 1), energies)
 
 
 @torch.no_grad()

@@ -95,6 +95,7 @@ def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
     scaling = LoraScaling(options["rank"], options["alpha"], options["rslora"], *patterns)
     asked = Asked(options["solver"], options["metric"], options["inputs"])
     method = asked_method(options["recipe"], options["quantizer"], as_str(options["base"]), scaling, asked)
+    method = replace(method, frozen_rank=options["frozen_rank"])
     output = Output(
         options["out"],
         overwrite=options["overwrite"],

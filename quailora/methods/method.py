@@ -33,6 +33,8 @@ class Method:
         step: share of the best step from `W` to the asymmetric target, from 0 to 1; see `initialize_asymmetric`.
         base: the base, if it is quantized already; the initializer then has no quantizer.
         recipe: name of the recipe that the method is; None for one that was put together by hand.
+        frozen_rank: rank of the correction, where that is not all of the rank; the other directions start as in plain
+            LoRA. None if all directions are the correction.
     """
 
     initializer: Initializer
@@ -43,11 +45,16 @@ class Method:
     step: float = STEP
     base: ExistingBase | None = None
     recipe: str | None = field(default=None, compare=False, repr=False)
+    frozen_rank: int | None = None
 
     @property
     def quantizer(self) -> Quantizer | None:
         """What quantizes the base; None if the base is quantized already."""
         return self.initializer.quantizer
+
+    def rank_of(self, group: str) -> int:
+        """Return the rank of the correction of a layer, or of the layers of a fused parameter."""
+        return self.scaling.rank_of(group) if self.frozen_rank is None else self.frozen_rank
 
     @property
     def changes_base(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, final
@@ -13,7 +13,6 @@ from typing import Any, final
 import torch
 
 from ..adapters.frozen import check_frozen
-from ..adapters.lora import LoraScaling
 from ..adapters.provenance import Origin
 from ..adapters.wrapped import WrappedLayer, lora_config_of, scaling_of, unwrapped, warn_of_rounding
 from ..adapters.wrapped import wrapped_layers as layers_of
@@ -97,9 +96,9 @@ class Asked:
         is_live, chosen = bool(layers), layers or every
         scaling = scaling_of(chosen, lora_config_of(peft_model, adapter))
         if frozen_rank is not None:
-            check_frozen(frozen_rank, every)
-            scaling = LoraScaling(frozen_rank)
+            check_frozen(frozen_rank, chosen, smallest=1)
         method = method_of(recipe, scaling, base if is_live else (quantizer or NF4()))
+        method = replace(method, frozen_rank=frozen_rank)
         if method.changes_base:
             raise ConfigurationError(
                 f"The recipe {recipe!r} chooses a base of its own, but this model has one already. Take another one, "
@@ -152,8 +151,11 @@ def outcome_of(result: InitializedModel, method: Method) -> Outcome:
     output = result.output
     if output is None or result.report is None:
         raise RuntimeError("the first process has no result")
-    corrections = result.corrections.items()
-    factors = {name: Factors(*(factor.cpu() for factor in found.factors)) for name, found in corrections}
+    # Fresh directions are those that PEFT has drawn; those that are drawn for a file are cut off again.
+    kept, factors = method.frozen_rank, {}
+    for name, correction in result.corrections.items():
+        lora_B, lora_A = (factor.cpu() for factor in correction.factors)
+        factors[name] = Factors(lora_B[:, :kept], lora_A[:kept])
     base = {record.name: record.base for record in output.records if record.base is not None}
     return Outcome(factors, dict(result.report), origin_of(method, output.loaded.name, base))
 

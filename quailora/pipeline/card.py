@@ -27,7 +27,7 @@ correction.
 
 It is a starting point for training, made by quailora with `{solver}`
 weighted by `{metric}`, by the schedule `{schedule}`,
-from {tokens} calibration tokens, fitted to the inputs of {network}. {training}
+from {tokens} calibration tokens, fitted to the inputs of {network}. {training}{frozen}
 
 ## Load
 
@@ -117,6 +117,7 @@ def model_card(
         tokens=calibration_tokens,
         network=_NETWORKS[method.inputs] + (f", by the recipe `{method.recipe}`" if method.recipe else ""),
         training=trained_how(distillation),
+        frozen=frozen_how(method.frozen_rank),
         before="" if distillation is None else ", before the training",
         count=len(layers),
         snippet=loading_snippet(method, base_model, quantized_base),
@@ -138,6 +139,16 @@ def trained_how(distillation: Distillation | None) -> str:
     )
 
 
+def frozen_how(rank: int | None) -> str:
+    """Return a paragraph on directions that training should leave as they are; nothing if there are none."""
+    if rank is None:
+        return ""
+    return (
+        f"\n\nThe correction is in the first {rank} directions, and the others start as in plain LoRA. The call of\n"
+        "`quailora.freeze` below lets training leave the correction as it is."
+    )
+
+
 def quoted(text: str) -> str:
     """Return a string as Python code, in double quotes, whatever is in it."""
     return json.dumps(text, ensure_ascii=False)
@@ -149,12 +160,15 @@ def loading_snippet(method: Method, base_model: str, quantized_base: str | None)
     config = None if quantizer is None else quantizer.stock_config()
     # A base that transformers makes while it loads needs the full-precision model and a configuration. Any other one is
     # a checkpoint by itself.
+    snippet = _SNIPPET
+    if method.frozen_rank is not None:
+        snippet = f"import quailora\n{_SNIPPET}\nquailora.freeze(model, {method.frozen_rank})"
     if quantized_base is not None or config is None:
         place = f"{quoted(quantized_base or f'{BESIDE}/base')}, dtype=torch.bfloat16,"
         remark = "" if quantized_base is not None else "  # written by init with save_base"
-        return _SNIPPET.format(config_import="", arguments=place + remark)
+        return snippet.format(config_import="", arguments=place + remark)
     inner = ", ".join(f"{key}={value!r}" for key, value in config.items())
     arguments = (
         f"{quoted(base_model)},\n    quantization_config=BitsAndBytesConfig({inner}),\n    dtype=torch.bfloat16,"
     )
-    return _SNIPPET.format(config_import=", BitsAndBytesConfig", arguments=arguments)
+    return snippet.format(config_import=", BitsAndBytesConfig", arguments=arguments)

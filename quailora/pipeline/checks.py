@@ -83,6 +83,26 @@ def check_gradients(method: Method, layers: Mapping[str, Layer], on_disk: bool) 
         )
 
 
+def check_frozen_rank(method: Method, layers: Mapping[str, Layer]) -> None:
+    """Raise a `ConfigurationError` unless directions are left beside those that are frozen, in every layer."""
+    if method.frozen_rank is None:
+        return
+    name, least = min(((layer.group, method.scaling.rank_of(layer.group)) for layer in layers.values()), key=_second)
+    if not 1 <= method.frozen_rank < least:
+        raise ConfigurationError(
+            f"Expected `frozen_rank` to be at least 1 and below the rank of every layer, got {method.frozen_rank}, and "
+            f"{name} has rank {least}. Take a larger rank, such as twice the frozen one."
+        )
+    if any(layer.expert is not None for layer in layers.values()):
+        raise ConfigurationError(
+            "Directions of fused experts cannot be frozen one by one. Leave `frozen_rank` or the experts out."
+        )
+
+
+def _second(pair: tuple[str, int]) -> int:
+    return pair[1]
+
+
 def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
     """Raise a `TargetError` that lists the layers too small for their rank, or names a pattern that means no layer."""
     unused = scaling.unused_patterns({layer.group for layer in layers.values()})

@@ -277,7 +277,7 @@ def seconds_for(
     solutions = 0.0
     for layer in layers.values():
         rows, columns = layer.shape
-        thin = 20.0 * method.scaling.rank_of(layer.group) * (2 * rows * columns + columns**2)
+        thin = 20.0 * method.rank_of(layer.group) * (2 * rows * columns + columns**2)
         solutions += (2 * 2.0 * rows * columns**2 + thin) * method.initializer.schedule.solutions
     return forward / fast + (grams + solutions) / single
 

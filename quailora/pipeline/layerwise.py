@@ -53,9 +53,7 @@ def initialize_layer(
 
 def initializers(layer: Layer, methods: Mapping[str, Method]) -> dict[str, Initializer]:
     """Return the initializer of each method with the rank of a layer, highest rank first."""
-    ranked = {
-        name: replace(method.initializer, rank=method.scaling.rank_of(layer.group)) for name, method in methods.items()
-    }
+    ranked = {name: replace(method.initializer, rank=method.rank_of(layer.group)) for name, method in methods.items()}
     return dict(sorted(ranked.items(), key=lambda item: -item[1].rank))
 
 

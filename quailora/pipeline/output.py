@@ -11,6 +11,7 @@ from typing import Any, final
 
 import yaml
 
+from ..adapters.frozen import with_fresh
 from ..adapters.lora import expert_stacks, write_lora
 from ..adapters.modules import find_modules, tensors_to_save
 from ..adapters.provenance import Origin, read_provenance
@@ -69,7 +70,11 @@ class AdapterOutput:
     @property
     def corrections(self) -> dict[str, Correction]:
         """The correction of each layer, by name, before PEFT's scaling is divided out."""
-        return {name: stored.correction for name, stored in self.finished.items() if stored.correction is not None}
+        found = {name: stored.correction for name, stored in self.finished.items() if stored.correction is not None}
+        method, seed = self.plan.method, self.plan.source.seed
+        if method.frozen_rank is None:
+            return found
+        return {name: with_fresh(name, correction, method.scaling, seed) for name, correction in found.items()}
 
     def report(self) -> dict[str, Any]:
         """Return the content of `report.json`."""

@@ -24,7 +24,7 @@ from ..models.load import empty_copy, empty_model, resolve_device
 from ..quantizers import NF4, Quantizer
 from ..support.files import StrPath
 from ..support.machine import memory_available
-from .checks import check_gradients, check_layers, check_seed, output_folder
+from .checks import check_frozen_rank, check_gradients, check_layers, check_seed, output_folder
 from .estimate import Estimate, choose_offload, estimate
 from .options import Output, Resources
 from .targets import AdapterPlan, plan_adapter
@@ -125,6 +125,7 @@ def plan_run(
         empty = empty_copy(model)
     adapter = plan_adapter(empty, targets, method.scaling, method.base, stock=not save_base, wrapped=wrapped)
     method = replace(method, scaling=adapter.scaling)
+    check_frozen_rank(method, adapter.layers)
     source = fitted_to(source, empty)
     check_layers(adapter.layers, method, source, save_base)
     if output is not None:

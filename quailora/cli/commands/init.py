@@ -31,6 +31,7 @@ def init(
     metric: Component = Component("gram"),  # noqa: B008
     recipe: str | None = None,
     rank: int = 16,
+    frozen_rank: int | None = None,
     alpha: float | None = None,
     rslora: bool = False,
     rank_pattern: dict[str, int] | None = None,
@@ -75,6 +76,9 @@ def init(
         recipe: a method by name, such as best; `quailora list` names them. It decides solver, metric and inputs, so
             that these options cannot be given with it. Methods that are marked with * there write their own base, too.
         rank: rank of the adapter.
+        frozen_rank: rank of the correction, if it is to stay as it is during training; the other directions of the
+            adapter start as in plain LoRA. The training script calls quailora.freeze. By default all directions are
+            the correction, and all are trained.
         alpha: lora_alpha; the rank by default. PEFT's scaling is divided out, so any value gives the same correction.
         rslora: write use_rslora=True to the adapter, with which PEFT scales by alpha / sqrt(rank) in place of
             alpha / rank. The scaling is divided out, so the correction stays the same.

@@ -21,7 +21,7 @@ from .draw import draw_all
 from .finishing import finished
 from .plan import best_rate, outstanding
 from .protocol import PROTOCOLS, CalibrationText, Run
-from .runs import RESULTS, Bench, Store
+from .runs import RESULTS, Bench, Store, answer_key
 from .training import model_of
 
 logger = logging.getLogger("experiments")
@@ -170,10 +170,12 @@ def curvature(
     bench = Bench(PROTOCOLS[protocol], texts, folder)
     store = Store(bench.protocol, results or RESULTS, "curvature")
     for arm in arms:
-        row = curvature_of(bench, Run(arm, rank, seed=seed))
-        if row["key"] not in store.read():
-            store.add(row)
-        logger.warning("%s: %.4g", row["key"], row["eigenvalue"])
+        key = f"{arm}-r{rank}-s{seed}"
+        if key in store.read():
+            continue
+        value = curvature_of(bench, Run(arm, rank, seed=seed))
+        store.add({"key": key, "arm": arm, "rank": rank, "eigenvalue": value})
+        logger.warning("%s: %.4g", key, value)
 
 
 def tasks(
@@ -205,11 +207,12 @@ def tasks(
         rate = best_rate(store.read(), arm, rank)
         if rate is None:
             sys.exit(f"{arm} has no run of rank {rank} in {store.path}. Carry one out first: experiments run {arm}.")
+        chosen = Run(arm, rank, rate, seed)
         for trained in (False, True):
-            row = bench.answer(Run(arm, rank, rate, seed), trained=trained, limit=limit)
-            if row["key"] not in kept.read():
-                kept.add(row)
-            logger.warning("%s done", row["key"])
+            key = answer_key(chosen, trained=trained, limit=limit)
+            if key not in kept.read():
+                kept.add(bench.answer(chosen, trained=trained, limit=limit))
+                logger.warning("%s done", key)
 
 
 def tokens(

@@ -18,7 +18,7 @@ _WINDOWS = 4
 _VECTORS, _RESTARTS, _TOLERANCE = 8, 8, 0.02
 
 
-def curvature_of(bench: Bench, run: Run) -> dict[str, Any]:
+def curvature_of(bench: Bench, run: Run) -> float:
     """Return the largest eigenvalue at the start of a run, over the first training windows.
 
     Args:
@@ -27,8 +27,7 @@ def curvature_of(bench: Bench, run: Run) -> dict[str, Any]:
     """
     model = model_of(run, ARMS[run.arm], bench.start(run), bench.protocol)
     model.get_base_model().set_attn_implementation("eager")  # other kernels cannot be differentiated twice
-    value = top_eigenvalue(model, bench.data().windows[:_WINDOWS])
-    return {"key": f"{run.arm}-r{run.rank}-s{run.seed}", "arm": run.arm, "rank": run.rank, "eigenvalue": value}
+    return top_eigenvalue(model, bench.data().windows[:_WINDOWS])
 
 
 def top_eigenvalue(model: Any, windows: Tensor) -> float:

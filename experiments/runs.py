@@ -121,7 +121,7 @@ class Bench:
         found = {task: answered(model, tokenizer, read_items(self.texts / f"{task}.jsonl", limit)) for task in TASKS}
         return {
             **run.as_dict(),
-            "key": f"{run.key}-{'after' if trained else 'before'}-{limit or 'all'}",
+            "key": answer_key(run, trained=trained, limit=limit),
             "trained": trained,
             "items": {task: {name: bits(right) for name, right in asdict(one).items()} for task, one in found.items()},
         }
@@ -131,3 +131,8 @@ class Bench:
         data = self.data()
         scores = {**held_out_losses(model, data.held_out), "wikitext2": window_losses(model, data.wikitext)}
         return {name: [round(loss, 5) for loss in losses] for name, losses in scores.items()}
+
+
+def answer_key(run: Run, *, trained: bool, limit: int | None) -> str:
+    """Return the key of what `Bench.answer` returns."""
+    return f"{run.key}-{'after' if trained else 'before'}-{limit or 'all'}"

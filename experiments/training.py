@@ -94,7 +94,7 @@ def scale_factors(model: Any, ratio: float) -> None:
     for module in model.modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             first, second = module.lora_A["default"].weight, module.lora_B["default"].weight
-            factor = (ratio * second.square().mean() / first.square().mean() / (1 / ratio)).pow(0.25)
+            factor = (ratio**2 * second.square().mean() / first.square().mean()).pow(0.25)
             first.mul_(factor)
             second.div_(factor)
 

@@ -87,7 +87,9 @@ def check_frozen_rank(method: Method, layers: Mapping[str, Layer]) -> None:
     """Raise a `ConfigurationError` unless directions are left beside those that are frozen, in every layer."""
     if method.frozen_rank is None:
         return
-    name, least = min(((layer.group, method.scaling.rank_of(layer.group)) for layer in layers.values()), key=_second)
+    name, least = min(
+        ((layer.group, method.scaling.rank_of(layer.group)) for layer in layers.values()), key=lambda pair: pair[1]
+    )
     if not 1 <= method.frozen_rank < least:
         raise ConfigurationError(
             f"Expected `frozen_rank` to be at least 1 and below the rank of every layer, got {method.frozen_rank}, and "
@@ -97,10 +99,6 @@ def check_frozen_rank(method: Method, layers: Mapping[str, Layer]) -> None:
         raise ConfigurationError(
             "Directions of fused experts cannot be frozen one by one. Leave `frozen_rank` or the experts out."
         )
-
-
-def _second(pair: tuple[str, int]) -> int:
-    return pair[1]
 
 
 def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:

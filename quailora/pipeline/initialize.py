@@ -92,7 +92,7 @@ def initialize(
     distributed.join(asked.device.type)  # and stay, for the trainer that comes
     with shown(show_progress_bar):
         tokens = all_tokens(dataloader, reader, gather=gather_distributed_inputs)
-    return fit(asked, tokens, adapter_name, callback, frozen_rank, show_progress_bar=show_progress_bar)
+        return fit(asked, tokens, adapter_name, callback, frozen_rank)
 
 
 def fit(
@@ -101,13 +101,10 @@ def fit(
     adapter_name: str,
     callback: Callable[[Any, str], bool] | None = None,
     frozen_rank: int | None = None,
-    *,
-    show_progress_bar: bool = True,
 ) -> dict[str, Any]:
     """Put the corrections that were asked for into an adapter; see `initialize`."""
     peft_model = asked.peft_model
-    with shown(show_progress_bar):
-        outcome = asked.outcome(tokens)
+    outcome = asked.outcome(tokens)
     for name, factors in outcome.factors.items():
         layer = asked.layers[name]
         before = layer.kept()

@@ -75,7 +75,7 @@ def finish(
     distributed.join(asked.device.type)
     with shown(show_progress_bar), replaced(layers, changed):
         tokens = all_tokens(dataloader, reader_for(peft_model, adapter_name, None, None), gather=True)
-        return fit(asked, tokens, adapter_name, show_progress_bar=show_progress_bar)
+        return fit(asked, tokens, adapter_name)
 
 
 def factors_of(peft_model: Any, adapter_name: str = "default") -> dict[str, Factors]:
@@ -97,7 +97,7 @@ def starts_of(
         starts = initial
     else:
         saved = SavedAdapter.read(folder_of(initial))
-        starts = {stem.removeprefix(PREFIX).rstrip("."): saved.factors(stem) for stem in saved.stems}
+        starts = {stem.removeprefix(PREFIX): saved.factors(stem) for stem in saved.stems}
     shapes = {name: (len(pair.lora_B), pair.lora_A.shape[1]) for name, pair in starts.items()}
     expected = {name: layer.shape for name, layer in adapted.items()}
     if shapes != expected:

@@ -26,6 +26,8 @@ from .training import model_of
 
 logger = logging.getLogger("experiments")
 
+_PATIENCE = 5.0  # seconds between two looks for a start that another process makes
+
 
 def run(
     arm: str,
@@ -88,7 +90,10 @@ def queue(
     while time.monotonic() < end:
         chosen = claim(bench, store)
         if chosen is None:
-            return
+            if not any(bench.waits(candidate) for candidate in outstanding(bench.protocol, store.rows(), store.done())):
+                return
+            time.sleep(_PATIENCE)
+            continue
         one, lock = chosen
         began = time.monotonic()
         try:
@@ -101,15 +106,17 @@ def queue(
 
 
 def claim(bench: Bench, store: Store) -> tuple[Run, FileLock] | None:
-    """Return the first run that no other process is at, with the lock that keeps it; None if none is left."""
+    """Return the first run that no other process is at, with the lock that keeps it; None if there is none now."""
     bench.folder.mkdir(parents=True, exist_ok=True)
-    for candidate in outstanding(bench.protocol, store.read()):
+    for candidate in outstanding(bench.protocol, store.rows(), store.done()):
+        if bench.waits(candidate):
+            continue
         lock = FileLock(bench.folder / f"{candidate.key}.lock")
         try:
             lock.acquire(blocking=False)
         except Timeout:
             continue
-        if candidate.key in store.read():  # finished between reading and locking
+        if candidate.key in store.done():  # finished between reading and locking
             lock.release()
             return claim(bench, store)
         return candidate, lock
@@ -171,7 +178,7 @@ def curvature(
     store = Store(bench.protocol, results or RESULTS, "curvature")
     for arm in arms:
         key = f"{arm}-r{rank}-s{seed}"
-        if key in store.read():
+        if key in store.done():
             continue
         value = curvature_of(bench, Run(arm, rank, seed=seed))
         store.add({"key": key, "arm": arm, "rank": rank, "eigenvalue": value})
@@ -204,13 +211,13 @@ def tasks(
     bench = Bench(PROTOCOLS[protocol], texts, folder)
     store, kept = Store(bench.protocol, results or RESULTS), Store(bench.protocol, results or RESULTS, "tasks")
     for arm in arms:
-        rate = best_rate(store.read(), arm, rank)
+        rate = best_rate(store.rows(), arm, rank)
         if rate is None:
             sys.exit(f"{arm} has no run of rank {rank} in {store.path}. Carry one out first: experiments run {arm}.")
         chosen = Run(arm, rank, rate, seed)
         for trained in (False, True):
             key = answer_key(chosen, trained=trained, limit=limit)
-            if key not in kept.read():
+            if key not in kept.done():
                 kept.add(bench.answer(chosen, trained=trained, limit=limit))
                 logger.warning("%s done", key)
 
@@ -240,7 +247,7 @@ def tokens(
     store = Store(chosen, results or RESULTS, "tokens")
     for count, arm in product(windows, arms):
         key = f"{arm}-r{rank}-{count}"
-        if key in store.read():
+        if key in store.done():
             continue
         bench = Bench(replace(chosen, calibration_windows=count), texts, folder / f"windows-{count}")
         run = Run(arm, rank)
@@ -271,7 +278,7 @@ def left(protocol: str = "reference") -> None:
         protocol: reference, smoke or large.
     """
     store = Store(PROTOCOLS[protocol])
-    for candidate in outstanding(PROTOCOLS[protocol], store.read()):
+    for candidate in outstanding(PROTOCOLS[protocol], store.rows(), store.done()):
         print(candidate.key)
 
 
@@ -281,7 +288,7 @@ def draw(page: Path = Path("docs/worth.md")) -> None:
     Args:
         page: the page of the documentation.
     """
-    draw_all(Store(PROTOCOLS["reference"]).read(), page)
+    draw_all(PROTOCOLS["reference"], page)
 
 
 if __name__ == "__main__":

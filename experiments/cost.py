@@ -52,6 +52,8 @@ class Stepper:
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if windows.is_cuda:
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - began)
         # Weights are saved by autograd, too, but are there anyway.
         own = {tensor.untyped_storage().data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
@@ -82,7 +84,7 @@ def cost_table(bench: Bench, rank: int, steps: int) -> str:
     batch = bench.protocol.batch
     for index in range(steps + 1):
         for stepper in steppers.values():
-            stepper.step(windows[index * batch : (index + 1) * batch])
+            stepper.step(windows[index * batch : (index + 1) * batch].to(stepper.model.device))
     plain = steppers["qlora"].seconds[1:]  # the first step allocates
     rows = []
     for arm, stepper in steppers.items():

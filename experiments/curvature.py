@@ -27,7 +27,7 @@ def curvature_of(bench: Bench, run: Run) -> float:
     """
     model = model_of(run, ARMS[run.arm], bench.start(run), bench.protocol)
     model.get_base_model().set_attn_implementation("eager")  # other kernels cannot be differentiated twice
-    return top_eigenvalue(model, bench.data().windows[:_WINDOWS])
+    return top_eigenvalue(model, bench.data().windows[:_WINDOWS].to(model.device))
 
 
 def top_eigenvalue(model: Any, windows: Tensor) -> float:
@@ -45,10 +45,11 @@ def top_eigenvalue(model: Any, windows: Tensor) -> float:
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
 
     def product(vector: np.ndarray) -> np.ndarray:
-        parts = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32).ravel()).split(sizes)
+        whole = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32).ravel())
+        parts = whole.to(windows.device).split(sizes)
         directions = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
         products = torch.autograd.grad(gradients, parameters, directions, retain_graph=True)
-        return torch.cat([part.flatten() for part in products]).numpy()
+        return torch.cat([part.flatten() for part in products]).cpu().numpy()
 
     size = sum(sizes)
     begin = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()

@@ -5,25 +5,37 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .plan import Results, reference_rank
+from .plan import reference_rank
 from .plots import draw_curves, draw_ranks, draw_rates
-from .protocol import REFERENCE
-from .tables import calibration_table, finished_table, main_table, rank_table, rate_table, steps_table
+from .protocol import Protocol
+from .runs import Store
+from .tables import (
+    calibration_table,
+    curvature_table,
+    finished_table,
+    main_table,
+    rank_table,
+    rate_table,
+    steps_table,
+    tokens_table,
+)
 
-SHOWN = ("int8", "qlora", "best", "best-frozen", "distilled-frozen", "best-joint-frozen")
+SHOWN = ("int8", "qlora", "best", "best-frozen", "best-twice", "best-joint-frozen", "best-joint-twice")
 """Arms of the plots against rate and step."""
 
 BY_RANK = ("best", "best-frozen")
 """Arms that were run at several ranks and with several calibration texts."""
 
 
-def parts(results: Results) -> dict[str, str]:
+def parts(protocol: Protocol) -> dict[str, str]:
     """Return every table of the page by the name that its place in the page has."""
-    rank = reference_rank(REFERENCE)
+    rank, results = reference_rank(protocol), Store(protocol).rows()
     return {
         "main": main_table(results, rank),
         "rates": rate_table(results, rank),
-        "ranks": rank_table(results, REFERENCE.ranks, BY_RANK),
+        "ranks": rank_table(results, protocol.ranks, BY_RANK),
+        "curvature": curvature_table(results, Store(protocol, kind="curvature").rows(), rank),
+        "tokens": tokens_table(results, Store(protocol, kind="tokens").rows(), rank),
         "finished": finished_table(results),
         "steps": steps_table(results, rank, SHOWN),
         "calibration": calibration_table(results, rank, BY_RANK),
@@ -46,10 +58,10 @@ def filled(page: str, tables: dict[str, str]) -> str:
     return page
 
 
-def draw_all(results: Results, page: Path) -> None:
+def draw_all(protocol: Protocol, page: Path) -> None:
     """Write the tables into the page, and the plots beside it."""
-    page.write_text(filled(page.read_text(encoding="utf-8"), parts(results)), encoding="utf-8")
-    rank = reference_rank(REFERENCE)
+    page.write_text(filled(page.read_text(encoding="utf-8"), parts(protocol)), encoding="utf-8")
+    rank, results = reference_rank(protocol), Store(protocol).rows()
     draw_rates(results, rank, SHOWN, page.with_name("worth-rates.svg"))
     draw_curves(results, rank, SHOWN, page.with_name("worth-curves.svg"))
-    draw_ranks(results, REFERENCE.ranks, BY_RANK, page.with_name("worth-ranks.svg"))
+    draw_ranks(results, protocol.ranks, BY_RANK, page.with_name("worth-ranks.svg"))

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from .protocol import Protocol, Run
 
-MAIN = ("int8", "qlora", "best-frozen", "best", "best-joint-frozen", "distilled-frozen")
+MAIN = ("int8", "qlora", "best-frozen", "best", "best-joint-frozen", "distilled-frozen", "distilled-joint-frozen")
 """Arms whose best rate is searched for first."""
 
-STARTS = ("best-half", "best-twice", "best-slow-a", "best-scaled")
+STARTS = ("best-half", "best-twice", "best-joint-twice", "distilled-joint-twice", "best-slow-a", "best-scaled")
 """Other ways to train a start, at the two rates in the middle of the grid and beyond if the best is at an edge."""
 
-REST = ("full", "quailora", "loftq", "distilled", "best-joint")
+REST = ("full", "quailora", "loftq", "distilled", "best-joint", "distilled-joint", "quailora-frozen", "loftq-frozen")
 """Arms that complete the table."""
 
-BY_RANK = ("int8", "qlora", "best-frozen", "best")
+BY_RANK = ("int8", "qlora", "best-frozen", "best", "best-joint-frozen")
 """Arms that are run at all ranks."""
 
-Results = Mapping[str, Mapping[str, Any]]
+Row = Mapping[str, Any]
+Results = Sequence[Row]
 
 
-def outstanding(protocol: Protocol, results: Results) -> list[Run]:
-    """Return the runs that are still to be carried out, in order."""
+def outstanding(protocol: Protocol, results: Results, done: Collection[str]) -> list[Run]:
+    """Return the runs that are still to be carried out, in order.
+
+    Args:
+        protocol: the protocol.
+        results: all results, on any device.
+        done: keys of what has been carried out on this one.
+    """
     seen: dict[str, Run] = {}
     for run in planned(protocol, results):
         seen.setdefault(run.key, run)
-    return [run for key, run in seen.items() if key not in results]
+    return [run for key, run in seen.items() if key not in done]
 
 
 def planned(protocol: Protocol, results: Results) -> Iterator[Run]:
@@ -41,11 +50,30 @@ def planned(protocol: Protocol, results: Results) -> Iterator[Run]:
             yield from with_seeds(protocol, results, BY_RANK, other)
     rate = best_rate(results, "best", rank)
     if rate is not None:
-        yield from at_rates(protocol, ("best-recalibrated",), rank, (rate,))
+        yield from (Run("best-recalibrated", rank, rate, seed, curve=True) for seed in protocol.seeds)
     for arm in ("best-frozen", "best"):
         rate = best_rate(results, arm, rank)
         if rate is not None:
             yield from (Run(arm, rank, rate, seed, text) for text in ("wikitext2", "c4") for seed in protocol.seeds)
+    yield from everything(protocol, rank)
+
+
+def everything(protocol: Protocol, rank: int) -> Iterator[Run]:
+    """Yield all arms at all rates with all seeds, for which there is time on a GPU."""
+    rates = from_the_middle(protocol)
+    for seed in protocol.seeds:
+        for rate in rates[:4]:
+            yield from (Run(arm, rank, rate, seed, curve=True) for arm in (*MAIN, *STARTS, *REST))
+    for other in protocol.ranks:
+        if other != rank:
+            yield from (
+                Run(arm, other, rate, seed, curve=True)
+                for rate in rates[:4]
+                for seed in protocol.seeds
+                for arm in BY_RANK
+            )
+    for seed in protocol.seeds:
+        yield from (Run(arm, rank, rate, seed, curve=True) for rate in rates[4:] for arm in (*MAIN, *REST))
 
 
 def search(protocol: Protocol, results: Results, rank: int) -> Iterator[Run]:
@@ -62,7 +90,7 @@ def search(protocol: Protocol, results: Results, rank: int) -> Iterator[Run]:
 
 def at_rates(protocol: Protocol, arms: Sequence[str], rank: int, rates: Sequence[float]) -> Iterator[Run]:
     """Yield a run of each arm at each rate, with the first seed."""
-    yield from (Run(arm, rank, rate, protocol.seeds[0]) for rate in rates for arm in arms)
+    yield from (Run(arm, rank, rate, protocol.seeds[0], curve=True) for rate in rates for arm in arms)
 
 
 def from_the_middle(protocol: Protocol) -> list[float]:
@@ -81,25 +109,29 @@ def with_seeds(protocol: Protocol, results: Results, arms: Sequence[str], rank: 
 
 def beyond_the_edge(protocol: Protocol, results: Results, arm: str, rank: int) -> Iterator[Run]:
     """Yield a run at half or twice the rates that were tried, if the best of them is the lowest or the highest."""
-    tried = sorted(row["rate"] for row in rows_of(results, arm, rank))
+    tried = sorted(by_rate(results, arm, rank))
     best = best_rate(results, arm, rank)
     if best is not None and len(tried) >= 2:
         if best == tried[0]:
-            yield Run(arm, rank, best / 2, protocol.seeds[0])
+            yield Run(arm, rank, best / 2, protocol.seeds[0], curve=True)
         if best == tried[-1]:
-            yield Run(arm, rank, best * 2, protocol.seeds[0])
+            yield Run(arm, rank, best * 2, protocol.seeds[0], curve=True)
 
 
 def best_rate(results: Results, arm: str, rank: int) -> float | None:
-    """Return the rate with the lowest loss on the held-out pairs, for the first seed; None before any run."""
-    losses = {row["rate"]: sum(row["after"]["all"]) for row in rows_of(results, arm, rank)}
+    """Return the rate of the lowest held-out loss for the first seed; None before any run."""
+    losses = by_rate(results, arm, rank)
     return min(losses, key=losses.__getitem__) if losses else None
 
 
-def rows_of(results: Results, arm: str, rank: int) -> list[Mapping[str, Any]]:
-    """Return the results of the first seed of an arm that is calibrated on the training pairs."""
-    chosen = {"arm": arm, "rank": rank, "calibration": "train", "seed": 0}
-    return [row for row in results.values() if chosen.items() <= row.items()]
+def by_rate(results: Results, arm: str, rank: int) -> dict[float, float]:
+    """Return the loss of an arm at each rate, for the first seed; the mean over devices."""
+    wanted = {"arm": arm, "rank": rank, "seed": 0, "calibration": "train"}
+    losses: defaultdict[float, list[float]] = defaultdict(list)
+    for row in results:
+        if wanted.items() <= row.items():
+            losses[row["rate"]].append(fmean(row["after"]["all"]))
+    return {rate: fmean(every) for rate, every in losses.items()}
 
 
 def reference_rank(protocol: Protocol) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
@@ -17,31 +19,32 @@ _SIZE = (7.0, 3.8)
 
 
 def draw_rates(results: Results, rank: int, arms: Sequence[str], file: Path) -> None:
-    """Draw the loss on the held-out pairs after training against the learning rate."""
+    """Draw the loss on the held-out pairs after training against the learning rate, on the device with most runs."""
+    shown = Counter((row["device"], row["seed"]) for row in results if row["rank"] == rank).most_common(1)[0][0]
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
         for arm in arms:
-            rates = sorted({row["rate"] for row in results.values() if row["arm"] == arm and row["rank"] == rank})
+            rates = sorted({row["rate"] for row in results if row["arm"] == arm and row["rank"] == rank})
             points = [(rate, chosen(results, arm, rank, rate)) for rate in rates]
-            points = [(rate, mean({0: rows[0]}, "all")) for rate, rows in points if 0 in rows]
+            points = [(rate, mean([rows[shown]], "all")) for rate, rows in points if shown in rows]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=plain(arm))
         axes.set_xscale("log", base=2)
         axes.set(xlabel="peak learning rate", ylabel="held-out loss after training, nats a token")
-        rates = sorted({row["rate"] for row in results.values() if row["rank"] == rank})
+        rates = sorted({row["rate"] for row in results if row["rank"] == rank})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.legend()
         save(figure, file)
 
 
 def draw_curves(results: Results, rank: int, arms: Sequence[str], file: Path) -> None:
-    """Draw the loss on the held-out pairs during training, mean over the seeds that have a curve."""
+    """Draw the loss on the held-out pairs during training, mean over the runs that have a curve."""
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
         for arm in arms:
             rows = [row for row in at_best(results, arm, rank).values() if row["training"]["curve"]]
             if rows:
-                curves = [[(0, sum(row["before"]["all"]) / len(row["before"]["all"])), *row["training"]["curve"]]
+                curves = [[(0, fmean(row["before"]["all"])), *row["training"]["curve"]]
                           for row in rows]  # fmt: skip
                 steps = [step for step, _ in curves[0]]
                 means = [sum(curve[index][1] for curve in curves) / len(curves) for index in range(len(steps))]

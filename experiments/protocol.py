@@ -39,7 +39,7 @@ class Protocol:
     calibration_windows: int = 128
     evaluate_every: int = 20
     ranks: tuple[int, ...] = (8, 16, 64)
-    rates: tuple[float, ...] = (4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
+    rates: tuple[float, ...] = (4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from .arms import ARMS
 from .data import Data, load_data
 from .protocol import Protocol, Run
 from .scoring import held_out_losses, window_losses
-from .starts import start_folder
+from .starts import being_made, start_folder, start_place
 from .tasks import TASKS, answered, bits, read_items
 from .training import model_of, train
 
@@ -34,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Store:
-    """Results of a protocol: one line of JSON for each run, to which any number of processes may add.
+    """Results of a protocol: one line of JSON for each run on a device, to which any number of processes may add.
 
     Args:
         protocol: the protocol.
@@ -45,18 +46,21 @@ class Store:
     def __init__(self, protocol: Protocol, folder: Path = RESULTS, kind: str = "") -> None:
         self.path = folder / (f"{protocol.name}-{kind}.jsonl" if kind else f"{protocol.name}.jsonl")
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Return all results, by the key of their run."""
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all results."""
         if not self.path.exists():
-            return {}
-        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        return {row["key"]: row for row in rows}
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def done(self) -> set[str]:
+        """Return the keys of what has been carried out on a device like this one."""
+        return {row["key"] for row in self.rows() if row["device"] == device_name()}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add a result."""
+        """Add a result, with the name of the device."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock"), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({**row, "device": device_name()}) + "\n")
 
 
 class Bench:
@@ -98,8 +102,19 @@ class Bench:
 
     def start(self, run: Run) -> Path | None:
         """Return the folder of the start of a run, which is made if it is not there; None for plain LoRA."""
-        starts = self.folder / "starts"
-        return start_folder(ARMS[run.arm], run.rank, run.calibration, self.data(), self.texts, starts, self.protocol)
+        return start_folder(
+            ARMS[run.arm], run.rank, run.calibration, self.data(), self.texts, self.starts, self.protocol
+        )
+
+    def waits(self, run: Run) -> bool:
+        """Whether the start of a run is being made by another process."""
+        place = start_place(ARMS[run.arm], run.rank, run.calibration, self.starts)
+        return place is not None and being_made(place)
+
+    @property
+    def starts(self) -> Path:
+        """Folder of the starts."""
+        return self.folder / "starts"
 
     def trained_model(self, run: Run) -> Any:
         """Return the model of a run that was carried out, with its trained adapter."""
@@ -131,6 +146,11 @@ class Bench:
         data = self.data()
         scores = {**held_out_losses(model, data.held_out), "wikitext2": window_losses(model, data.wikitext)}
         return {name: [round(loss, 5) for loss in losses] for name, losses in scores.items()}
+
+
+def device_name() -> str:
+    """Return the name of the GPU, or "CPU" without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def answer_key(run: Run, *, trained: bool, limit: int | None) -> str:

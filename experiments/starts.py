@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from transformers import AutoTokenizer
 
 from quailora import LoraScaling, Output, initialize_model
@@ -29,9 +29,9 @@ def start_folder(
         folder: the folder in which the starts of all arms are.
         protocol: how much is calibrated on.
     """
-    if arm.recipe is None:
+    place = start_place(arm, rank, calibration, folder)
+    if place is None or arm.recipe is None:
         return None
-    place = folder / f"{arm.recipe}-{calibration}-r{arm.start_rank(rank)}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):  # another process may be making it
         if not place.exists():
@@ -44,3 +44,21 @@ def start_folder(
                 out=Output(place, save_base=arm.base == "own"),
             )
     return place
+
+
+def start_place(arm: Arm, rank: int, calibration: CalibrationText, folder: Path) -> Path | None:
+    """Return the folder of the start of an arm, whether or not it is there; None for plain LoRA."""
+    if arm.recipe is None:
+        return None
+    return folder / f"{arm.recipe}-{calibration}-r{arm.start_rank(rank)}"
+
+
+def being_made(place: Path) -> bool:
+    """Whether another process is making a start."""
+    lock = FileLock(f"{place}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    lock.release()
+    return False

@@ -2,80 +2,99 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from statistics import fmean
 
 from quailora.support.tables import markdown_table
 
 from .arms import ARMS
-from .plan import Results, best_rate
+from .plan import Results, Row, best_rate
 from .statistics import Estimate, bootstrapped, difference, gap_closed
-
-Row = Mapping[str, Any]
 
 _PARTS = ("all", "response", "wikitext2")
 
 
-def chosen(results: Results, arm: str, rank: int, rate: float | None, calibration: str = "train") -> dict[int, Row]:
-    """Return the results of an arm at a rate, by seed."""
+Replicate = tuple[str, int]
+"""Device and seed of a run. Arms are compared run by run, on the same device with the same seed."""
+
+
+def chosen(
+    results: Results, arm: str, rank: int, rate: float | None, calibration: str = "train"
+) -> dict[Replicate, Row]:
+    """Return the results of an arm at a rate, by device and seed."""
     wanted = {"arm": arm, "rank": rank, "rate": rate, "calibration": calibration}
-    return {
-        row["seed"]: row for row in sorted(results.values(), key=lambda r: r["seed"]) if wanted.items() <= row.items()
-    }
+    rows = [row for row in results if wanted.items() <= row.items()]
+    return {(row["device"], row["seed"]): row for row in sorted(rows, key=lambda row: (row["device"], row["seed"]))}
 
 
-def at_best(results: Results, arm: str, rank: int, calibration: str = "train") -> dict[int, Row]:
-    """Return the results of an arm at its own best rate, by seed."""
+def at_best(results: Results, arm: str, rank: int, calibration: str = "train") -> dict[Replicate, Row]:
+    """Return the results of an arm at its own best rate, by device and seed."""
     return chosen(results, arm, rank, best_rate(results, arm, rank), calibration)
 
 
-def losses(rows: Mapping[int, Row], seeds: Sequence[int], part: str = "all") -> list[list[float]]:
-    """Return losses after training, (seeds, pairs)."""
-    return [rows[seed]["after"][part] for seed in seeds]
+def losses(rows: Mapping[Replicate, Row], replicates: Sequence[Replicate], part: str = "all") -> list[list[float]]:
+    """Return losses after training, (replicates, pairs)."""
+    return [rows[replicate]["after"][part] for replicate in replicates]
 
 
-def common(*rows: Mapping[int, Row]) -> list[int]:
-    """Return the seeds that all arms have."""
+def common(*rows: Mapping[Replicate, Row]) -> list[Replicate]:
+    """Return the replicates that all arms have."""
     return sorted(set.intersection(*(set(part) for part in rows)))
 
 
 def gap_of(results: Results, arm: str, rank: int, part: str = "all", calibration: str = "train") -> Estimate | None:
     """Return the share of the gap between NF4 and int8 that an arm closes, at its best rate; None if unknown."""
     rows = at_best(results, "qlora", rank), at_best(results, "int8", rank), at_best(results, arm, rank, calibration)
-    seeds = common(*rows)
-    return bootstrapped(gap_closed, *(losses(each, seeds, part) for each in rows)) if seeds else None
+    both = common(*rows)
+    return bootstrapped(gap_closed, *(losses(each, both, part) for each in rows)) if both else None
+
+
+def gap_before(results: Results, arm: str, rank: int) -> Estimate | None:
+    """Return the share of the gap between NF4 and int8 that an arm closes before training; None if unknown."""
+    scored = [row for row in results if row["rank"] == rank and row.get("before") and row["calibration"] == "train"]
+    by_arm: dict[str, dict[str, Row]] = {"qlora": {}, "int8": {}, arm: {}}
+    for row in scored:
+        by_arm.get(row["arm"], {})[row["device"]] = row  # the same for all rates and seeds
+    devices = sorted(set.intersection(*(set(rows) for rows in by_arm.values())))
+    parts = [[by_arm[name][device]["before"]["all"] for device in devices] for name in ("qlora", "int8", arm)]
+    return bootstrapped(gap_closed, *parts) if devices else None
 
 
 def main_table(results: Results, rank: int) -> str:
-    """Return the arms, each at its own best rate."""
+    """Return the arms, each at its own best rate, less QLoRA at its best rate."""
+    plain = at_best(results, "qlora", rank)
     lines = []
     for name, arm in ARMS.items():
         rows = at_best(results, name, rank)
-        if not rows:
+        both = common(rows, plain)
+        if not both or name == "qlora":
             continue
-        shares = [gap_of(results, name, rank, part) for part in ("all", "response")]
+        changes = {
+            part: signed(bootstrapped(difference, losses(rows, both, part), losses(plain, both, part)))
+            for part in ("all", "wikitext2")
+        }
+        shares = [gap_before(results, name, rank), *(gap_of(results, name, rank, part) for part in ("all", "response"))]
         lines.append([
             arm.title,
-            f"{next(iter(rows.values()))['rate']:g}",
-            str(len(rows)),
-            f"{mean(rows, 'all'):.4f}",
-            *(percent(share) if name not in {"qlora", "int8"} else "" for share in shares),
-            f"{math.exp(mean(rows, 'wikitext2')):.2f}",
+            f"{rows[both[0]]['rate']:g}",
+            str(len(both)),
+            changes["all"],
+            *(percent(share) if name != "int8" else "" for share in shares),
+            changes["wikitext2"],
         ])
-    header = ["arm", "best rate", "seeds", "held-out loss", "gap closed", "of the response", "WikiText-2 perplexity"]
-    return markdown_table(header, lines)
+    shared = ["gap closed before training", "gap closed after it", "of the response"]
+    return markdown_table(["arm", "best rate", "runs", "held-out loss", *shared, "WikiText-2 loss"], lines)
 
 
 def rate_table(results: Results, rank: int) -> str:
-    """Return the loss of each arm at each rate less that of QLoRA at the same rate, for the seeds that both have."""
-    rates = sorted({row["rate"] for row in results.values() if row["rank"] == rank})
+    """Return the loss of each arm at each rate less that of QLoRA at the same rate, for the runs that both have."""
+    rates = sorted({row["rate"] for row in results if row["rank"] == rank})
     lines = []
     plain = {rate: chosen(results, "qlora", rank, rate) for rate in rates}
     lines.append([
         "NF4, QLoRA: the loss",
-        *(f"{mean(plain[rate], 'all'):.4f}" if plain[rate] else "" for rate in rates),
+        *(f"{mean(plain[rate].values(), 'all'):.4f}" if plain[rate] else "" for rate in rates),
     ])
     for name, arm in ARMS.items():
         if name == "qlora":
@@ -83,9 +102,9 @@ def rate_table(results: Results, rank: int) -> str:
         cells = []
         for rate in rates:
             rows = chosen(results, name, rank, rate)
-            seeds = common(rows, plain[rate])
+            both = common(rows, plain[rate])
             cells.append(
-                signed(bootstrapped(difference, losses(rows, seeds), losses(plain[rate], seeds))) if seeds else ""
+                signed(bootstrapped(difference, losses(rows, both), losses(plain[rate], both))) if both else ""
             )
         if any(cells):
             lines.append([arm.title, *cells])
@@ -110,38 +129,38 @@ def calibration_table(results: Results, rank: int, arms: Sequence[str]) -> str:
 def finished_table(results: Results) -> str:
     """Return the change of the losses of trained adapters when they are fitted again, over pairs."""
     lines = []
-    for row in results.values():
+    for row in results:
         if "of" in row:
-            before = results[row["of"]]
+            before = next(one for one in results if one["key"] == row["of"] and one["device"] == row["device"])
             parts = [bootstrapped(difference, [row["after"][part]], [before["after"][part]]) for part in _PARTS]
             title = f"{ARMS[before['arm']].title}, rank {row['rank']}, seed {row['seed']}"
-            lines.append([title, f"{mean({0: before}, 'all'):.4f}", *map(signed, parts)])
+            lines.append([title, f"{mean([before], 'all'):.4f}", *map(signed, parts)])
     return markdown_table(["arm", "held-out loss", "its change", "of the response", "of WikiText-2"], lines)
 
 
 def steps_table(results: Results, rank: int, arms: Sequence[str]) -> str:
-    """Return after how many steps arms have the loss that QLoRA ends with, for each seed that both have a curve of."""
+    """Return after how many steps arms have the loss that QLoRA ends with, for each run that both have a curve of."""
     plain = with_curve(at_best(results, "qlora", rank))
     lines = []
     for arm in arms:
         rows = with_curve(at_best(results, arm, rank))
-        seeds = common(rows, plain)
-        if seeds:
-            found = [steps_to(rows[seed], plain[seed]["training"]["curve"][-1][1]) for seed in seeds]
+        both = common(rows, plain)
+        if both:
+            found = [steps_to(rows[one], plain[one]["training"]["curve"][-1][1]) for one in both]
             shown = ", ".join("not reached" if steps is None else f"{steps:.0f}" for steps in found)
-            lines.append([ARMS[arm].title, shown, str(plain[seeds[0]]["training"]["curve"][-1][0])])
-    return markdown_table(["arm", "steps, for each seed", "steps of QLoRA"], lines)
+            lines.append([ARMS[arm].title, shown, str(plain[both[0]]["training"]["curve"][-1][0])])
+    return markdown_table(["arm", "steps, for each run", "steps of QLoRA"], lines)
 
 
-def with_curve(rows: Mapping[int, Row]) -> dict[int, Row]:
+def with_curve(rows: Mapping[Replicate, Row]) -> dict[Replicate, Row]:
     """Return the results that have a curve."""
-    return {seed: row for seed, row in rows.items() if row["training"]["curve"]}
+    return {one: row for one, row in rows.items() if row["training"]["curve"]}
 
 
 def steps_to(row: Row, loss: float) -> float | None:
     """Return after how many steps a curve first reaches a loss, by linear interpolation; None if it never does."""
     before = row["before"]["all"]
-    points = [[0, sum(before) / len(before)], *row["training"]["curve"]]
+    points = [[0, fmean(before)], *row["training"]["curve"]]
     if points[0][1] <= loss:
         return 0.0
     for (step, above), (later, below) in pairwise(points):
@@ -150,10 +169,33 @@ def steps_to(row: Row, loss: float) -> float | None:
     return None
 
 
-def mean(rows: Mapping[int, Row], part: str) -> float:
-    """Return the mean loss after training over seeds and windows."""
-    every = [loss for row in rows.values() for loss in row["after"][part]]
-    return sum(every) / len(every)
+def mean(rows: Iterable[Row], part: str) -> float:
+    """Return the mean loss after training over runs and pairs or windows."""
+    return fmean([loss for row in rows for loss in row["after"][part]])
+
+
+def curvature_table(results: Results, curvatures: Results, rank: int) -> str:
+    """Return the largest eigenvalue of the Hessian at the start of each arm, and its best rate."""
+    lines = []
+    for row in sorted(curvatures, key=lambda row: row["eigenvalue"]):
+        if row["rank"] == rank:
+            rate = best_rate(results, row["arm"], rank)
+            lines.append([ARMS[row["arm"]].title, f"{row['eigenvalue']:.3g}", "" if rate is None else f"{rate:g}"])
+    return markdown_table(["arm", "largest eigenvalue", "best rate"], lines)
+
+
+def tokens_table(results: Results, scores: Results, rank: int) -> str:
+    """Return losses before training against the number of tokens that starts are calibrated on."""
+    rows = [row for row in scores if row["rank"] == rank]
+    lines = [
+        [ARMS[row["arm"]].title, f"{row['tokens']:,}", *(f"{fmean(row['before'][part]):.4f}" for part in _PARTS)]
+        for row in sorted(rows, key=lambda row: (row["arm"], row["tokens"]))
+    ]
+    for arm in ("qlora", "int8"):
+        scored = [row for row in results if row["arm"] == arm and row["rank"] == rank and row.get("before")]
+        if scored:
+            lines.append([ARMS[arm].title, "", *(f"{fmean(scored[0]['before'][part]):.4f}" for part in _PARTS)])
+    return markdown_table(["arm", "tokens", "held-out loss", "of the response", "WikiText-2 loss"], lines)
 
 
 def percent(share: Estimate | None) -> str:

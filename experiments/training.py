@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from quailora import RecalibrationCallback
+from quailora.models.load import resolve_device
 from quailora.models.locate import resolve
 
 from .arms import Arm
@@ -52,17 +53,18 @@ def model_of(run: Run, arm: Arm, start: Path | None, protocol: Protocol) -> Any:
 
 
 def base_of(arm: Arm, start: Path | None, protocol: Protocol) -> Any:
-    """Return the model under the adapter, as its users load it."""
+    """Return the model under the adapter, as its users load it; on the GPU where there is one."""
+    device = resolve_device("auto")
     if arm.base == "own":
         assert start is not None
-        return AutoModelForCausalLM.from_pretrained(start / "base", dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(start / "base", dtype=torch.float32, device_map=device)
     config = {
         "full precision": None,
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     }[arm.base]
     return AutoModelForCausalLM.from_pretrained(
-        resolve(protocol.model), quantization_config=config, dtype=torch.float32
+        resolve(protocol.model), quantization_config=config, dtype=torch.float32, device_map=device
     )
 
 
@@ -144,7 +146,7 @@ class Training:
         online: loss of each batch before its update, in nats a token.
         gradient_norms: norm of the gradient of each step, before it is clipped.
         seconds: median seconds of a step.
-        memory: memory of the process at the end, in bytes.
+        memory: in bytes, memory of the process at the end, or the most that was used of a GPU.
         curve: see `Watch`.
     """
 
@@ -192,7 +194,7 @@ def train(model: Any, run: Run, arm: Arm, data: Data, protocol: Protocol, scratc
         [round(float(entry["loss"]), 5) for entry in steps],
         [round(float(entry["grad_norm"]), 4) for entry in steps],
         round(median(watch.seconds), 3),
-        psutil.Process().memory_info().rss,
+        torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss,
         watch.curve,
     )
 

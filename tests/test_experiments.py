@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 from families import save_llama
+from filelock import FileLock
 from transformers import AutoTokenizer
 
-from experiments.__main__ import queue, tokens
+from experiments.__main__ import claim, queue, tokens
 from experiments.arms import ARMS
 from experiments.cost import cost_table
 from experiments.curvature import top_eigenvalue
@@ -27,7 +28,7 @@ from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
 from experiments.runs import Bench, Store
 from experiments.scoring import held_out_losses, token_losses
 from experiments.statistics import bootstrapped, difference, gap_closed
-from experiments.tables import steps_table, steps_to
+from experiments.tables import gap_of, rate_table, steps_table, steps_to
 from experiments.tasks import TASKS, answered, read_items
 from experiments.training import SCALED, base_of, model_of, optimizer_of, scale_factors
 from quailora import freeze
@@ -75,7 +76,8 @@ def test_a_run_is_kept_and_scored(bench, tmp_path):
     run = Run("best-frozen", 4, 1e-3, curve=True)
     store = Store(bench.protocol, tmp_path)
     store.add(bench.carry_out(run))
-    row = store.read()[run.key]
+    (row,) = store.rows()
+    assert store.done() == {run.key}
     assert len(row["after"]["all"]) == len(row["before"]["response"]) == bench.protocol.held_out
     assert len(row["training"]["online"]) == bench.protocol.steps
     assert [step for step, _ in row["training"]["curve"]] == [2]
@@ -87,7 +89,7 @@ def test_a_run_is_kept_and_scored(bench, tmp_path):
 def test_the_queue_goes_on_where_it_stopped(protocol, texts, tmp_path, monkeypatch):
     monkeypatch.setitem(PROTOCOLS, "tiny", replace(protocol, rates=(4e-4,)))
     store = Store(protocol, tmp_path)
-    runs = outstanding(PROTOCOLS["tiny"], {})
+    runs = outstanding(PROTOCOLS["tiny"], [], set())
     done = []
     monkeypatch.setattr(Bench, "carry_out", lambda _, run: done.append(run.key) or stand_in(run))
     for run in runs[:2]:
@@ -95,19 +97,64 @@ def test_the_queue_goes_on_where_it_stopped(protocol, texts, tmp_path, monkeypat
     queue(texts=texts, protocol="tiny", folder=tmp_path, results=tmp_path)
     assert done
     assert not {run.key for run in runs[:2]} & set(done)
-    assert not outstanding(PROTOCOLS["tiny"], store.read())
+    assert not outstanding(PROTOCOLS["tiny"], store.rows(), store.done())
 
 
-def stand_in(run: Run, loss: float = 2.0) -> dict:
+def test_no_worker_waits_for_a_start_that_another_makes(protocol, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "tiny", replace(protocol, rates=(4e-4,)))
+    bench, store = Bench(PROTOCOLS["tiny"], texts, tmp_path), Store(protocol, tmp_path)
+    bench.starts.mkdir(parents=True)
+    by_start = {run.arm: run for run in outstanding(bench.protocol, [], set())}
+    with FileLock(bench.starts / f"best-train-r{by_start['best'].rank}.lock"):
+        assert bench.waits(by_start["best"])
+        assert bench.waits(by_start["best-frozen"])
+        assert not bench.waits(by_start["qlora"])
+        for run in outstanding(bench.protocol, [], set()):
+            if not bench.waits(run):
+                store.add(stand_in(run))
+        while not all(map(bench.waits, outstanding(bench.protocol, store.rows(), store.done()))):
+            chosen, lock = claim(bench, store)
+            store.add(stand_in(chosen))
+            lock.release()
+        assert claim(bench, store) is None
+    chosen, lock = claim(bench, store)
+    lock.release()
+    assert chosen == by_start["best-frozen"]
+
+
+def stand_in(run: Run, loss: float = 2.0, device: str = "CPU") -> dict:
     """A result without a run."""
-    return {"key": run.key, **run.as_dict(), "after": {"all": [loss, loss + 1], "response": [loss, loss]}}
+    after = {part: [loss, loss + 1] for part in ("all", "response", "wikitext2")}
+    return {"key": run.key, **run.as_dict(), "after": after, "before": None, "device": device}
 
 
 def test_the_search_goes_beyond_the_edge_of_the_grid():
     rates = REFERENCE.rates
-    rows = {run.key: stand_in(run, 2 - rate) for rate in rates for run in [Run("qlora", 16, rate)]}
+    rows = [stand_in(Run("qlora", 16, rate), 2 - rate) for rate in rates]
     assert best_rate(rows, "qlora", 16) == rates[-1]
-    assert Run("qlora", 16, 2 * rates[-1]).key in {run.key for run in outstanding(REFERENCE, rows)}
+    left = outstanding(REFERENCE, rows, {row["key"] for row in rows})
+    assert Run("qlora", 16, 2 * rates[-1]).key in {run.key for run in left}
+
+
+def test_the_best_rate_is_that_of_the_mean_over_devices():
+    rows = [stand_in(Run("qlora", 16, rate), loss) for rate, loss in ((1e-3, 1.0), (2e-3, 1.1))]
+    card = [stand_in(Run("qlora", 16, rate), loss, "card") for rate, loss in ((1e-3, 2.0), (2e-3, 1.5), (4e-3, 1.4))]
+    other = [stand_in(Run("qlora", 16, 4e-3, 1), 0.0), stand_in(Run("qlora", 16, 4e-3, 0, "c4"), 0.0)]
+    assert best_rate([*rows, *other], "qlora", 16) == 1e-3
+    assert best_rate([*rows, *card], "qlora", 16) == 2e-3
+
+
+def test_runs_are_compared_on_the_same_device():
+    """A card on which everything is worse by one nat changes nothing, unless an arm is run there alone."""
+    rows = [
+        stand_in(Run(arm, 16, 1e-3), loss + offset, device)
+        for arm, loss in (("qlora", 3.0), ("int8", 2.0), ("best", 2.5))
+        for device, offset in (("CPU", 0.0), ("card", 1.0))
+    ]
+    alone = stand_in(Run("best", 16, 1e-3, 1), 9.0, "card")
+    share = gap_of([*rows, alone], "best", 16)
+    assert (share.value, share.low, share.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert " -0.5000 ± 0.0000 " in rate_table([*rows, alone], 16).splitlines()[-1]
 
 
 def test_only_the_fresh_adapter_is_trained_beside_a_held_start(bench):
@@ -200,18 +247,18 @@ def test_intervals_are_those_of_pairs_and_seeds():
 def test_steps_to_a_loss_are_interpolated():
     row = {"before": {"all": [3.0, 5.0]}, "training": {"curve": [[20, 3.0], [40, 2.0]]}}
     assert [steps_to(row, loss) for loss in (4.5, 3.5, 2.25, 1.0)] == [0, 10, 35, None]
-    results = {
-        f"{arm}-{seed}": {**stand_in(Run(arm, 16, 1e-3, seed)), "before": {"all": [4.0]}, "training": {"curve": curve}}
+    results = [
+        {**stand_in(Run(arm, 16, 1e-3, seed)), "before": {"all": [4.0]}, "training": {"curve": curve}}
         for arm, curve in (("qlora", [[20, 3.5], [40, 3.0]]), ("best", [[20, 2.5], [40, 2.0]]))
         for seed in (0, 1)
-    }
+    ]
     assert steps_table(results, 16, ["best"]).splitlines()[-1] == "| NF4, `best` | 13, 13 | 40 |"
 
 
 def test_the_page_has_the_tables_of_the_results():
     """`python -m experiments draw` writes them."""
     page = PAGE.read_text(encoding="utf-8")
-    assert filled(page, parts(Store(REFERENCE).read())) == page
+    assert filled(page, parts(REFERENCE)) == page
     with pytest.raises(ValueError, match="one place for the table 'other'"):
         filled(page, {"other": ""})
 
@@ -260,9 +307,9 @@ def test_starts_of_more_and_more_tokens(protocol, texts, tmp_path, monkeypatch):
     monkeypatch.setitem(PROTOCOLS, "tiny", protocol)
     for _ in range(2):  # what is there is not measured again
         tokens(["best"], texts=texts, windows=[4, 8], rank=4, protocol="tiny", folder=tmp_path, results=tmp_path)
-    rows = Store(protocol, tmp_path, "tokens").read()
-    assert [row["tokens"] for row in rows.values()] == [128, 256]
-    assert rows["best-r4-4"]["before"] != rows["best-r4-8"]["before"]
+    rows = Store(protocol, tmp_path, "tokens").rows()
+    assert [row["tokens"] for row in rows] == [128, 256]
+    assert rows[0]["before"] != rows[1]["before"]
 
 
 def test_a_start_costs_no_more_than_plain_lora(bench):
@@ -301,8 +348,7 @@ def test_the_experiment_from_nothing(shared_data, tmp_path, all_threads):
     bench, store = Bench(SMOKE, shared_data, tmp_path), Store(SMOKE, tmp_path)
     for arm in ("int8", "qlora", "best", "best-frozen"):
         store.add(bench.carry_out(Run(arm, 4, 4e-4)))
-    rows = store.read()
-    loss = {row["arm"]: np.mean(row["after"]["all"]) for row in rows.values()}
+    loss = {row["arm"]: np.mean(row["after"]["all"]) for row in store.rows()}
     assert loss["int8"] < loss["best"] < loss["qlora"]
     assert loss["best-frozen"] < loss["qlora"]
 

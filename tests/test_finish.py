@@ -168,3 +168,50 @@ def test_another_start_and_a_model_in_full_precision_are_refused(folder):
     )
     with pytest.raises(ConfigurationError, match="Expected a quantized model"):
         finish(full, BATCHES, initial=None)
+
+
+def gradients(model):
+    model.train().zero_grad()
+    model(input_ids=IDS[:2], labels=IDS[:2]).loss.backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def packed(model):
+    """Whether bitsandbytes has packed layers for inference on the CPU."""
+    states = [getattr(getattr(part, "weight", None), "quant_state", None) for part in model.modules()]
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
+@pytest.mark.parametrize("recipe", ["quailora", "best", "distilled"])
+def test_gradients_are_right_after_our_calls(folder, recipe):
+    """On some CPUs bitsandbytes' layers of 4 bits pass no gradient once they have run in evaluation mode."""
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(live_model("bitsandbytes-4", folder).eval(), config)
+    base = {name: LiveBase(model).weight(name, torch.float32).dequantize() for name in LiveBase(model).layers}
+    initialize(model, BATCHES, weights=str(folder), recipe=recipe)
+    finish(model, BATCHES, initial=factors_of(model), weights=str(folder), recipe=recipe)
+    assert not packed(model)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, weight in base.items():
+            plain.get_submodule(name).weight.copy_(weight)
+    plain = get_peft_model(plain, config)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "lora_" in name}, strict=False)
+    expected = gradients(plain)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_the_way_out_of_the_packing_keeps_gradients(folder):
+    """As docs/training.md has it; the first pass in evaluation mode is what packs layers, where the CPU can."""
+    torch.manual_seed(0)
+    model = live_model("bitsandbytes-4", folder)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    expected = gradients(model)
+    with torch.no_grad():
+        model.eval()(IDS[:2])
+    assert not packed(model)
+    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)

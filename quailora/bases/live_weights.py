@@ -124,9 +124,10 @@ def as_stored(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     warnings.warn(
-        "Layers of bitsandbytes have run on this CPU, which rounded their scales to bfloat16, so that corrections are "
-        "found for weights that differ in the third digit from those of the checkpoint. For exact ones, load the model "
-        "again and initialize it before it runs.",
+        "Layers of bitsandbytes have run on this CPU in evaluation mode, which packed them in another way for good. "
+        "No gradient passes through them any more, so do not train this model. Their scales were rounded to bfloat16, "
+        "so corrections are found for weights that differ in the third digit from those of the checkpoint. Load the "
+        "model again, and initialize and train it before it runs in evaluation mode.",
         NumericalWarning,
         stacklevel=2,
     )

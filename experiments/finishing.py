@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 
 from quailora import finish
 from quailora.core.objective import Factors
 from quailora.models.locate import resolve
+from quailora.training.finish import saved_factors
 
 from .arms import ARMS
 from .data import calibration_batches
 from .protocol import Run
 from .runs import Bench
-from .training import base_of, kept_as_it_is
-
-_STEM = "base_model.model."
+from .training import base_of
 
 
 def finished(bench: Bench, run: Run, recipe: str) -> dict[str, Any]:
@@ -33,11 +30,11 @@ def finished(bench: Bench, run: Run, recipe: str) -> dict[str, Any]:
     arm = ARMS[run.arm]
     trained = bench.folder / "adapters" / run.key
     start = bench.start(run)
-    base = kept_as_it_is(base_of(arm, start, bench.protocol)).train()
-    initial = None if start is None else factors_in(start)
+    base = base_of(arm, start, bench.protocol)
+    initial = None if start is None else saved_factors(start)
     if arm.keeps_its_start:
         assert start is not None
-        model = joined(base, factors_in(trained / "start"), factors_in(trained))
+        model = joined(base, saved_factors(trained / "start"), saved_factors(trained))
     else:
         model = PeftModel.from_pretrained(base, trained, is_trainable=True)
     data = bench.data()
@@ -49,16 +46,6 @@ def finished(bench: Bench, run: Run, recipe: str) -> dict[str, Any]:
         "arm": f"{run.arm}-finished-{recipe}",
         "of": run.key,
         "after": bench.score(model.train()),
-    }
-
-
-def factors_in(folder: Path) -> dict[str, Factors]:
-    """Return the factors of a saved adapter whose scaling is 1, by the name of their layer."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    return {
-        name.removeprefix(_STEM): Factors(tensors[f"{name}.lora_B.weight"], tensors[f"{name}.lora_A.weight"])
-        for name in names
     }
 
 

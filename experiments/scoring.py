@@ -26,12 +26,9 @@ def held_out_losses(model: Any, pairs: Sequence[HeldOutPair]) -> dict[str, list[
     by_length = sorted(range(len(pairs)), key=lambda index: len(pairs[index].ids))
     for start in range(0, len(pairs), _BATCH):
         chosen = by_length[start : start + _BATCH]
-        ids = pad_sequence([pairs[index].ids for index in chosen], batch_first=True)
-        mask = pad_sequence([torch.ones_like(pairs[index].ids) for index in chosen], batch_first=True)
-        for index, losses in zip(chosen, token_losses(model, ids, mask), strict=True):
-            own = losses[: len(pairs[index].ids) - 1]
-            everything[index] = own.mean().item()
-            response[index] = own[pairs[index].prompt - 1 :].mean().item()
+        for index, losses in zip(chosen, row_losses(model, [pairs[index].ids for index in chosen]), strict=True):
+            everything[index] = losses.mean().item()
+            response[index] = losses[pairs[index].prompt - 1 :].mean().item()
     return {"all": everything, "response": response}
 
 
@@ -40,6 +37,14 @@ def window_losses(model: Any, windows: Tensor) -> list[float]:
     """Return the mean loss of each window."""
     losses = [token_losses(model, part).mean(dim=1) for part in windows.split(4)]
     return torch.cat(losses).tolist()
+
+
+def row_losses(model: Any, rows: Sequence[Tensor], *, exact: bool = False) -> list[Tensor]:
+    """Return the loss of each token but the first of each row, for rows of any lengths; see `token_losses`."""
+    ids = pad_sequence(list(rows), batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    losses = token_losses(model, ids, mask, exact=exact)
+    return [own[: len(row) - 1] for own, row in zip(losses, rows, strict=True)]
 
 
 def token_losses(model: Any, ids: Tensor, mask: Tensor | None = None, *, exact: bool = False) -> Tensor:

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from .scoring import token_losses
+from .scoring import row_losses
 
 TASKS = ("piqa", "arc_easy", "boolq", "copa")
 
@@ -97,11 +96,9 @@ def likelihoods(model: Any, requests: Sequence[tuple[Tensor, int]], *, exact: bo
     while order:
         size = max(1, _TOKENS // len(requests[order[-1]][0]))
         chosen, order = order[-size:], order[:-size]
-        ids = pad_sequence([requests[index][0] for index in chosen], batch_first=True)
-        mask = pad_sequence([torch.ones_like(requests[index][0]) for index in chosen], batch_first=True)
-        for index, losses in zip(chosen, token_losses(model, ids, mask, exact=exact), strict=True):
-            tokens, context = requests[index]
-            found[index] = -losses[context - 1 : len(tokens) - 1].sum().item()
+        rows = [requests[index][0] for index in chosen]
+        for index, losses in zip(chosen, row_losses(model, rows, exact=exact), strict=True):
+            found[index] = -losses[requests[index][1] - 1 :].sum().item()
     return found
 
 

@@ -38,7 +38,7 @@ _WARM_UP = 0.05  # share of the steps
 
 def model_of(run: Run, arm: Arm, start: Path | None, protocol: Protocol) -> Any:
     """Return the `PeftModel` that a run trains, with only its trained factors requiring gradients."""
-    base = kept_as_it_is(base_of(arm, start, protocol)).train()
+    base = base_of(arm, start, protocol)
     set_seed(run.seed)
     rank = arm.trained_rank(run.rank)
     fresh = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -53,19 +53,21 @@ def model_of(run: Run, arm: Arm, start: Path | None, protocol: Protocol) -> Any:
 
 
 def base_of(arm: Arm, start: Path | None, protocol: Protocol) -> Any:
-    """Return the model under the adapter, as its users load it; on the GPU where there is one."""
+    """Return the model under the adapter, ready for training; on the GPU where there is one."""
     device = resolve_device("auto")
     if arm.base == "own":
         assert start is not None
-        return AutoModelForCausalLM.from_pretrained(start / "base", dtype=torch.float32, device_map=device)
+        base = AutoModelForCausalLM.from_pretrained(start / "base", dtype=torch.float32, device_map=device)
+        return kept_as_it_is(base).train()
     config = {
         "full precision": None,
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     }[arm.base]
-    return AutoModelForCausalLM.from_pretrained(
+    base = AutoModelForCausalLM.from_pretrained(
         resolve(protocol.model), quantization_config=config, dtype=torch.float32, device_map=device
     )
+    return kept_as_it_is(base).train()
 
 
 def kept_as_it_is(base: Any) -> Any:

@@ -22,7 +22,7 @@ from experiments.cost import cost_table
 from experiments.curvature import top_eigenvalue
 from experiments.data import as_held_out, packed, tokens_of
 from experiments.draw import filled, parts
-from experiments.finishing import factors_in, finished, joined
+from experiments.finishing import finished, joined
 from experiments.plan import best_rate, outstanding
 from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
 from experiments.runs import Bench, Store
@@ -32,6 +32,7 @@ from experiments.tables import gap_of, rate_table, steps_table, steps_to
 from experiments.tasks import TASKS, answered, read_items
 from experiments.training import SCALED, base_of, model_of, optimizer_of, scale_factors
 from quailora import freeze
+from quailora.training.finish import saved_factors
 
 PAGE = Path(__file__).parents[1] / "docs" / "worth.md"
 
@@ -180,7 +181,7 @@ def test_two_adapters_train_as_one_with_frozen_directions(bench):
     two = model_of(run, ARMS["best-frozen"], start, bench.protocol)
     two.save_pretrained(bench.folder / "two")
     base = base_of(ARMS["best-frozen"], start, bench.protocol)
-    one = joined(base, factors_in(start), factors_in(bench.folder / "two")).train()
+    one = joined(base, saved_factors(start), saved_factors(bench.folder / "two")).train()
     freeze(one, 4)
     windows = bench.data().windows[:2]
     losses = [model(input_ids=windows, labels=windows).loss for model in (two, one)]

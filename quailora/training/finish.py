@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,12 @@ def factors_of(peft_model: Any, adapter_name: str = "default") -> dict[str, Fact
     return {name: layer.kept() for name, layer in wrapped_layers(peft_model, adapter_name).items()}
 
 
+def saved_factors(folder: Path) -> dict[str, Factors]:
+    """Return the factors of a saved adapter, with its scaling, by the name of their layer."""
+    saved = SavedAdapter.read(folder)
+    return {stem.removeprefix(PREFIX): saved.factors(stem) for stem in saved.stems}
+
+
 def starts_of(
     initial: StrPath | Mapping[str, Factors] | None, adapted: Mapping[str, WrappedLayer]
 ) -> Mapping[str, Factors]:
@@ -93,11 +100,7 @@ def starts_of(
     """
     if initial is None:
         return {}
-    if isinstance(initial, Mapping):
-        starts = initial
-    else:
-        saved = SavedAdapter.read(folder_of(initial))
-        starts = {stem.removeprefix(PREFIX): saved.factors(stem) for stem in saved.stems}
+    starts = initial if isinstance(initial, Mapping) else saved_factors(folder_of(initial))
     shapes = {name: (len(pair.lora_B), pair.lora_A.shape[1]) for name, pair in starts.items()}
     expected = {name: layer.shape for name, layer in adapted.items()}
     if shapes != expected:

@@ -33,8 +33,8 @@ class RecalibrationCallback(TrainerCallback):  # type: ignore[misc] # transforme
         peft_model: the `PeftModel` that is trained, before its training.
         every: steps between two fits.
         weights: the full-precision model, see `initialize`.
-        initial: the adapter before its training, see `finish`; what it is now if "now", which is right where training
-            begins after `initialize`.
+        initial: the adapter before its training, as for `finish`, where a training goes on from a checkpoint. What it
+            is now if None, which is right where the training begins.
         batches: how many of the latest batches to calibrate on.
         recipe: name of a method, or a `Recipe`.
         adapter_name: name of the adapter.
@@ -49,7 +49,7 @@ class RecalibrationCallback(TrainerCallback):  # type: ignore[misc] # transforme
         every: int,
         *,
         weights: Any = None,
-        initial: StrPath | Mapping[str, Factors] | None = "now",
+        initial: StrPath | Mapping[str, Factors] | None = None,
         batches: int = 16,
         recipe: Recipe | str = "best",
         adapter_name: str = "default",
@@ -60,7 +60,7 @@ class RecalibrationCallback(TrainerCallback):  # type: ignore[misc] # transforme
         self._model, self._adapter = peft_model, adapter_name
         self._every, self._weights, self._recipe = every, weights, recipe
         self._starts: Mapping[str, Factors] = (
-            factors_of(peft_model, adapter_name) if initial == "now" else starts_of(initial, layers)
+            factors_of(peft_model, adapter_name) if initial is None else starts_of(initial, layers)
         )
         self._batches: deque[dict[str, Tensor]] = deque(maxlen=batches)
         self._watching: Any = None
@@ -86,7 +86,7 @@ class RecalibrationCallback(TrainerCallback):  # type: ignore[misc] # transforme
         finish(
             self._model,
             batches,
-            initial=self._starts or None,
+            initial=self._starts,
             weights=self._weights,
             recipe=self._recipe,
             adapter_name=self._adapter,

@@ -27,7 +27,7 @@ name, text, out = sys.argv[1:4]
 # The model in 4 bits with a LoRA adapter, as for QLoRA.
 four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 quantized = AutoModelForCausalLM.from_pretrained(name, quantization_config=four_bits)
-config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+config = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 model = get_peft_model(quantized, config)
 
 # Batches of the text that the model is trained on; the collator pads them and gives padding the label -100.
@@ -37,8 +37,9 @@ documents = Path(text).read_text(encoding="utf-8").split("\n\n")
 rows = [tokenizer(document, truncation=True, max_length=256) for document in documents if document.strip()]
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
-# The one line more than for QLoRA. The adapter starts as a correction in place of a start that does nothing.
-report = quailora.initialize(model, DataLoader(rows, batch_size=4, collate_fn=collator), weights=name)
+# The one line more than for QLoRA. 16 directions make up for the quantization and stay as they are, and 16 are trained.
+batches = DataLoader(rows, batch_size=4, collate_fn=collator)
+report = quailora.initialize(model, batches, weights=name, frozen_rank=16)
 print(f"Before training, {report['mean_error_share']['error']:.0%} of the output error of quantization is left.")
 
 arguments = TrainingArguments(out, per_device_train_batch_size=4, max_steps=20, learning_rate=1e-4, report_to=[])

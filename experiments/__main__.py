@@ -282,15 +282,17 @@ def left(protocol: str = "reference") -> None:
         print(candidate.key)
 
 
-def draw(page: Path = Path("docs/worth.md")) -> None:
-    """Write the tables of the reference experiment into the page, and its plots beside it.
+def draw(page: Path = Path("docs/worth.md"), readme: Path = Path("README.md")) -> None:
+    """Write the tables of the reference experiment into the documentation, and its plots beside the page.
 
     Args:
-        page: the page of the documentation.
+        page: the page that has all tables.
+        readme: the page that has one in short.
     """
-    draw_all(PROTOCOLS["reference"], page)
+    draw_all(PROTOCOLS["reference"], page, readme)
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a GPU its layers of 8 bits warn at every pass
     auto_cli([run, queue, finish, curvature, tasks, tokens, cost, left, draw], as_positional=False)

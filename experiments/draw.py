@@ -1,4 +1,4 @@
-"""Write the tables and plots of docs/worth.md from the results that are kept beside this file."""
+"""Write the tables and plots of docs/worth.md, and a table of the README, from the results beside this file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .tables import (
     main_table,
     rank_table,
     rate_table,
+    short_table,
     steps_table,
     tokens_table,
 )
@@ -25,6 +26,15 @@ SHOWN = ("int8", "qlora", "best", "best-frozen", "best-twice", "best-joint-froze
 
 BY_RANK = ("best", "best-frozen")
 """Arms that were run at several ranks and with several calibration texts."""
+
+
+IN_SHORT = ("loftq", "best", "best-frozen", "best-twice", "best-joint", "best-joint-frozen", "best-joint-twice")
+"""Arms in the README."""
+
+
+def in_short(protocol: Protocol) -> dict[str, str]:
+    """Return the table of the README by the name that its place has there."""
+    return {"worth": short_table(Store(protocol).rows(), reference_rank(protocol), IN_SHORT)}
 
 
 def parts(protocol: Protocol) -> dict[str, str]:
@@ -58,9 +68,10 @@ def filled(page: str, tables: dict[str, str]) -> str:
     return page
 
 
-def draw_all(protocol: Protocol, page: Path) -> None:
-    """Write the tables into the page, and the plots beside it."""
-    page.write_text(filled(page.read_text(encoding="utf-8"), parts(protocol)), encoding="utf-8")
+def draw_all(protocol: Protocol, page: Path, readme: Path) -> None:
+    """Write the tables into the page and the README, and the plots beside the page."""
+    for file, tables in ((page, parts(protocol)), (readme, in_short(protocol))):
+        file.write_text(filled(file.read_text(encoding="utf-8"), tables), encoding="utf-8")
     rank, results = reference_rank(protocol), Store(protocol).rows()
     draw_rates(results, rank, SHOWN, page.with_name("worth-rates.svg"))
     draw_curves(results, rank, SHOWN, page.with_name("worth-curves.svg"))

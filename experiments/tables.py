@@ -87,6 +87,14 @@ def main_table(results: Results, rank: int) -> str:
     return markdown_table(["arm", "best rate", "runs", "held-out loss", *shared, "WikiText-2 loss"], lines)
 
 
+def short_table(results: Results, rank: int, arms: Sequence[str]) -> str:
+    """Return the share of the gap between NF4 and int8 that arms close before training, and after it."""
+    lines = [
+        [ARMS[arm].title, percent(gap_before(results, arm, rank)), percent(gap_of(results, arm, rank))] for arm in arms
+    ]
+    return markdown_table(["arm", "before training", "after training"], lines)
+
+
 def rate_table(results: Results, rank: int) -> str:
     """Return the loss of each arm at each rate less that of QLoRA at the same rate, for the runs that both have."""
     rates = sorted({row["rate"] for row in results if row["rank"] == rank})

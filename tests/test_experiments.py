@@ -21,7 +21,7 @@ from experiments.arms import ARMS
 from experiments.cost import cost_table
 from experiments.curvature import top_eigenvalue
 from experiments.data import as_held_out, packed, tokens_of
-from experiments.draw import filled, parts
+from experiments.draw import filled, in_short, parts
 from experiments.finishing import finished, joined
 from experiments.plan import best_rate, outstanding
 from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
@@ -35,6 +35,7 @@ from quailora import freeze
 from quailora.training.finish import saved_factors
 
 PAGE = Path(__file__).parents[1] / "docs" / "worth.md"
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +261,8 @@ def test_the_page_has_the_tables_of_the_results():
     """`python -m experiments draw` writes them."""
     page = PAGE.read_text(encoding="utf-8")
     assert filled(page, parts(REFERENCE)) == page
+    readme = README.read_text(encoding="utf-8")
+    assert filled(readme, in_short(REFERENCE)) == readme
     with pytest.raises(ValueError, match="one place for the table 'other'"):
         filled(page, {"other": ""})
 

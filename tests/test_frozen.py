@@ -97,6 +97,17 @@ def test_freezing_again_after_loading_and_not_at_all(folder, tmp_path):
     assert not torch.equal(layer.parameters.lora_A[:2], before.lora_A[:2])
 
 
+def test_weight_decay_stops_the_training_and_loading_does_not(folder):
+    model = fresh(folder, 4)
+    initialize(model, BATCHES, weights=str(folder), frozen_rank=2)
+    saved = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+    train(model, 2)
+    model.load_state_dict({name: 2 * value for name, value in saved.items()}, strict=False)
+    train(model, 4)
+    with pytest.raises(ConfigurationError, match="Set weight_decay=0"):
+        train(model, 6, weight_decay=0.01)
+
+
 @pytest.mark.parametrize("rank", [-1, 4, 5])
 def test_a_direction_has_to_be_left(folder, rank):
     with pytest.raises(ConfigurationError, match="Expected to freeze at least 0 and fewer directions than a layer has"):

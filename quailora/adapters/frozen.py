@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,14 +17,16 @@ from .lora import LoraScaling, divided
 from .wrapped import WrappedLayer, wrapped_layers
 
 _HANDLES = "_quailora_frozen"
+_CHANGES = 2  # so many may come from loading checkpoints
 
 
 def freeze(peft_model: Any, rank: int, adapter_name: str = "default") -> None:
     """Let training leave the first directions of an adapter as they are: rows of `lora_A`, columns of `lora_B`.
 
     The adapter stays an ordinary LoRA adapter. Gradients of its first directions are zero from now on, so that
-    optimizers do not move them. Weight decay would: leave it at 0, which is the default of transformers' trainer.
-    Hooks are not saved. After a model is loaded to go on with its training, freeze it again.
+    optimizers do not move them. Weight decay would: leave it at 0, which is the default of transformers' trainer. The
+    training stops with a `ConfigurationError` where these directions change from step to step all the same. Hooks are
+    not saved. After a model is loaded to go on with its training, freeze it again.
 
     Args:
         peft_model: a `PeftModel`.
@@ -41,6 +44,7 @@ def freeze(peft_model: Any, rank: int, adapter_name: str = "default") -> None:
 
 def freeze_layers(layers: Iterable[WrappedLayer], rank: int) -> None:
     """Let training leave the first directions of layers as they are; see `freeze`."""
+    watch = True  # of all layers, since what moves one moves all
     for layer in layers:
         for parameter, dimension in zip(layer.parameters, (1, 0), strict=True):
             for handle in getattr(parameter, _HANDLES, ()):
@@ -48,6 +52,9 @@ def freeze_layers(layers: Iterable[WrappedLayer], rank: int) -> None:
             handles = []
             if rank and parameter.requires_grad:
                 handles.append(parameter.register_hook(without(rank, dimension)))  # type: ignore[no-untyped-call] # torch
+            if handles and watch and dimension == 0:  # of lora_A
+                handles.append(parameter.register_hook(Watch(parameter, rank)))  # type: ignore[no-untyped-call] # torch
+                watch = False
             setattr(parameter, _HANDLES, handles)
 
 
@@ -70,6 +77,41 @@ def without(rank: int, dimension: int) -> Callable[[Tensor], Tensor]:
         return kept
 
     return hook
+
+
+class Watch:
+    """Hook that stops a training which moves frozen rows of `lora_A`.
+
+    Weight decay changes them at every step. Loading a checkpoint changes them once, which is fine.
+
+    Args:
+        parameter: `lora_A` of a layer, (rank, in).
+        rank: how many of its rows are frozen.
+    """
+
+    def __init__(self, parameter: Tensor, rank: int) -> None:
+        self._parameter, self._rank = weakref.ref(parameter), rank
+        self._seen: Tensor | None = None
+        self._changes = 0
+
+    def __call__(self, _: Tensor) -> None:
+        """Look at a frozen row.
+
+        Raises:
+            ConfigurationError: if it has changed several times.
+        """
+        parameter = self._parameter()
+        if parameter is None:
+            return
+        row = parameter.detach()[0].clone()
+        if self._seen is not None and not torch.equal(row, self._seen):
+            self._changes += 1
+        if self._changes > _CHANGES:
+            raise ConfigurationError(
+                f"The first {self._rank} directions of the adapter are frozen, but the training changes them at every "
+                "step, as weight decay does. Set weight_decay=0, and begin again with the adapter as it was."
+            )
+        self._seen = row
 
 
 def with_fresh(name: str, correction: Correction, scaling: LoraScaling, seed: int) -> Correction:

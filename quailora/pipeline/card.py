@@ -27,13 +27,19 @@ correction.
 
 It is a starting point for training, made by quailora with `{solver}`
 weighted by `{metric}`, by the schedule `{schedule}`,
-from {tokens} calibration tokens, fitted to the inputs of {network}. {training}{frozen}
+from {tokens} calibration tokens, fitted to the inputs of {network}. {training}
 
 ## Load
 
 ```python
 {snippet}
 ```
+
+## Train
+
+{advice}
+The figures are from 120 short steps on SmolLM2-135M at rank 16, where plain LoRA did best at a learning rate of 0.0032.
+Take them as a hint for other models and longer trainings; docs/worth.md of quailora has all of them.
 
 ## Layer errors
 
@@ -54,6 +60,23 @@ _NETWORKS = {
     "quantized": "the quantized and corrected model, block after block",
     "asymmetric": "the quantized and corrected model and the outputs of the full-precision one, block after block",
 }
+
+_FROZEN = """\
+The correction is in the first {rank} directions, and the others start as in plain LoRA. The call of `quailora.freeze`
+above lets training leave the correction as it is. Train the others at the learning rate that you would take for plain
+LoRA, and leave weight decay at 0."""
+
+_MORE = """beside fresh directions:
+`quailora init --rank 32 --frozen-rank 16` writes such an adapter."""
+
+_WHOLE = f"""\
+The factors are not zero, so they learn faster than those of plain LoRA. Their best learning rate was half of that of
+plain LoRA, and training undid most of the correction. More was left where the correction stayed as it was, {_MORE}"""
+
+_WHOLE_BASE = f"""\
+Do not train these factors at the learning rate of plain LoRA. Recipes that choose the codes can put leading directions
+of the weights into the adapter, and an adapter of `best-joint` that was trained as a whole ended behind plain LoRA. It
+ended far ahead where the correction stayed as it was, {_MORE}"""
 
 BESIDE = "path/to/this/folder"
 """Stands for the folder that the card is in."""
@@ -117,7 +140,7 @@ def model_card(
         tokens=calibration_tokens,
         network=_NETWORKS[method.inputs] + (f", by the recipe `{method.recipe}`" if method.recipe else ""),
         training=trained_how(distillation),
-        frozen=frozen_how(method.frozen_rank),
+        advice=advice(method),
         before="" if distillation is None else ", before the training",
         count=len(layers),
         snippet=loading_snippet(method, base_model, quantized_base),
@@ -139,14 +162,11 @@ def trained_how(distillation: Distillation | None) -> str:
     )
 
 
-def frozen_how(rank: int | None) -> str:
-    """Return a paragraph on directions that training should leave as they are; nothing if there are none."""
-    if rank is None:
-        return ""
-    return (
-        f"\n\nThe correction is in the first {rank} directions, and the others start as in plain LoRA. The call of\n"
-        "`quailora.freeze` below lets training leave the correction as it is."
-    )
+def advice(method: Method) -> str:
+    """Return what was measured on how to train such a start, as lines of Markdown."""
+    if method.frozen_rank is not None:
+        return _FROZEN.format(rank=method.frozen_rank)
+    return _WHOLE_BASE if method.initializer.schedule.changes_base else _WHOLE
 
 
 def quoted(text: str) -> str:

@@ -18,6 +18,7 @@ from .tables import (
     rate_table,
     short_table,
     steps_table,
+    tasks_table,
     tokens_table,
 )
 
@@ -46,6 +47,7 @@ def parts(protocol: Protocol) -> dict[str, str]:
         "ranks": rank_table(results, protocol.ranks, BY_RANK),
         "curvature": curvature_table(results, Store(protocol, kind="curvature").rows(), rank),
         "tokens": tokens_table(results, Store(protocol, kind="tokens").rows(), rank),
+        "tasks": tasks_table(Store(protocol, kind="tasks").rows(), rank),
         "finished": finished_table(results),
         "steps": steps_table(results, rank, SHOWN),
         "calibration": calibration_table(results, rank, BY_RANK),

@@ -11,6 +11,7 @@ from quailora.support.tables import markdown_table
 from .arms import ARMS
 from .plan import Results, Row, best_rate
 from .statistics import Estimate, bootstrapped, difference, gap_closed
+from .tasks import TASKS
 
 _PARTS = ("all", "response", "wikitext2")
 
@@ -204,6 +205,32 @@ def tokens_table(results: Results, scores: Results, rank: int) -> str:
         if scored:
             lines.append([ARMS[arm].title, "", *(f"{fmean(scored[0]['before'][part]):.4f}" for part in _PARTS)])
     return markdown_table(["arm", "tokens", "held-out loss", "of the response", "WikiText-2 loss"], lines)
+
+
+def tasks_table(answers: Results, rank: int) -> str:
+    """Return accuracies in per cent before and after training, and the difference to QLoRA after training.
+
+    The difference is over all items of all tasks, with an interval over items.
+    """
+    rows = sorted((row for row in answers if row["rank"] == rank), key=lambda row: (row["trained"], row["arm"]))
+    plain = [right_of(row) for row in rows if row["arm"] == "qlora" and row["trained"]]
+    lines = []
+    for row in rows:
+        change = bootstrapped(difference, [right_of(row)], plain) if plain and right_of(row) != plain[0] else None
+        lines.append([
+            ARMS[row["arm"]].title,
+            "after" if row["trained"] else "before",
+            *(f"{fmean(map(int, row['items'][task]['accuracy'])):.1%}" for task in TASKS),
+            f"{fmean(right_of(row)):.1%}",
+            "" if change is None else f"{change.value:+.1%} ({change.low:+.1%} to {change.high:+.1%})",
+        ])
+    titles = ["PIQA", "ARC-easy", "BoolQ", "COPA"]
+    return markdown_table(["arm", "training", *titles, "all items", "less QLoRA's after training"], lines)
+
+
+def right_of(row: Row) -> list[int]:
+    """Return 1 for each item of all tasks that was answered right, by likelihood, and 0 for the others."""
+    return [int(bit) for task in TASKS for bit in row["items"][task]["accuracy"]]
 
 
 def percent(share: Estimate | None) -> str:

@@ -16,8 +16,8 @@ from families import save_llama
 from filelock import FileLock
 from transformers import AutoTokenizer
 
-from experiments.__main__ import claim, queue, tokens
 from experiments.arms import ARMS
+from experiments.commands import Experiment, claim
 from experiments.cost import cost_table
 from experiments.curvature import top_eigenvalue
 from experiments.data import as_held_out, packed, tokens_of
@@ -96,7 +96,7 @@ def test_the_queue_goes_on_where_it_stopped(protocol, texts, tmp_path, monkeypat
     monkeypatch.setattr(Bench, "carry_out", lambda _, run: done.append(run.key) or stand_in(run))
     for run in runs[:2]:
         store.add(stand_in(run))
-    queue(texts=texts, protocol="tiny", folder=tmp_path, results=tmp_path)
+    Experiment(texts, "tiny", tmp_path, tmp_path).queue()
     assert done
     assert not {run.key for run in runs[:2]} & set(done)
     assert not outstanding(PROTOCOLS["tiny"], store.rows(), store.done())
@@ -310,7 +310,7 @@ def test_tasks_are_answered_before_and_after(shared_data, bench, tmp_path):
 def test_starts_of_more_and_more_tokens(protocol, texts, tmp_path, monkeypatch):
     monkeypatch.setitem(PROTOCOLS, "tiny", protocol)
     for _ in range(2):  # what is there is not measured again
-        tokens(["best"], texts=texts, windows=[4, 8], rank=4, protocol="tiny", folder=tmp_path, results=tmp_path)
+        Experiment(texts, "tiny", tmp_path, tmp_path).tokens(["best"], windows=[4, 8], rank=4)
     rows = Store(protocol, tmp_path, "tokens").rows()
     assert [row["tokens"] for row in rows] == [128, 256]
     assert rows[0]["before"] != rows[1]["before"]

@@ -25,7 +25,7 @@ from .tables import (
 SHOWN = ("int8", "qlora", "best", "best-frozen", "best-twice", "best-joint-frozen", "best-joint-twice")
 """Arms of the plots against rate and step."""
 
-BY_RANK = ("best", "best-frozen")
+BY_RANK = ("best-frozen",)
 """Arms that were run at several ranks and with several calibration texts."""
 
 

@@ -39,21 +39,22 @@ def window_losses(model: Any, windows: Tensor) -> list[float]:
     return torch.cat(losses).tolist()
 
 
-def row_losses(model: Any, rows: Sequence[Tensor], *, exact: bool = False) -> list[Tensor]:
-    """Return the loss of each token but the first of each row, for rows of any lengths; see `token_losses`."""
+def row_losses(model: Any, rows: Sequence[Tensor], first: int = 1, *, exact: bool = False) -> list[Tensor]:
+    """Return the loss of each token from the `first` on of each row, for rows of any lengths; see `token_losses`."""
     ids = pad_sequence(list(rows), batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    losses = token_losses(model, ids, mask, exact=exact)
-    return [own[: len(row) - 1] for own, row in zip(losses, rows, strict=True)]
+    losses = token_losses(model, ids, mask, first, exact=exact)
+    return [own[: len(row) - first] for own, row in zip(losses, rows, strict=True)]
 
 
-def token_losses(model: Any, ids: Tensor, mask: Tensor | None = None, *, exact: bool = False) -> Tensor:
-    """Return the loss of each token but the first of each row, (batch, tokens - 1).
+def token_losses(model: Any, ids: Tensor, mask: Tensor | None = None, first: int = 1, *, exact: bool = False) -> Tensor:
+    """Return the loss of each token from the `first` on of each row, (batch, tokens - first).
 
-    It is computed in the arithmetic of training, unless `exact` asks for the dtype of the model.
+    It is computed in the arithmetic of training, unless `exact` asks for the dtype of the model. Logits are computed
+    where they are needed only: with a large vocabulary they take much of the time.
     """
     device = next(model.parameters()).device
-    ids = ids.to(device)
+    ids, mask = ids.to(device), None if mask is None else mask.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=not exact):
-        logits = model(input_ids=ids, attention_mask=None if mask is None else mask.to(device)).logits
-    return functional.cross_entropy(logits[:, :-1].float().mT, ids[:, 1:], reduction="none").cpu()
+        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first + 1).logits
+    return functional.cross_entropy(logits[:, :-1].float().mT, ids[:, first:], reduction="none").cpu()

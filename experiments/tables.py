@@ -44,11 +44,11 @@ def common(*rows: Mapping[Replicate, Row]) -> list[Replicate]:
     return sorted(set.intersection(*(set(part) for part in rows)))
 
 
-def gap_of(results: Results, arm: str, rank: int, part: str = "all", calibration: str = "train") -> Estimate | None:
+def gap_of(results: Results, arm: str, rank: int, calibration: str = "train") -> Estimate | None:
     """Return the share of the gap between NF4 and int8 that an arm closes, at its best rate; None if unknown."""
     rows = at_best(results, "qlora", rank), at_best(results, "int8", rank), at_best(results, arm, rank, calibration)
     both = common(*rows)
-    return bootstrapped(gap_closed, *(losses(each, both, part) for each in rows)) if both else None
+    return bootstrapped(gap_closed, *(losses(each, both) for each in rows)) if both else None
 
 
 def gap_before(results: Results, arm: str, rank: int) -> Estimate | None:
@@ -73,19 +73,18 @@ def main_table(results: Results, rank: int) -> str:
             continue
         changes = {
             part: signed(bootstrapped(difference, losses(rows, both, part), losses(plain, both, part)))
-            for part in ("all", "wikitext2")
+            for part in _PARTS
         }
-        shares = [gap_before(results, name, rank), *(gap_of(results, name, rank, part) for part in ("all", "response"))]
+        shares = [gap_before(results, name, rank), gap_of(results, name, rank)]
         lines.append([
             arm.title,
             f"{rows[both[0]]['rate']:g}",
             str(len(both)),
-            changes["all"],
             *(percent(share) if name != "int8" else "" for share in shares),
-            changes["wikitext2"],
+            *changes.values(),
         ])
-    shared = ["gap closed before training", "gap closed after it", "of the response"]
-    return markdown_table(["arm", "best rate", "runs", "held-out loss", *shared, "WikiText-2 loss"], lines)
+    shares_of = ["gap closed before training", "gap closed after it"]
+    return markdown_table(["arm", "best rate", "runs", *shares_of, "held-out loss", "response", "WikiText-2"], lines)
 
 
 def short_table(results: Results, rank: int, arms: Sequence[str]) -> str:

@@ -96,9 +96,9 @@ def likelihoods(model: Any, requests: Sequence[tuple[Tensor, int]], *, exact: bo
     while order:
         size = max(1, _TOKENS // len(requests[order[-1]][0]))
         chosen, order = order[-size:], order[:-size]
-        rows = [requests[index][0] for index in chosen]
-        for index, losses in zip(chosen, row_losses(model, rows, exact=exact), strict=True):
-            found[index] = -losses[requests[index][1] - 1 :].sum().item()
+        rows, first = [requests[index][0] for index in chosen], min(requests[index][1] for index in chosen)
+        for index, losses in zip(chosen, row_losses(model, rows, first, exact=exact), strict=True):
+            found[index] = -losses[requests[index][1] - first :].sum().item()
     return found
 
 

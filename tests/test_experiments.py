@@ -28,7 +28,7 @@ from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
 from experiments.runs import Bench, Store
 from experiments.scoring import held_out_losses, token_losses
 from experiments.statistics import bootstrapped, difference, gap_closed
-from experiments.tables import gap_of, rate_table, steps_table, steps_to
+from experiments.tables import gap_of, rate_table, steps_table, steps_to, tasks_table
 from experiments.tasks import TASKS, answered, read_items
 from experiments.training import SCALED, base_of, model_of, optimizer_of, scale_factors
 from quailora import freeze
@@ -255,6 +255,18 @@ def test_steps_to_a_loss_are_interpolated():
         for seed in (0, 1)
     ]
     assert steps_table(results, 16, ["best"]).splitlines()[-1] == "| NF4, `best` | 13, 13 | 40 |"
+
+
+def test_tasks_are_compared_with_qlora_item_by_item():
+    def row(arm, trained, right):
+        items = {task: {"accuracy": right, "normalized": "0" * len(right)} for task in TASKS}
+        return {"arm": arm, "rank": 16, "trained": trained, "items": items}
+
+    rows = [row("qlora", True, "0101"), row("best", True, "1101"), row("best", False, "0000")]
+    lines = tasks_table(rows, 16).splitlines()[2:]
+    assert lines[0].startswith("| NF4, `best` | before | 0.0% | 0.0% | 0.0% | 0.0% | 0.0% | -50.0% (")
+    assert lines[1].startswith("| NF4, `best` | after | 75.0% | 75.0% | 75.0% | 75.0% | 75.0% | +25.0% (")
+    assert lines[2] == "| NF4, QLoRA | after | 50.0% | 50.0% | 50.0% | 50.0% | 50.0% |  |"
 
 
 def test_the_page_has_the_tables_of_the_results():

@@ -75,8 +75,8 @@ plain LoRA, and training undid most of the correction. More was left where the c
 
 _WHOLE_BASE = f"""\
 Do not train these factors at the learning rate of plain LoRA. Recipes that choose the codes can put leading directions
-of the weights into the adapter, and an adapter of `best-joint` that was trained as a whole ended behind plain LoRA. It
-ended far ahead where the correction stayed as it was, {_MORE}"""
+of the weights into the adapter. An adapter of `best-joint` that was trained as a whole ended far behind plain LoRA, and
+no better at a quarter of that rate. It ended far ahead where the correction stayed as it was, {_MORE}"""
 
 BESIDE = "path/to/this/folder"
 """Stands for the folder that the card is in."""

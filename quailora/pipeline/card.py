@@ -67,7 +67,7 @@ above lets training leave the correction as it is. Train the others at the learn
 LoRA, and leave weight decay at 0."""
 
 _MORE = """beside fresh directions:
-`quailora init --rank 32 --frozen-rank 16` writes such an adapter."""
+`frozen_rank` 16 at rank 32 makes such an adapter."""
 
 _WHOLE = f"""\
 The factors are not zero, so they learn faster than those of plain LoRA. Their best learning rate was half of that of

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from filelock import FileLock, Timeout
@@ -21,7 +22,7 @@ from .draw import draw_all
 from .finishing import finished
 from .plan import best_rate, outstanding
 from .protocol import PROTOCOLS, CalibrationText, Run
-from .runs import RESULTS, Bench, Store, answer_key
+from .runs import RESULTS, Bench, Store, answer_key, device_name
 from .training import model_of
 
 logger = logging.getLogger("experiments")
@@ -95,7 +96,7 @@ class Experiment:
                 self._store.add(row)
             finally:
                 lock.release()
-            loss = sum(row["after"]["all"]) / len(row["after"]["all"])
+            loss = fmean(row["after"]["all"])
             logger.warning("%s: %.4f nats a token on held-out pairs, %.0f s", one.key, loss, time.monotonic() - began)
 
     def left(self) -> None:
@@ -211,7 +212,7 @@ class Experiment:
 
 def left_of(bench: Bench, store: Store) -> list[Run]:
     """Return the runs that are left for this device, most important first."""
-    return outstanding(bench.protocol, store.rows(), store.done())
+    return outstanding(bench.protocol, store.rows(), device_name())
 
 
 def claim(bench: Bench, store: Store) -> tuple[Run, FileLock] | None:

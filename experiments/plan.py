@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -25,14 +25,15 @@ Row = Mapping[str, Any]
 Results = Sequence[Row]
 
 
-def outstanding(protocol: Protocol, results: Results, done: Collection[str]) -> list[Run]:
+def outstanding(protocol: Protocol, results: Results, device: str) -> list[Run]:
     """Return the runs that are still to be carried out, in order.
 
     Args:
         protocol: the protocol.
         results: all results, on any device.
-        done: keys of what has been carried out on this one.
+        device: name of the device that they are carried out on.
     """
+    done = {row["key"] for row in results if row["device"] == device}
     seen: dict[str, Run] = {}
     for run in planned(protocol, results):
         seen.setdefault(run.key, run)

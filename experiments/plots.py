@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
 from .arms import ARMS
 from .plan import Results
-from .tables import at_best, chosen, gap_of, mean
+from .tables import at_best, chosen, curve_of, gap_of, mean
 
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "quailora", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 _SIZE = (7.0, 3.8)
@@ -44,8 +43,7 @@ def draw_curves(results: Results, rank: int, arms: Sequence[str], file: Path) ->
         for arm in arms:
             rows = [row for row in at_best(results, arm, rank).values() if row["training"]["curve"]]
             if rows:
-                curves = [[(0, fmean(row["before"]["all"])), *row["training"]["curve"]]
-                          for row in rows]  # fmt: skip
+                curves = [curve_of(row) for row in rows]
                 steps = [step for step, _ in curves[0]]
                 means = [sum(curve[index][1] for curve in curves) / len(curves) for index in range(len(steps))]
                 axes.plot(steps, means, marker="o", markersize=3, label=plain(arm))

@@ -165,10 +165,14 @@ def with_curve(rows: Mapping[Replicate, Row]) -> dict[Replicate, Row]:
     return {one: row for one, row in rows.items() if row["training"]["curve"]}
 
 
+def curve_of(row: Row) -> list[list[float]]:
+    """Return `[step, loss]` on the held-out pairs, before training and during it."""
+    return [[0, fmean(row["before"]["all"])], *row["training"]["curve"]]
+
+
 def steps_to(row: Row, loss: float) -> float | None:
     """Return after how many steps a curve first reaches a loss, by linear interpolation; None if it never does."""
-    before = row["before"]["all"]
-    points = [[0, fmean(before)], *row["training"]["curve"]]
+    points = curve_of(row)
     if points[0][1] <= loss:
         return 0.0
     for (step, above), (later, below) in pairwise(points):

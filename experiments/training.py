@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import psutil
@@ -137,7 +137,7 @@ class Watch(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._began)
         if self.every and state.global_step % self.every == 0:
             losses = held_out_losses(self.model, self.data.held_out)["all"]
-            self.curve.append([state.global_step, round(sum(losses) / len(losses), 5)])
+            self.curve.append([state.global_step, round(fmean(losses), 5)])
 
 
 @dataclass(frozen=True)

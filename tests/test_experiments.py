@@ -25,7 +25,7 @@ from experiments.draw import filled, in_short, parts
 from experiments.finishing import finished, joined
 from experiments.plan import best_rate, outstanding
 from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
-from experiments.runs import Bench, Store
+from experiments.runs import Bench, Store, device_name
 from experiments.scoring import held_out_losses, token_losses
 from experiments.statistics import bootstrapped, difference, gap_closed
 from experiments.tables import gap_of, rate_table, steps_table, steps_to, tasks_table
@@ -91,7 +91,7 @@ def test_a_run_is_kept_and_scored(bench, tmp_path):
 def test_the_queue_goes_on_where_it_stopped(protocol, texts, tmp_path, monkeypatch):
     monkeypatch.setitem(PROTOCOLS, "tiny", replace(protocol, rates=(4e-4,)))
     store = Store(protocol, tmp_path)
-    runs = outstanding(PROTOCOLS["tiny"], [], set())
+    runs = outstanding(PROTOCOLS["tiny"], [], device_name())
     done = []
     monkeypatch.setattr(Bench, "carry_out", lambda _, run: done.append(run.key) or stand_in(run))
     for run in runs[:2]:
@@ -99,22 +99,22 @@ def test_the_queue_goes_on_where_it_stopped(protocol, texts, tmp_path, monkeypat
     Experiment(texts, "tiny", tmp_path, tmp_path).queue()
     assert done
     assert not {run.key for run in runs[:2]} & set(done)
-    assert not outstanding(PROTOCOLS["tiny"], store.rows(), store.done())
+    assert not outstanding(PROTOCOLS["tiny"], store.rows(), device_name())
 
 
 def test_no_worker_waits_for_a_start_that_another_makes(protocol, texts, tmp_path, monkeypatch):
     monkeypatch.setitem(PROTOCOLS, "tiny", replace(protocol, rates=(4e-4,)))
     bench, store = Bench(PROTOCOLS["tiny"], texts, tmp_path), Store(protocol, tmp_path)
     bench.starts.mkdir(parents=True)
-    by_start = {run.arm: run for run in outstanding(bench.protocol, [], set())}
+    by_start = {run.arm: run for run in outstanding(bench.protocol, [], device_name())}
     with FileLock(bench.starts / f"best-train-r{by_start['best'].rank}.lock"):
         assert bench.waits(by_start["best"])
         assert bench.waits(by_start["best-frozen"])
         assert not bench.waits(by_start["qlora"])
-        for run in outstanding(bench.protocol, [], set()):
+        for run in outstanding(bench.protocol, [], device_name()):
             if not bench.waits(run):
                 store.add(stand_in(run))
-        while not all(map(bench.waits, outstanding(bench.protocol, store.rows(), store.done()))):
+        while not all(map(bench.waits, outstanding(bench.protocol, store.rows(), device_name()))):
             chosen, lock = claim(bench, store)
             store.add(stand_in(chosen))
             lock.release()
@@ -134,7 +134,7 @@ def test_the_search_goes_beyond_the_edge_of_the_grid():
     rates = REFERENCE.rates
     rows = [stand_in(Run("qlora", 16, rate), 2 - rate) for rate in rates]
     assert best_rate(rows, "qlora", 16) == rates[-1]
-    left = outstanding(REFERENCE, rows, {row["key"] for row in rows})
+    left = outstanding(REFERENCE, rows, "CPU")
     assert Run("qlora", 16, 2 * rates[-1]).key in {run.key for run in left}
 
 

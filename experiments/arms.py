@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Base = Literal["full precision", "int8", "nf4", "own"]
-Training = Literal["all", "frozen", "slow A", "scaled", "half", "twice", "recalibrated"]
+Training = Literal["all", "frozen", "slow A", "scaled", "half", "twice", "recalibrated", "input power", "decay"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Arm:
             the same rank beside them. "half" does so with half of the rank for each, and "twice" with
             twice the rank for the start. "slow A" trains the factors of the
             start with a lower rate for A. "scaled" makes A larger and B smaller before training, by the same factor.
-            "recalibrated" fits the factors again after each third of the training.
+            "recalibrated" fits the factors again after each third of the training. "input power" splits the start by
+            the inputs of each layer. "decay" lets weights decay towards the start.
     """
 
     title: str
@@ -66,5 +67,7 @@ ARMS = {
     "distilled-joint-twice": Arm("NF4, `distilled-joint` of twice the rank, frozen", "own", "distilled-joint", "twice"),
     "best-slow-a": Arm("NF4, `best`, lower rate for A", recipe="best", training="slow A"),
     "best-scaled": Arm("NF4, `best`, A larger and B smaller", recipe="best", training="scaled"),
+    "best-input-power": Arm("NF4, `best`, split by inputs", recipe="best", training="input power"),
+    "best-decay": Arm("NF4, `best`, decay towards the start", recipe="best", training="decay"),
     "best-recalibrated": Arm("NF4, `best`, recalibrated", recipe="best", training="recalibrated"),
 }

@@ -15,7 +15,8 @@ from quailora.support.tables import markdown_table
 from .arms import ARMS
 from .protocol import Run
 from .runs import Bench
-from .training import model_of, optimizer_of
+from .training import model_of
+from .ways import optimizer_of
 
 _ARMS = ("qlora", "best", "best-frozen")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from .arms import ARMS
 from .protocol import Run
 from .runs import Bench
-from .training import model_of
+from .training import SPLIT_WINDOWS, model_of
+from .ways import split
 
 _WINDOWS = 4
 _VECTORS, _RESTARTS, _TOLERANCE = 8, 8, 0.02
@@ -26,8 +27,10 @@ def curvature_of(bench: Bench, run: Run) -> float:
         run: arm, rank and seed of the start; the rate is without meaning.
     """
     model = model_of(run, ARMS[run.arm], bench.start(run), bench.protocol)
+    windows = bench.data().windows
+    split(model, ARMS[run.arm], windows[:SPLIT_WINDOWS])
     model.get_base_model().set_attn_implementation("eager")  # other kernels cannot be differentiated twice
-    return top_eigenvalue(model, bench.data().windows[:_WINDOWS].to(model.device))
+    return top_eigenvalue(model, windows[:_WINDOWS].to(model.device))
 
 
 def top_eigenvalue(model: Any, windows: Tensor) -> float:

@@ -12,7 +12,16 @@ from .protocol import Protocol, Run
 MAIN = ("int8", "qlora", "best-frozen", "best", "best-joint-frozen", "distilled-frozen", "distilled-joint-frozen")
 """Arms whose best rate is searched for first."""
 
-STARTS = ("best-half", "best-twice", "best-joint-twice", "distilled-joint-twice", "best-slow-a", "best-scaled")
+STARTS = (
+    "best-half",
+    "best-twice",
+    "best-joint-twice",
+    "distilled-joint-twice",
+    "best-slow-a",
+    "best-scaled",
+    "best-input-power",
+    "best-decay",
+)
 """Other ways to train a start, at the two rates in the middle of the grid and beyond if the best is at an edge."""
 
 REST = ("full", "quailora", "loftq", "distilled", "best-joint", "distilled-joint", "quailora-frozen", "loftq-frozen")

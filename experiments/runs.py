@@ -86,8 +86,9 @@ class Bench:
         model = model_of(run, arm, start, self.protocol)
         before = self.score(model) if run.curve else None
         place = self.folder / "adapters" / run.key
-        training = train(model, run, arm, data, self.protocol, place.with_suffix(".trainer"))
-        shutil.rmtree(place.with_suffix(".trainer"), ignore_errors=True)
+        scratch = place.with_name(f"{run.key}.trainer")
+        training = train(model, run, arm, data, self.protocol, scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
         model.save_pretrained(place)
         return {
             "key": run.key,

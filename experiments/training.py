@@ -30,10 +30,10 @@ from .arms import Arm
 from .data import Data
 from .protocol import Protocol, Run
 from .scoring import held_out_losses
+from .ways import optimizer_of, split
 
-SLOW = 8.0  # by how much the rate of A is lower in the training "slow A"
-SCALED = 6.0  # ratio of the entries of A to those of B, in the training "scaled"
 _WARM_UP = 0.05  # share of the steps
+SPLIT_WINDOWS = 16  # training windows by whose inputs a start may be split
 
 
 def model_of(run: Run, arm: Arm, start: Path | None, protocol: Protocol) -> Any:
@@ -46,10 +46,7 @@ def model_of(run: Run, arm: Arm, start: Path | None, protocol: Protocol) -> Any:
         return get_peft_model(base, fresh)
     if arm.keeps_its_start:
         return frozen(base, start, fresh)
-    model = PeftModel.from_pretrained(base, start, is_trainable=True)
-    if arm.training == "scaled":
-        scale_factors(model, SCALED)
-    return model
+    return PeftModel.from_pretrained(base, start, is_trainable=True)
 
 
 def base_of(arm: Arm, start: Path | None, protocol: Protocol) -> Any:
@@ -90,28 +87,6 @@ def frozen(base: Any, start: Path, fresh: LoraConfig) -> Any:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name and ".default." in name)
     return model
-
-
-@torch.no_grad()
-def scale_factors(model: Any, ratio: float) -> None:
-    """Scale A and B of each layer against each other, so that entries of A are `ratio` times as large as those of B."""
-    for module in model.modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            first, second = module.lora_A["default"].weight, module.lora_B["default"].weight
-            factor = (ratio**2 * second.square().mean() / first.square().mean()).pow(0.25)
-            first.mul_(factor)
-            second.div_(factor)
-
-
-def optimizer_of(model: Any, run: Run, arm: Arm) -> torch.optim.Optimizer:
-    """Return AdamW without decay over the trained factors."""
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    slow = SLOW if arm.training == "slow A" else 1.0
-    groups = [
-        {"params": [weight for name, weight in trained if "lora_A" in name], "lr": run.rate / slow},
-        {"params": [weight for name, weight in trained if "lora_A" not in name], "lr": run.rate},
-    ]
-    return torch.optim.AdamW(groups, lr=run.rate, weight_decay=0.0)
 
 
 class Watch(TrainerCallback):
@@ -179,6 +154,7 @@ def train(model: Any, run: Run, arm: Arm, data: Data, protocol: Protocol, scratc
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
+    split(model, arm, data.windows[:SPLIT_WINDOWS])
     callbacks: list[Any] = [watch]
     if arm.training == "recalibrated":
         callbacks.append(recalibration(model, data, protocol))

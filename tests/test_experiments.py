@@ -30,7 +30,8 @@ from experiments.scoring import held_out_losses, token_losses
 from experiments.statistics import bootstrapped, difference, gap_closed
 from experiments.tables import gap_of, rate_table, steps_table, steps_to, tasks_table
 from experiments.tasks import TASKS, answered, read_items
-from experiments.training import SCALED, base_of, model_of, optimizer_of, scale_factors
+from experiments.training import base_of, model_of
+from experiments.ways import DECAY, SCALED, adapted, balance_by_inputs, optimizer_of, scale_factors, second_moments
 from quailora import freeze
 from quailora.training.finish import saved_factors
 
@@ -210,6 +211,33 @@ def test_factors_are_scaled_against_each_other_alone(bench):
     assert rms[0] / rms[1] == pytest.approx(SCALED, rel=1e-4)
     groups = optimizer_of(model, Run("x", rate=0.8), ARMS["best-slow-a"]).param_groups
     assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.8])
+
+
+def test_factors_are_balanced_by_their_inputs(bench):
+    bench.carry_out(Run("best", 4))
+    model = model_of(Run("best", 4), ARMS["best"], bench.folder / "starts" / "best-train-r4", bench.protocol)
+    windows = bench.data().windows[:4]
+    products = [(second.weight @ first.weight).detach() for first, second in adapted(model)]
+    balance_by_inputs(model, windows)
+    moments = second_moments(model, windows)
+    for (first, second), product in zip(adapted(model), products, strict=True):
+        torch.testing.assert_close(second.weight @ first.weight, product, rtol=1e-3, atol=1e-4)
+        gram = second.weight.detach().double().T @ second.weight.detach().double()
+        torch.testing.assert_close(gram, gram.diagonal().diag(), rtol=0, atol=1e-4 * gram.max().item())
+        # Inputs behind other layers change a little, as the product is rounded anew.
+        torch.testing.assert_close(moments[first], gram, rtol=0, atol=0.02 * gram.max().item())
+
+
+def test_weights_decay_towards_the_start(bench):
+    bench.carry_out(Run("best", 4))
+    model = model_of(Run("best", 4), ARMS["best"], bench.folder / "starts" / "best-train-r4", bench.protocol)
+    optimizer = optimizer_of(model, Run("x", rate=0.01), ARMS["best-decay"])
+    (first, _), *_ = adapted(model)
+    start = first.weight.detach().clone()
+    with torch.no_grad():
+        first.weight.add_(1.0)
+    optimizer.step()  # without gradients
+    torch.testing.assert_close(first.weight.detach(), start + 1 - 0.01 * DECAY)
 
 
 def test_pairs_are_cut_and_scored_by_part(bench, ending):

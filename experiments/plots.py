@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from matplotlib import pyplot as plt
 
 from .arms import ARMS
 from .plan import Results
-from .tables import at_best, chosen, curve_of, gap_of, mean
+from .tables import at_best, chosen, curve_of, gap_of, mean, most_run
 
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "quailora", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 _SIZE = (7.0, 3.8)
@@ -19,7 +18,7 @@ _SIZE = (7.0, 3.8)
 
 def draw_rates(results: Results, rank: int, arms: Sequence[str], file: Path) -> None:
     """Draw the loss on the held-out pairs after training against the learning rate, on the device with most runs."""
-    shown = Counter((row["device"], row["seed"]) for row in results if row["rank"] == rank).most_common(1)[0][0]
+    shown = most_run(results, rank)
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
         for arm in arms:

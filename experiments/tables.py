@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from statistics import fmean
 
 from quailora.support.tables import markdown_table
@@ -44,10 +45,25 @@ def common(*rows: Mapping[Replicate, Row]) -> list[Replicate]:
     return sorted(set.intersection(*(set(part) for part in rows)))
 
 
-def gap_of(results: Results, arm: str, rank: int, calibration: str = "train") -> Estimate | None:
-    """Return the share of the gap between NF4 and int8 that an arm closes, at its best rate; None if unknown."""
+def most_run(results: Results, rank: int) -> Replicate:
+    """Return the device and seed that most of the results of a rank have."""
+    return Counter((row["device"], row["seed"]) for row in results if row["rank"] == rank).most_common(1)[0][0]
+
+
+def gap_of(
+    results: Results, arm: str, rank: int, calibration: str = "train", only: Replicate | None = None
+) -> Estimate | None:
+    """Return the share of the gap between NF4 and int8 that an arm closes, at its best rate; None if unknown.
+
+    Args:
+        results: all results.
+        arm: name of the arm.
+        rank: rank that is trained.
+        calibration: the text that the start of the arm is calibrated on.
+        only: the run to look at; all that the three arms have if None.
+    """
     rows = at_best(results, "qlora", rank), at_best(results, "int8", rank), at_best(results, arm, rank, calibration)
-    both = common(*rows)
+    both = [one for one in common(*rows) if only in (None, one)]
     return bootstrapped(gap_closed, *(losses(each, both) for each in rows)) if both else None
 
 
@@ -63,7 +79,12 @@ def gap_before(results: Results, arm: str, rank: int) -> Estimate | None:
 
 
 def main_table(results: Results, rank: int) -> str:
-    """Return the arms, each at its own best rate, less QLoRA at its best rate."""
+    """Return the arms, each at its own best rate, less QLoRA at its best rate.
+
+    One column has the shares of a single run, the one that most arms have: other runs may differ from it by more than
+    arms differ from each other.
+    """
+    same = most_run(results, rank)
     plain = at_best(results, "qlora", rank)
     lines = []
     for name, arm in ARMS.items():
@@ -71,20 +92,13 @@ def main_table(results: Results, rank: int) -> str:
         both = common(rows, plain)
         if not both or name == "qlora":
             continue
-        changes = {
-            part: signed(bootstrapped(difference, losses(rows, both, part), losses(plain, both, part)))
-            for part in _PARTS
-        }
-        shares = [gap_before(results, name, rank), gap_of(results, name, rank)]
-        lines.append([
-            arm.title,
-            f"{rows[both[0]]['rate']:g}",
-            str(len(both)),
-            *(percent(share) if name != "int8" else "" for share in shares),
-            *changes.values(),
-        ])
-    shares_of = ["gap closed before training", "gap closed after it"]
-    return markdown_table(["arm", "best rate", "runs", *shares_of, "held-out loss", "response", "WikiText-2"], lines)
+        changes = [less(rows, plain, both, part) for part in _PARTS]
+        found = [gap_before(results, name, rank), gap_of(results, name, rank, only=same), gap_of(results, name, rank)]
+        shares = ["" if name == "int8" else percent(share) for share in found]
+        rate = f"{rows[both[0]]['rate']:g}"
+        lines.append([arm.title, rate, *shares, str(len(both)), *changes])
+    columns = ["gap closed before training", f"after it, {same[0]}", "after it, all runs", "runs"]
+    return markdown_table(["arm", "best rate", *columns, "held-out loss", "response", "WikiText-2"], lines)
 
 
 def short_table(results: Results, rank: int, arms: Sequence[str]) -> str:
@@ -111,27 +125,40 @@ def rate_table(results: Results, rank: int) -> str:
         for rate in rates:
             rows = chosen(results, name, rank, rate)
             both = common(rows, plain[rate])
-            cells.append(
-                signed(bootstrapped(difference, losses(rows, both), losses(plain[rate], both))) if both else ""
-            )
+            cells.append(less(rows, plain[rate], both) if both else "")
         if any(cells):
             lines.append([arm.title, *cells])
     return markdown_table(["arm", *(f"{rate:g}" for rate in rates)], lines)
 
 
 def rank_table(results: Results, ranks: Sequence[int], arms: Sequence[str]) -> str:
-    """Return the share of the gap that arms close at each rank."""
-    lines = [[ARMS[arm].title, *(percent(gap_of(results, arm, rank)) for rank in ranks)] for arm in arms]
-    return markdown_table(["arm", *(f"rank {rank}" for rank in ranks)], lines)
+    """Return what arms are worth at each rank, each with QLoRA and int8 of the same rank, at their own best rates."""
+    lines = []
+    for arm, rank in product(arms, ranks):
+        share = gap_of(results, arm, rank)
+        rows, plain = at_best(results, arm, rank), at_best(results, "qlora", rank)
+        both = common(rows, plain)
+        if both and share is not None:
+            rate, change = f"{rows[both[0]]['rate']:g}", less(rows, plain, both)
+            lines.append([ARMS[arm].title, str(rank), rate, str(len(both)), percent(share), change])
+    return markdown_table(["arm", "rank", "best rate", "runs", "gap closed", "loss less QLoRA's"], lines)
 
 
 def calibration_table(results: Results, rank: int, arms: Sequence[str]) -> str:
-    """Return the share of the gap that arms close, by the text that they are calibrated on."""
+    """Return what arms are worth by the text that they are calibrated on, and the difference to the training pairs.
+
+    The share of the gap is over all runs with a text, and the difference over those that the training pairs have, too.
+    """
     texts = {"train": "training pairs", "wikitext2": "WikiText-2", "c4": "C4"}
-    lines = [
-        [ARMS[arm].title, *(percent(gap_of(results, arm, rank, calibration=text)) for text in texts)] for arm in arms
-    ]
-    return markdown_table(["arm", *texts.values()], lines)
+    lines = []
+    for arm, text in product(arms, texts):
+        share = gap_of(results, arm, rank, calibration=text)
+        rows, own = at_best(results, arm, rank, text), at_best(results, arm, rank)
+        both = common(rows, own)
+        if both and share is not None:
+            change = "" if text == "train" else less(rows, own, both)
+            lines.append([ARMS[arm].title, texts[text], str(len(rows)), percent(share), change])
+    return markdown_table(["arm", "calibrated on", "runs", "gap closed", "loss less that of training pairs"], lines)
 
 
 def finished_table(results: Results) -> str:
@@ -239,6 +266,13 @@ def right_of(row: Row) -> list[int]:
 def percent(share: Estimate | None) -> str:
     """Return a share with its interval."""
     return "" if share is None else f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})"
+
+
+def less(
+    rows: Mapping[Replicate, Row], other: Mapping[Replicate, Row], replicates: Sequence[Replicate], part: str = "all"
+) -> str:
+    """Return the loss of an arm less that of another one, with half the width of its interval."""
+    return signed(bootstrapped(difference, losses(rows, replicates, part), losses(other, replicates, part)))
 
 
 def signed(change: Estimate) -> str:

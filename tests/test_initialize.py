@@ -284,7 +284,7 @@ def test_other_orders_of_the_same_text_give_the_same_corrections(folder, windows
 
 
 def test_more_text_than_is_used_is_said(folder, windows, caplog, monkeypatch):
-    monkeypatch.setattr("quailora.calibration.loader.MOST_TOKENS", 256)
+    monkeypatch.setattr("quailora.calibration.enough.MOST_TOKENS", 256)
     found, expected = adapted(folder), adapted(folder)
     endless = (batch for _ in iter(int, 1) for batch in batches_of(windows))
     initialize(found, endless)
@@ -294,6 +294,33 @@ def test_more_text_than_is_used_is_said(folder, windows, caplog, monkeypatch):
     caplog.clear()
     initialize(expected, CalibrationTokens.of_windows(windows))
     assert "are used" not in caplog.text
+
+
+def test_reading_ends_with_enough_tokens_that_count(folder, windows, monkeypatch):
+    monkeypatch.setattr("quailora.calibration.enough.TOKENS_PER_INPUT", 2)
+    model = adapted(folder)
+    widest = max(factors.lora_A.shape[1] for factors in factors_of(model).values())
+    length = windows.shape[1]
+    read = []
+
+    def endless(half: bool = False):
+        for index in iter(lambda: len(read), -1):
+            ids = windows[index % len(windows)][None]
+            labels = ids.clone()
+            labels[:, : length // 2 if half else 0] = -100
+            read.append(index)
+            yield {"input_ids": ids, "labels": labels}
+
+    initialize(model, endless())
+    needed = -(-2 * widest // length)
+    assert len(read) == needed + 1, "the one that shows that there are more"
+    read.clear()
+    initialize(model, endless(half=True))
+    assert len(read) == -(-2 * widest // (length - length // 2)) + 1
+    monkeypatch.setattr("quailora.calibration.enough.MOST_TOKENS", 8 * length)
+    read.clear()
+    initialize(model, endless(), recipe="distilled")
+    assert len(read) == 8 + 1, "distillation trains on all of them"
 
 
 # What becomes of the model.

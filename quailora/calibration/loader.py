@@ -19,12 +19,10 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..support import distributed
+from .enough import Enough
 from .tokens import IGNORED_LABEL, CalibrationTokens
 
 logger = logging.getLogger("quailora")
-
-MOST_TOKENS = 131_072
-"""Tokens of a data loader that are calibrated on; eight times those of `quailora init`."""
 
 
 @final
@@ -48,28 +46,29 @@ class LoaderReader:
     config: Any = None
     ignored_label: int | None = IGNORED_LABEL
 
-    def tokens(self, loader: Iterable[Any], most: int = MOST_TOKENS) -> CalibrationTokens:
+    def tokens(self, loader: Iterable[Any], enough: Enough) -> CalibrationTokens:
         """Return the sequences in the batches of a loader, without padding.
 
         Args:
             loader: any iterable of batches.
-            most: no batch is taken after the one that brings the number of tokens to this; a warning says so.
+            enough: no batch is taken after the one with which this is reached; a message says so.
 
         Raises:
             CalibrationError: if there is no batch, a batch is of another form, or no token counts.
         """
         rows: list[dict[str, Tensor]] = []
-        number, taken = -1, 0
+        number, run, counted = -1, 0, 0
         for number, batch in enumerate(loader):  # counted afterwards
-            if taken >= most:
+            if counted >= enough.counted or run >= enough.run:
                 logger.warning(
                     "The dataloader holds more than is calibrated on: its first %d batches, %d tokens, are used.",
                     number,
-                    taken,
+                    run,
                 )
                 break
             sequences = list(self.rows(batch, number))
-            taken += sum(row["input_ids"].numel() for row in sequences)
+            run += sum(row["input_ids"].numel() for row in sequences)
+            counted += sum(int((row["labels"] != IGNORED_LABEL).sum()) for row in sequences)
             rows += sequences
         if number < 0:
             raise CalibrationError("Expected batches of tokens, but the dataloader is empty.")
@@ -233,12 +232,13 @@ def split_points(positions: Any, ids: Tensor, mask: Tensor, number: int) -> list
     return starts
 
 
-def all_tokens(dataloader: Any, reader: LoaderReader, *, gather: bool) -> CalibrationTokens:
+def all_tokens(dataloader: Any, reader: LoaderReader, enough: Enough, *, gather: bool) -> CalibrationTokens:
     """Return the tokens of a loader, the same in every process.
 
     Args:
         dataloader: of this process.
         reader: takes tokens out of its batches.
+        enough: when no more batches are read.
         gather: whether the loaders of several processes have different batches; they are put together in the order in
             which samplers deal them out.
     """
@@ -246,7 +246,7 @@ def all_tokens(dataloader: Any, reader: LoaderReader, *, gather: bool) -> Calibr
     if isinstance(dataloader, CalibrationTokens):
         own = dataloader
     else:
-        own = reader.tokens(dataloader, -(-MOST_TOKENS // (processes if gather else 1)))
+        own = reader.tokens(dataloader, enough.share(processes if gather else 1))
     if not gather:
         return distributed.from_first(own)
     # Samplers deal samples out in turns, so taking one of each process in turns restores the order of the data set.

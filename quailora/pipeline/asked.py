@@ -17,6 +17,7 @@ from ..adapters.provenance import Origin
 from ..adapters.wrapped import WrappedLayer, lora_config_of, scaling_of, unwrapped, warn_of_rounding
 from ..adapters.wrapped import wrapped_layers as layers_of
 from ..bases.live import LiveBase
+from ..calibration.enough import Enough
 from ..calibration.sources import BatchCalibration
 from ..calibration.tokens import CalibrationTokens
 from ..core.objective import Factors
@@ -111,6 +112,12 @@ class Asked:
     def device(self) -> torch.device:
         """The device of the first layer."""
         return next(iter(self.layers.values())).parameters.lora_A.device
+
+    @property
+    def enough(self) -> Enough:
+        """When a data loader has given enough tokens."""
+        widest = max(layer.shape[1] for layer in self.layers.values())
+        return Enough.of(widest, distilled=self.method.distillation is not None)
 
     def outcome(self, tokens: CalibrationTokens) -> Outcome:
         """Run the full-precision model on tokens, and return the correction of each layer in every process."""

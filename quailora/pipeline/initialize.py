@@ -58,8 +58,9 @@ def initialize(
         peft_model: a `PeftModel` around a causal language model that is quantized (bitsandbytes in 4 or 8 bits, GPTQ,
             AWQ, HQQ, torchao in 8 bits), whose other layers keep their adapters; or around one in full precision.
         dataloader: batches as the model takes them. Padding is cut off, and tokens with the label -100 are run but do
-            not count. The first 131072 tokens are used. `CalibrationTokens`, which hold sequences that have been cut
-            and checked before, may be passed in place of batches, and are used as a whole.
+            not count. Reading ends when 16 tokens for each input of the widest layer count, and after 131072 tokens at
+            the latest; recipes that distil read all of these. `CalibrationTokens`, which hold sequences that have been
+            cut and checked before, may be passed in place of batches, and are used as a whole.
         weights: the full-precision model: hub name, folder, or the model itself. By default what the model was loaded
             from. Read from disk block by block.
         recipe: name of a method, see `quailora list`; or a `Recipe`. Recipes that choose their own base, marked with *
@@ -91,7 +92,7 @@ def initialize(
         )
     distributed.join(asked.device.type)  # and stay, for the trainer that comes
     with shown(show_progress_bar):
-        tokens = all_tokens(dataloader, reader, gather=gather_distributed_inputs)
+        tokens = all_tokens(dataloader, reader, asked.enough, gather=gather_distributed_inputs)
         return fit(asked, tokens, adapter_name, callback, frozen_rank)
 
 

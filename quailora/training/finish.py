@@ -75,7 +75,8 @@ def finish(
     asked = Asked.of(peft_model, adapter_name, loaded.model, recipe, None)
     distributed.join(asked.device.type)
     with shown(show_progress_bar), replaced(layers, changed):
-        tokens = all_tokens(dataloader, reader_for(peft_model, adapter_name, None, None), gather=True)
+        reader = reader_for(peft_model, adapter_name, None, None)
+        tokens = all_tokens(dataloader, reader, asked.enough, gather=True)
         return fit(asked, tokens, adapter_name)
 
 

@@ -11,6 +11,7 @@ from families import make_model, save_llama
 from helpers import evaluate, init
 from live import live_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 
 from quailora import NF4, RECIPES, LoraScaling, Output, freeze, initialize, initialize_model
@@ -34,9 +35,9 @@ def fresh(folder, rank, **options):
     return get_peft_model(live_model("bitsandbytes-4", folder), config)
 
 
-def train(model, steps=3, **options):
+def train(model, steps=3, optimizer=None, **options):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 1e-2, **{"weight_decay": 0.0} | options)
+    optimizer = optimizer or torch.optim.AdamW(trained, 1e-2, **{"weight_decay": 0.0} | options)
     model.train()
     for _ in range(steps):
         model(input_ids=IDS, labels=IDS).loss.backward()
@@ -95,6 +96,20 @@ def test_freezing_again_after_loading_and_not_at_all(folder, tmp_path):
     freeze(loaded, 0)
     train(loaded, 1)
     assert not torch.equal(layer.parameters.lora_A[:2], before.lora_A[:2])
+
+
+def test_rates_of_their_own_for_both_factors(folder):
+    """PEFT's groups of parameters keep frozen directions, too."""
+    model = fresh(folder, 6)
+    initialize(model, BATCHES, weights=str(folder), frozen_rank=4)
+    before = {name: layer.kept() for name, layer in wrapped_layers(model, "default").items()}
+    train(model, optimizer=create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4.0))
+    for name, layer in wrapped_layers(model, "default").items():
+        after = layer.kept()
+        assert torch.equal(after.lora_A[:4], before[name].lora_A[:4])
+        assert torch.equal(after.lora_B[:, :4], before[name].lora_B[:, :4])
+        steps = [change.abs().max().item() for change in (after.lora_A - before[name].lora_A, after.lora_B[:, 4:])]
+        assert steps[1] > 2 * steps[0]
 
 
 def test_weight_decay_stops_the_training_and_loading_does_not(folder):

@@ -169,7 +169,7 @@ def test_init_writes_fresh_directions_after_the_correction(folder, tmp_path):
 
 @pytest.mark.parametrize(("frozen", "options"), [(0, {}), (6, {}), (4, {"rank_pattern": {"q_proj": 3}})])
 def test_init_refuses_to_freeze_everything(folder, tmp_path, frozen, options):
-    with pytest.raises(ConfigurationError, match="Expected `frozen_rank` to be at least 1 and below the rank of every"):
+    with pytest.raises(ConfigurationError, match="Expected to freeze at least 1 and fewer directions than a layer has"):
         init(folder, out=str(tmp_path / "a"), rank=6, frozen_rank=frozen, samples=4, sequence_length=64, **options)
 
 

@@ -38,7 +38,7 @@ def freeze(peft_model: Any, rank: int, adapter_name: str = "default") -> None:
         ConfigurationError: if a layer has no direction left to train.
     """
     layers = wrapped_layers(peft_model, adapter_name)
-    check_frozen(rank, layers)
+    check_frozen(rank, {name: layer.rank for name, layer in layers.items()})
     freeze_layers(layers.values(), rank)
 
 
@@ -58,13 +58,19 @@ def freeze_layers(layers: Iterable[WrappedLayer], rank: int) -> None:
             setattr(parameter, _HANDLES, handles)
 
 
-def check_frozen(rank: int, layers: Mapping[str, WrappedLayer], smallest: int = 0) -> None:
-    """Raise a `ConfigurationError` unless each layer has directions beside the frozen ones."""
-    name, least = min(((name, layer.rank) for name, layer in layers.items()), key=lambda pair: pair[1])
+def check_frozen(rank: int, ranks: Mapping[str, int], smallest: int = 0) -> None:
+    """Raise a `ConfigurationError` unless each layer has directions beside the frozen ones.
+
+    Args:
+        rank: number of directions to freeze.
+        ranks: rank of the adapter of each layer.
+        smallest: least number of directions that may be frozen.
+    """
+    name, least = min(ranks.items(), key=lambda pair: pair[1])
     if not smallest <= rank < least:
         raise ConfigurationError(
             f"Expected to freeze at least {smallest} and fewer directions than a layer has, got {rank}, and {name} "
-            f"has {least}. Make the adapter with a larger rank, such as r=32 for 16 frozen and 16 trained directions."
+            f"has {least}. Make the adapter with a larger rank, such as 32 for 16 frozen and 16 trained directions."
         )
 
 
@@ -126,14 +132,13 @@ def with_fresh(name: str, correction: Correction, scaling: LoraScaling, seed: in
         scaling: rank and scale of the layer.
         seed: seed of the draw.
     """
-    lora_B, lora_A = correction.factors
+    lora_A = correction.factors.lora_A
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(f"fresh {name}".encode()))
     bound = (scaling.scale_of(name) / lora_A.shape[1]) ** 0.5
     size = (scaling.rank_of(name) - len(lora_A), lora_A.shape[1])
-    fresh = torch.empty(size).uniform_(-bound, bound, generator=generator).to(lora_A)
-    zeros = lora_B.new_zeros(len(lora_B), size[0])
+    joined = followed(correction.factors, torch.empty(size).uniform_(-bound, bound, generator=generator))
     energies = torch.cat([correction.energies, correction.energies.new_zeros(size[0])])
-    return Correction(torch.cat([lora_A, fresh]), torch.cat([lora_B, zeros], 1), energies)
+    return Correction(joined.lora_A, joined.lora_B, energies)
 
 
 @torch.no_grad()
@@ -146,9 +151,16 @@ def beside_fresh(layer: WrappedLayer, correction: Factors) -> Factors:
         layer: the layer, whose adapter has not been trained.
         correction: `(lora_B, lora_A)` before PEFT's scaling, of the layer's rank or a lower one.
     """
-    kept = layer.kept()
     frozen = divided(correction, layer.scale)
-    rank = len(frozen.lora_A)
-    fresh = kept.lora_A[rank:].cpu()
-    zeros = torch.zeros(len(frozen.lora_B), len(fresh))
-    return Factors(torch.cat([frozen.lora_B, zeros], 1), torch.cat([frozen.lora_A, fresh.to(frozen.lora_A)]))
+    return followed(frozen, layer.kept().lora_A[len(frozen.lora_A) :])
+
+
+def followed(factors: Factors, fresh: Tensor) -> Factors:
+    """Return factors with further rows of `lora_A`, whose columns of `lora_B` are zero.
+
+    Args:
+        factors: the factors.
+        fresh: further rows, (number, in).
+    """
+    zeros = factors.lora_B.new_zeros(len(factors.lora_B), len(fresh))
+    return Factors(torch.cat([factors.lora_B, zeros], 1), torch.cat([factors.lora_A, fresh.to(factors.lora_A)]))

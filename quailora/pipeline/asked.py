@@ -97,7 +97,7 @@ class Asked:
         is_live, chosen = bool(layers), layers or every
         scaling = scaling_of(chosen, lora_config_of(peft_model, adapter))
         if frozen_rank is not None:
-            check_frozen(frozen_rank, chosen, smallest=1)
+            check_frozen(frozen_rank, {name: layer.rank for name, layer in chosen.items()}, smallest=1)
         method = method_of(recipe, scaling, base if is_live else (quantizer or NF4()))
         method = replace(method, frozen_rank=frozen_rank)
         if method.changes_base:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..adapters.frozen import check_frozen
 from ..adapters.lora import LoraScaling
 from ..calibration.sources import CalibrationSource
 from ..errors import ConfigurationError, TargetError
@@ -87,14 +88,7 @@ def check_frozen_rank(method: Method, layers: Mapping[str, Layer]) -> None:
     """Raise a `ConfigurationError` unless directions are left beside those that are frozen, in every layer."""
     if method.frozen_rank is None:
         return
-    name, least = min(
-        ((layer.group, method.scaling.rank_of(layer.group)) for layer in layers.values()), key=lambda pair: pair[1]
-    )
-    if not 1 <= method.frozen_rank < least:
-        raise ConfigurationError(
-            f"Expected `frozen_rank` to be at least 1 and below the rank of every layer, got {method.frozen_rank}, and "
-            f"{name} has rank {least}. Take a larger rank, such as twice the frozen one."
-        )
+    check_frozen(method.frozen_rank, {each.group: method.scaling.rank_of(each.group) for each in layers.values()}, 1)
     if any(layer.expert is not None for layer in layers.values()):
         raise ConfigurationError(
             "Directions of fused experts cannot be frozen one by one. Leave `frozen_rank` or the experts out."

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from ..adapters.provenance import Provenance, unknown_base
 from ..bases import ExistingBase, StoredBase
@@ -211,23 +211,3 @@ def untold(adapter: Path, base: str) -> str:
         f"Whether {adapter} belongs on {base} cannot be told: an earlier version of quailora, which made the adapter, "
         "noted no more than hashes of codes and scales, which a base in dequantized form does not have."
     )
-
-
-def loaded_partly(wrapped: Any, adapter: Path) -> str:
-    """Return which tensors of an adapter PEFT has not loaded, or has made itself; an empty text if there are none."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
-        return ""
-    with safe_open(file, "pt") as content:
-        present = {key for key in content.keys() if "lora_" in key}  # noqa: SIM118 # no mapping
-    loaded = {key for key in get_peft_model_state_dict(wrapped, save_embedding_layers=False) if "lora_" in key}
-    ignored, invented = sorted(present - loaded), sorted(loaded - present)
-    parts = []
-    if ignored:
-        parts.append(f"{len(ignored)} of its {len(present)} tensors are ignored, {ignored[0]} first")
-    if invented:
-        parts.append(f"{len(invented)} that the configuration asks for are missing, {invented[0]} first")
-    return "; ".join(parts)

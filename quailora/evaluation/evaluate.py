@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -25,7 +22,7 @@ from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Block, Walk
 from ..calibration.windows import given_tokens
 from ..core.statistics import InputStatistics
-from ..errors import ConfigurationError, ModelError, NumericalError, named
+from ..errors import ConfigurationError, NumericalError, named
 from ..models.layers import Layer, all_layers, linear_layers, stock_quantizes
 from ..models.limits import check_token_ids
 from ..models.load import LoadedModel, empty_model, load_model
@@ -39,7 +36,8 @@ from ..support.files import as_str
 from ..support.machine import within_memory
 from ..support.progress import counting, track
 from ..support.tables import print_table
-from .base import ChosenBase, check_measured_on, choose_base, loaded_partly
+from .attach import adapted
+from .base import ChosenBase, check_measured_on, choose_base
 from .scores import perplexity_of
 from .texts import EvaluationTexts
 
@@ -136,32 +134,6 @@ def quantize_in_place(
             return
         for layer in layers.values():
             quantize(layer)
-
-
-@contextmanager
-def adapted(model: Any, adapter: Path) -> Iterator[Any]:
-    """Attach an adapter by stock PEFT inside a `with` statement, and take it off at the end.
-
-    Raises:
-        ModelError: if PEFT does not load it, or loads only a part of it.
-    """
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # what is missing is an error below
-            wrapped = PeftModel.from_pretrained(model, str(adapter))
-    except Exception as error:  # PEFT passes on errors of safetensors, json and torch
-        raise ModelError(f"PEFT cannot load the adapter {adapter} on this model: {error}") from error
-    try:
-        partly = loaded_partly(wrapped, adapter)
-        if partly:
-            raise ModelError(
-                f"PEFT loads only a part of the adapter {adapter} on this model: {partly}. Its configuration and its "
-                "tensors do not belong together, or it is the adapter of another model."
-            )
-        yield wrapped.eval()
-    finally:
-        wrapped.unload()
 
 
 @final

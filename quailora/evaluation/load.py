@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from ..models.layers import all_layers
 from ..models.locate import NO_ADAPTER, quiet_transformers, resolve
 from ..quantizers.identity import BaseIdentity
 from ..support.files import StrPath
-from .base import ChosenBase, check_measured_on, loaded_partly
+from .attach import with_adapter
+from .base import ChosenBase, check_measured_on
 
 
 def load(adapter: StrPath, *, trainable: bool = False, any_base: bool = False, **from_pretrained: Any) -> Any:
@@ -109,22 +109,3 @@ def base_identities(model: Any, saved: SavedAdapter) -> dict[str, BaseIdentity]:
             with named(name):
                 identities[name] = BaseIdentity.of_dequantized(layer.weight)
     return identities
-
-
-def with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
-    """Return a model with an adapter, loaded by stock PEFT.
-
-    Raises:
-        ModelError: if PEFT does not load it, or only a part of it.
-    """
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # what is missing is an error below
-            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except Exception as error:  # PEFT passes on errors of safetensors, json and torch
-        raise ModelError(f"PEFT cannot load the adapter {folder} on its base ({summary(error)}).") from error
-    partly = loaded_partly(wrapped, folder)
-    if partly:
-        raise ModelError(f"PEFT loads only a part of the adapter {folder}: {partly}.")
-    return wrapped

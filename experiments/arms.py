@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Base = Literal["full precision", "int8", "nf4", "own"]
-Training = Literal["all", "frozen", "slow A", "scaled", "half", "twice", "recalibrated", "input power", "decay"]
+Training = Literal[
+    "all", "frozen", "slow A", "scaled", "half", "twice", "four times", "recalibrated", "input power", "decay"
+]
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,11 @@ class Arm:
             of the same format that the recipe has chosen.
         recipe: recipe of the start; plain LoRA without one.
         training: "all" trains the factors of the start. "frozen" leaves them as they are, and trains a fresh adapter of
-            the same rank beside them. "half" does so with half of the rank for each, and "twice" with
-            twice the rank for the start. "slow A" trains the factors of the
-            start with a lower rate for A. "scaled" makes A larger and B smaller before training, by the same factor.
-            "recalibrated" fits the factors again after each third of the training. "input power" splits the start by
-            the inputs of each layer. "decay" lets weights decay towards the start.
+            the same rank beside them. "half" does so with half of the rank for each, and "twice" and "four times" with
+            a start of so many times the rank. "slow A" trains the factors of the start with a lower rate for A.
+            "scaled" makes A larger and B smaller before training, by the same factor, and "input power" splits the
+            start by the inputs of each layer. "decay" lets the factors decay towards the start. "recalibrated" fits
+            them again after each third of the training.
     """
 
     title: str
@@ -33,7 +35,7 @@ class Arm:
 
     def start_rank(self, rank: int) -> int:
         """Return the rank of the start in a run of a rank."""
-        return {"half": rank // 2, "twice": 2 * rank}.get(self.training, rank)
+        return {"half": rank // 2, "twice": 2 * rank, "four times": 4 * rank}.get(self.training, rank)
 
     def trained_rank(self, rank: int) -> int:
         """Return how many directions are trained in a run of a rank."""
@@ -42,7 +44,7 @@ class Arm:
     @property
     def keeps_its_start(self) -> bool:
         """Whether the start stays as it is beside a fresh adapter."""
-        return self.training in {"frozen", "half", "twice"}
+        return self.training in {"frozen", "half", "twice", "four times"}
 
 
 ARMS = {
@@ -64,6 +66,7 @@ ARMS = {
     "best-half": Arm("NF4, `best`, half frozen", recipe="best", training="half"),
     "best-twice": Arm("NF4, `best` of twice the rank, frozen", recipe="best", training="twice"),
     "best-joint-twice": Arm("NF4, `best-joint` of twice the rank, frozen", "own", "best-joint", "twice"),
+    "best-joint-four": Arm("NF4, `best-joint` of four times the rank, frozen", "own", "best-joint", "four times"),
     "distilled-joint-twice": Arm("NF4, `distilled-joint` of twice the rank, frozen", "own", "distilled-joint", "twice"),
     "best-slow-a": Arm("NF4, `best`, lower rate for A", recipe="best", training="slow A"),
     "best-scaled": Arm("NF4, `best`, A larger and B smaller", recipe="best", training="scaled"),

@@ -16,7 +16,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from .arms import ARMS
-from .cost import cost_table
+from .cost import costs
 from .curvature import curvature_of
 from .draw import draw_all
 from .finishing import finished
@@ -178,13 +178,16 @@ class Experiment:
                 logger.warning("%s done", key)
 
     def cost(self, rank: int = 16, steps: int = 12) -> None:
-        """Print seconds and memory of a training step with each start, measured in turn.
+        """Keep seconds and memory of a training step with each start, measured in turn.
 
         Args:
             rank: rank that is trained.
             steps: steps of each.
         """
-        print(cost_table(self._bench, rank, steps))
+        store = self._kept("cost")
+        for row in costs(self._bench, rank, steps):
+            store.add(row)
+            logger.warning("%s: %.2f s a step", row["key"], row["seconds"])
 
     def draw(self, page: Path = Path("docs/worth.md"), readme: Path = Path("README.md")) -> None:
         """Write the tables of the experiment into the documentation, and its plots beside the page.

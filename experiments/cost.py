@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quailora.support.tables import markdown_table
-
 from .arms import ARMS
 from .protocol import Run
 from .runs import Bench
@@ -67,9 +65,15 @@ class Stepper:
         averages = [part for entry in self.optimizer.state.values() for part in entry.values()]
         return 2 * sum(weight.nbytes for weight in trained) + sum(part.nbytes for part in averages)
 
+    @property
+    def frozen(self) -> int:
+        """Bytes of the factors that are not trained."""
+        weights = self.model.named_parameters()
+        return sum(weight.nbytes for name, weight in weights if "lora_" in name and not weight.requires_grad)
 
-def cost_table(bench: Bench, rank: int, steps: int) -> str:
-    """Return seconds and memory of a step with each start, steps of all of them in turn.
+
+def costs(bench: Bench, rank: int, steps: int) -> list[dict[str, Any]]:
+    """Return seconds and memory of a step with each start, steps of all of them in turn, as rows to keep.
 
     Args:
         bench: where starts are.
@@ -87,10 +91,16 @@ def cost_table(bench: Bench, rank: int, steps: int) -> str:
         for stepper in steppers.values():
             stepper.step(windows[index * batch : (index + 1) * batch].to(stepper.model.device))
     plain = steppers["qlora"].seconds[1:]  # the first step allocates
-    rows = []
-    for arm, stepper in steppers.items():
-        ratio = median(own / other for own, other in zip(stepper.seconds[1:], plain, strict=True))
-        sizes = [f"{size / 1e6:.2f}" for size in (stepper.state, stepper.saved)]
-        rows.append([ARMS[arm].title, f"{median(stepper.seconds[1:]):.2f}", f"{ratio:.2f}", *sizes])
-    header = ["arm", "seconds a step", "of QLoRA's", "factors, gradients and averages, MB", "saved for backward, MB"]
-    return markdown_table(header, rows)
+    return [
+        {
+            "key": f"{arm}-r{rank}",
+            "arm": arm,
+            "rank": rank,
+            "seconds": round(median(stepper.seconds[1:]), 3),
+            "ratio": round(median(own / other for own, other in zip(stepper.seconds[1:], plain, strict=True)), 3),
+            "state": stepper.state,
+            "saved": stepper.saved,
+            "frozen": stepper.frozen,
+        }
+        for arm, stepper in steppers.items()
+    ]

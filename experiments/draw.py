@@ -11,6 +11,7 @@ from .protocol import Protocol
 from .runs import Store
 from .tables import (
     calibration_table,
+    cost_table,
     curvature_table,
     finished_table,
     main_table,
@@ -25,11 +26,22 @@ from .tables import (
 SHOWN = ("int8", "qlora", "best", "best-frozen", "best-twice", "best-joint-frozen", "best-joint-twice")
 """Arms of the plots against rate and step."""
 
-BY_RANK = ("best-frozen",)
-"""Arms that were run at several ranks and with several calibration texts."""
+BY_RANK = ("best-frozen", "best-twice")
+"""Arms that were run at several ranks."""
 
+BY_TEXT = ("best-frozen",)
+"""Arms that were run with several calibration texts."""
 
-IN_SHORT = ("loftq", "best", "best-frozen", "best-twice", "best-joint", "best-joint-frozen", "best-joint-twice")
+IN_SHORT = (
+    "loftq",
+    "best",
+    "best-frozen",
+    "best-twice",
+    "best-joint",
+    "best-joint-frozen",
+    "best-joint-twice",
+    "best-joint-four",
+)
 """Arms in the README."""
 
 
@@ -47,10 +59,11 @@ def parts(protocol: Protocol) -> dict[str, str]:
         "ranks": rank_table(results, protocol.ranks, BY_RANK),
         "curvature": curvature_table(results, Store(protocol, kind="curvature").rows(), rank),
         "tokens": tokens_table(results, Store(protocol, kind="tokens").rows(), rank),
+        "cost": cost_table(Store(protocol, kind="cost").rows()),
         "tasks": tasks_table(Store(protocol, kind="tasks").rows(), rank),
         "finished": finished_table(results),
         "steps": steps_table(results, rank, SHOWN),
-        "calibration": calibration_table(results, rank, BY_RANK),
+        "calibration": calibration_table(results, rank, BY_TEXT),
     }
 
 

@@ -16,6 +16,7 @@ STARTS = (
     "best-half",
     "best-twice",
     "best-joint-twice",
+    "best-joint-four",
     "distilled-joint-twice",
     "best-slow-a",
     "best-scaled",

@@ -237,6 +237,16 @@ def tokens_table(results: Results, scores: Results, rank: int) -> str:
     return markdown_table(["arm", "tokens", "held-out loss", "of the response", "WikiText-2 loss"], lines)
 
 
+def cost_table(costs: Results) -> str:
+    """Return seconds and memory of a step of each arm, by device."""
+    lines = []
+    for row in costs:
+        sizes = [f"{row[part] / 1e6:.1f}" for part in ("state", "frozen", "saved")]
+        lines.append([ARMS[row["arm"]].title, row["device"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", *sizes])
+    memory = ["factors, gradients and averages, MB", "frozen factors, MB", "saved for backward, MB"]
+    return markdown_table(["arm", "device", "seconds a step", "of QLoRA's", *memory], lines)
+
+
 def tasks_table(answers: Results, rank: int) -> str:
     """Return accuracies in per cent before and after training, and the difference to QLoRA after training.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 
 from experiments.arms import ARMS
 from experiments.commands import Experiment, claim
-from experiments.cost import cost_table
+from experiments.cost import costs
 from experiments.curvature import top_eigenvalue
 from experiments.data import as_held_out, packed, tokens_of
 from experiments.draw import filled, in_short, parts
@@ -28,7 +29,7 @@ from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
 from experiments.runs import Bench, Store, device_name
 from experiments.scoring import held_out_losses, token_losses
 from experiments.statistics import bootstrapped, difference, gap_closed
-from experiments.tables import gap_of, rate_table, steps_table, steps_to, tasks_table
+from experiments.tables import cost_table, gap_of, rate_table, steps_table, steps_to, tasks_table
 from experiments.tasks import TASKS, answered, read_items
 from experiments.training import base_of, model_of
 from experiments.ways import DECAY, SCALED, adapted, balance_by_inputs, optimizer_of, scale_factors, second_moments
@@ -307,6 +308,24 @@ def test_the_page_has_the_tables_of_the_results():
         filled(page, {"other": ""})
 
 
+def test_figures_in_sentences_are_those_of_the_tables():
+    """Shares with their intervals, and differences with theirs, as far as the sentences round them."""
+    page = PAGE.read_text(encoding="utf-8")
+    tables = " ".join(re.findall(r"<!-- begin .*?<!-- end", page, re.DOTALL))
+    prose = re.sub(r"<!-- begin .*?<!-- end", "", page, flags=re.DOTALL)
+    shares = {tuple(map(int, found)) for found in re.findall(r"(-?\d+)% \((-?\d+)% to (-?\d+)%\)", tables)}
+    told = [tuple(map(int, found)) for found in re.findall(r"(-?\d+) % \((-?\d+) to\s(-?\d+)\)", prose)]
+    assert len(told) >= 4
+    assert [share for share in told if share not in shares] == []
+    differences = {
+        (f"{abs(float(value)):.3f}", f"{float(width):.3f}")
+        for value, width in re.findall(r"([-+]\d\.\d{4}) ± (\d\.\d{4})", tables)
+    }
+    told = re.findall(r"(\d\.\d{3}) ± (\d\.\d{3})", prose)
+    assert len(told) >= 3
+    assert [pair for pair in told if pair not in differences] == []
+
+
 @pytest.mark.parametrize("arm", ["qlora", "best", "best-frozen", "best-half", "best-twice"])
 def test_trained_adapters_are_fitted_again(bench, arm):
     run = Run(arm, 4, 1e-3)
@@ -358,11 +377,15 @@ def test_starts_of_more_and_more_tokens(protocol, texts, tmp_path, monkeypatch):
 
 def test_a_start_costs_no_more_than_plain_lora(bench):
     """The same bytes with a start, and those of the activations of more directions beside a frozen one."""
-    rows = [line.split(" | ") for line in cost_table(bench, 4, 2).splitlines()[2:]]
-    (plain, start, frozen) = ([float(cell.strip(" |")) for cell in row[-2:]] for row in rows)
-    assert start == plain
-    assert frozen[0] == plain[0]
-    assert frozen[1] > plain[1]
+    plain, start, frozen = costs(bench, 4, 2)
+    assert [row["arm"] for row in (plain, start, frozen)] == ["qlora", "best", "best-frozen"]
+    assert start["state"] == frozen["state"] == plain["state"]
+    assert start["saved"] == plain["saved"] < frozen["saved"]
+    assert plain["frozen"] == start["frozen"] == 0
+    assert frozen["frozen"] == pytest.approx(plain["state"] / 4, rel=0.01)
+    assert plain["ratio"] == 1
+    table = cost_table([{**row, "device": "CPU"} for row in (plain, start, frozen)])
+    assert table.splitlines()[-1].startswith("| NF4, `best`, start frozen | CPU | ")
 
 
 def test_curvature_is_that_of_the_whole_hessian(bench):

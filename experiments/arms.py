@@ -10,6 +10,9 @@ Training = Literal[
     "all", "frozen", "slow A", "scaled", "half", "twice", "four times", "recalibrated", "input power", "decay"
 ]
 
+_FROZEN: dict[Training, float] = {"half": 0.5, "frozen": 1, "twice": 2, "four times": 4}
+"""Rank of a start that stays as it is, by how it is trained: so many times the rank of the run."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -35,7 +38,7 @@ class Arm:
 
     def start_rank(self, rank: int) -> int:
         """Return the rank of the start in a run of a rank."""
-        return {"half": rank // 2, "twice": 2 * rank, "four times": 4 * rank}.get(self.training, rank)
+        return int(rank * _FROZEN.get(self.training, 1))
 
     def trained_rank(self, rank: int) -> int:
         """Return how many directions are trained in a run of a rank."""
@@ -44,7 +47,7 @@ class Arm:
     @property
     def keeps_its_start(self) -> bool:
         """Whether the start stays as it is beside a fresh adapter."""
-        return self.training in {"frozen", "half", "twice", "four times"}
+        return self.training in _FROZEN
 
 
 ARMS = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from .arms import ARMS
 from .protocol import Run
 from .runs import Bench
-from .training import SPLIT_WINDOWS, model_of
+from .training import model_of
 from .ways import split
 
 _WINDOWS = 4
@@ -28,7 +28,7 @@ def curvature_of(bench: Bench, run: Run) -> float:
     """
     model = model_of(run, ARMS[run.arm], bench.start(run), bench.protocol)
     windows = bench.data().windows
-    split(model, ARMS[run.arm], windows[:SPLIT_WINDOWS])
+    split(model, ARMS[run.arm], windows)
     model.get_base_model().set_attn_implementation("eager")  # other kernels cannot be differentiated twice
     return top_eigenvalue(model, windows[:_WINDOWS].to(model.device))
 

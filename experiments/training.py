@@ -33,7 +33,6 @@ from .scoring import held_out_losses
 from .ways import optimizer_of, split
 
 _WARM_UP = 0.05  # share of the steps
-SPLIT_WINDOWS = 16  # training windows by whose inputs a start may be split
 
 
 def model_of(run: Run, arm: Arm, start: Path | None, protocol: Protocol) -> Any:
@@ -154,7 +153,7 @@ def train(model: Any, run: Run, arm: Arm, data: Data, protocol: Protocol, scratc
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
-    split(model, arm, data.windows[:SPLIT_WINDOWS])
+    split(model, arm, data.windows)
     callbacks: list[Any] = [watch]
     if arm.training == "recalibrated":
         callbacks.append(recalibration(model, data, protocol))

@@ -13,6 +13,7 @@ from .protocol import Run
 
 SLOW = 8.0  # by how much the rate of A is lower in the training "slow A"
 SCALED = 6.0  # ratio of the entries of A to those of B, in the training "scaled"
+_WINDOWS = 16  # training windows whose inputs are used in the training "input power"
 DECAY = 10.0  # share of the way back to the start that a step goes, for each unit of the rate, in the training "decay"
 
 
@@ -22,12 +23,12 @@ def split(model: Any, arm: Arm, windows: Tensor) -> None:
     Args:
         model: a `PeftModel` with the start.
         arm: the arm.
-        windows: token ids, (batch, tokens), whose inputs of each layer are used.
+        windows: token ids of the training, (batch, tokens), of which the first give the inputs of each layer.
     """
     if arm.training == "scaled":
         scale_factors(model, SCALED)
     elif arm.training == "input power":
-        balance_by_inputs(model, windows)
+        balance_by_inputs(model, windows[:_WINDOWS])
 
 
 def adapted(model: Any) -> Iterator[tuple[Any, Any]]:

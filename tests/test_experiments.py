@@ -200,9 +200,14 @@ def test_two_adapters_train_as_one_with_frozen_directions(bench):
             torch.testing.assert_close(trained, fresh[name].grad, rtol=1e-4, atol=1e-6)
 
 
+def started(bench):
+    """A model with a start of which all factors are trained."""
+    run = Run("best", 4)
+    return model_of(run, ARMS["best"], bench.start(run), bench.protocol)
+
+
 def test_factors_are_scaled_against_each_other_alone(bench):
-    bench.carry_out(Run("best", 4))
-    model = model_of(Run("best", 4), ARMS["best"], bench.folder / "starts" / "best-train-r4", bench.protocol)
+    model = started(bench)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     product = (second @ first).detach().clone()
@@ -215,8 +220,7 @@ def test_factors_are_scaled_against_each_other_alone(bench):
 
 
 def test_factors_are_balanced_by_their_inputs(bench):
-    bench.carry_out(Run("best", 4))
-    model = model_of(Run("best", 4), ARMS["best"], bench.folder / "starts" / "best-train-r4", bench.protocol)
+    model = started(bench)
     windows = bench.data().windows[:4]
     products = [(second.weight @ first.weight).detach() for first, second in adapted(model)]
     balance_by_inputs(model, windows)
@@ -230,8 +234,7 @@ def test_factors_are_balanced_by_their_inputs(bench):
 
 
 def test_weights_decay_towards_the_start(bench):
-    bench.carry_out(Run("best", 4))
-    model = model_of(Run("best", 4), ARMS["best"], bench.folder / "starts" / "best-train-r4", bench.protocol)
+    model = started(bench)
     optimizer = optimizer_of(model, Run("x", rate=0.01), ARMS["best-decay"])
     (first, _), *_ = adapted(model)
     start = first.weight.detach().clone()

@@ -17,7 +17,7 @@ def with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
     """Return a model with an adapter, loaded by stock PEFT.
 
     Raises:
-        ModelError: if PEFT does not load it, or only a part of it; the model is then as it was.
+        ModelError: if PEFT does not load it, or only a part of it, which is taken off again.
     """
     from peft import PeftModel
 

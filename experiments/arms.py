@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from quailora.families import AdaLora, Dora, Family, FourierFT, GraLora, Miss, Shira
+
 Base = Literal["full precision", "int8", "nf4", "own"]
 Training = Literal[
     "all", "frozen", "slow A", "scaled", "half", "twice", "four times", "recalibrated", "input power", "decay"
@@ -29,19 +31,27 @@ class Arm:
             "scaled" makes A larger and B smaller before training, by the same factor, and "input power" splits the
             start by the inputs of each layer. "decay" lets the factors decay towards the start. "recalibrated" fits
             them again after each third of the training.
+        family: kind of adapter; LoRA if None.
+        size: what the family has in place of the rank of LoRA that is as large, where that is another number.
     """
 
     title: str
     base: Base = "nf4"
     recipe: str | None = None
     training: Training = "all"
+    family: Family | None = None
+    size: int | None = None
 
     def start_rank(self, rank: int) -> int:
         """Return the rank of the start in a run of a rank."""
+        if self.size is not None:
+            return self.size
         return int(rank * _FROZEN.get(self.training, 1))
 
     def trained_rank(self, rank: int) -> int:
         """Return how many directions are trained in a run of a rank."""
+        if self.size is not None:
+            return self.size
         return rank // 2 if self.training == "half" else rank
 
     @property
@@ -77,3 +87,20 @@ ARMS = {
     "best-decay": Arm("NF4, `best`, decay towards the start", recipe="best", training="decay"),
     "best-recalibrated": Arm("NF4, `best`, recalibrated", recipe="best", training="recalibrated"),
 }
+
+_FAMILIES: dict[str, tuple[str, Family, int | None]] = {
+    "dora": ("DoRA", Dora(), None),
+    "adalora": ("AdaLoRA", AdaLora(total_step=120, target_r=8, tinit=20, tfinal=40), None),
+    "shira": ("SHiRA", Shira(), None),
+    "gralora": ("GraLoRA", GraLora(), None),
+    "miss": ("MiSS", Miss(), 32),
+    "fourierft": ("FourierFT", FourierFT(n_frequency=23_000), None),
+}
+"""Families other than LoRA, about as large as LoRA of rank 16: title, family, and rank where that is another number."""
+
+for _name, (_title, _family, _size) in _FAMILIES.items():
+    ARMS[_name] = Arm(f"{_title}, stock start", family=_family, size=_size)
+    ARMS[f"{_name}-best"] = Arm(f"{_title}, `best`", recipe="best", family=_family, size=_size)
+
+FAMILY_ARMS = tuple(name for name, arm in ARMS.items() if arm.family is not None)
+"""The arms of families other than LoRA."""

@@ -71,21 +71,22 @@ class Experiment:
         """
         self._store.add(self._bench.carry_out(Run(arm, rank, rate, seed, calibration, curve)))
 
-    def queue(self, workers: int = 1, hours: float = 1000.0) -> None:
+    def queue(self, workers: int = 1, hours: float = 1000.0, families: bool = False) -> None:
         """Carry out the runs that are left, most important first. Can be stopped at any time, and started again.
 
         Args:
             workers: processes, each on its share of the cores. Two on two cores do 15 % more runs than one.
             hours: hours after which no further run is begun.
+            families: compare families of adapters, in place of starts of LoRA.
         """
         if workers > 1:
-            self._share(workers, hours)
+            self._share(workers, hours, families=families)
             return
-        end = time.monotonic() + 3600 * hours
+        end, store = time.monotonic() + 3600 * hours, self._of(families=families)
         while time.monotonic() < end:
-            chosen = claim(self._bench, self._store)
+            chosen = claim(self._bench, store, families=families)
             if chosen is None:
-                if not any(map(self._bench.waits, left_of(self._bench, self._store))):
+                if not any(map(self._bench.waits, left_of(self._bench, store, families=families))):
                     return
                 time.sleep(_PATIENCE)
                 continue
@@ -93,15 +94,19 @@ class Experiment:
             began = time.monotonic()
             try:
                 row = self._bench.carry_out(one)
-                self._store.add(row)
+                store.add(row)
             finally:
                 lock.release()
             loss = fmean(row["after"]["all"])
             logger.warning("%s: %.4f nats a token on held-out pairs, %.0f s", one.key, loss, time.monotonic() - began)
 
-    def left(self) -> None:
-        """Print the runs that are left, most important first."""
-        for candidate in left_of(self._bench, self._store):
+    def left(self, families: bool = False) -> None:
+        """Print the runs that are left, most important first.
+
+        Args:
+            families: those that compare families of adapters, in place of starts of LoRA.
+        """
+        for candidate in left_of(self._bench, self._of(families=families), families=families):
             print(candidate.key)
 
     def finish(self, arm: str, rate: float, rank: int = 16, seed: int = 0, recipe: str = "best") -> None:
@@ -201,27 +206,32 @@ class Experiment:
     def _kept(self, kind: str = "") -> Store:
         return Store(self._bench.protocol, self._results, kind)
 
-    def _share(self, workers: int, hours: float) -> None:
+    def _of(self, *, families: bool) -> Store:
+        """Return the store of the runs that compare families, or of those that compare starts of LoRA."""
+        return self._kept("families") if families else self._store
+
+    def _share(self, workers: int, hours: float, *, families: bool) -> None:
         """Let other processes carry out the queue."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
         options = [f"--texts={self._bench.texts}", f"--protocol={self._bench.protocol.name}"]
         options += [f"--folder={self._bench.folder.parent}", f"--results={self._results}"]
         command = [sys.executable, "-m", "experiments", *options, "queue", f"--hours={hours}"]
+        command += ["--families=true"] * families
         processes = [subprocess.Popen(command, env=environment) for _ in range(workers)]
         failed = [process for process in processes if process.wait()]
         if failed:
             sys.exit(f"{len(failed)} of {workers} workers have failed; what is above says why.")
 
 
-def left_of(bench: Bench, store: Store) -> list[Run]:
+def left_of(bench: Bench, store: Store, *, families: bool = False) -> list[Run]:
     """Return the runs that are left for this device, most important first."""
-    return outstanding(bench.protocol, store.rows(), device_name())
+    return outstanding(bench.protocol, store.rows(), device_name(), families=families)
 
 
-def claim(bench: Bench, store: Store) -> tuple[Run, FileLock] | None:
+def claim(bench: Bench, store: Store, *, families: bool = False) -> tuple[Run, FileLock] | None:
     """Return the first run that no other process is at, with the lock that keeps it; None if there is none now."""
     bench.folder.mkdir(parents=True, exist_ok=True)
-    for candidate in left_of(bench, store):
+    for candidate in left_of(bench, store, families=families):
         if bench.waits(candidate):
             continue
         lock = FileLock(bench.folder / f"{candidate.key}.lock")
@@ -231,6 +241,6 @@ def claim(bench: Bench, store: Store) -> tuple[Run, FileLock] | None:
             continue
         if candidate.key in store.done():  # finished between reading and locking
             lock.release()
-            return claim(bench, store)
+            return claim(bench, store, families=families)
         return candidate, lock
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .families import family_table
 from .plan import reference_rank
 from .plots import draw_curves, draw_ranks, draw_rates
 from .protocol import Protocol
@@ -67,6 +68,11 @@ def parts(protocol: Protocol) -> dict[str, str]:
     }
 
 
+def of_families(protocol: Protocol) -> dict[str, str]:
+    """Return the table of docs/families.md by the name that its place has there."""
+    return {"trained": family_table(Store(protocol, kind="families").rows(), reference_rank(protocol))}
+
+
 def filled(page: str, tables: dict[str, str]) -> str:
     """Return a page with each table between its `<!-- begin NAME -->` and `<!-- end NAME -->`.
 
@@ -85,7 +91,8 @@ def filled(page: str, tables: dict[str, str]) -> str:
 
 def draw_all(protocol: Protocol, page: Path, readme: Path) -> None:
     """Write the tables into the page and the README, and the plots beside the page."""
-    for file, tables in ((page, parts(protocol)), (readme, in_short(protocol))):
+    others = page.with_name("families.md"), of_families(protocol)
+    for file, tables in ((page, parts(protocol)), (readme, in_short(protocol)), others):
         file.write_text(filled(file.read_text(encoding="utf-8"), tables), encoding="utf-8")
     rank, results = reference_rank(protocol), Store(protocol).rows()
     draw_rates(results, rank, SHOWN, page.with_name("worth-rates.svg"))

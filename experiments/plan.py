@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from .arms import FAMILY_ARMS
 from .protocol import Protocol, Run
 
 MAIN = ("int8", "qlora", "best-frozen", "best", "best-joint-frozen", "distilled-frozen", "distilled-joint-frozen")
@@ -35,17 +36,18 @@ Row = Mapping[str, Any]
 Results = Sequence[Row]
 
 
-def outstanding(protocol: Protocol, results: Results, device: str) -> list[Run]:
+def outstanding(protocol: Protocol, results: Results, device: str, *, families: bool = False) -> list[Run]:
     """Return the runs that are still to be carried out, in order.
 
     Args:
         protocol: the protocol.
         results: all results, on any device.
         device: name of the device that they are carried out on.
+        families: the runs that compare families of adapters, in place of those that compare starts of LoRA.
     """
     done = {row["key"] for row in results if row["device"] == device}
     seen: dict[str, Run] = {}
-    for run in planned(protocol, results):
+    for run in (planned_families if families else planned)(protocol, results):
         seen.setdefault(run.key, run)
     return [run for key, run in seen.items() if key not in done]
 
@@ -67,6 +69,22 @@ def planned(protocol: Protocol, results: Results) -> Iterator[Run]:
         if rate is not None:
             yield from (Run(arm, rank, rate, seed, text) for text in ("wikitext2", "c4") for seed in protocol.seeds)
     yield from everything(protocol, rank)
+
+
+FAMILY_RATES = (8e-4, 1.6e-3, 3.2e-3)
+"""Learning rates that every family is tried with at first; others follow where the best is at an edge."""
+
+
+def planned_families(protocol: Protocol, results: Results) -> Iterator[Run]:
+    """Yield the runs that compare stock starts of other families than LoRA with fitted ones; LoRA is among them."""
+    rank, arms = reference_rank(protocol), ("int8", "qlora", "best", *FAMILY_ARMS)
+    for rate in FAMILY_RATES:
+        yield from (Run(arm, rank, rate, protocol.seeds[0], curve=True) for arm in arms)
+    for arm in arms:
+        yield from beyond_the_edge(protocol, results, arm, rank)
+    for seed in protocol.seeds[1:2]:
+        best = ((arm, best_rate(results, arm, rank)) for arm in arms)
+        yield from (Run(arm, rank, rate, seed, curve=True) for arm, rate in best if rate is not None)
 
 
 def everything(protocol: Protocol, rank: int) -> Iterator[Run]:

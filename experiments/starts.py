@@ -41,6 +41,7 @@ def start_folder(
                 arm.recipe,
                 calibration_batches(calibration, texts, tokenizer, data, protocol),
                 scaling=LoraScaling(arm.start_rank(rank)),
+                family=arm.family,
                 out=Output(place, save_base=arm.base == "own"),
             )
     return place
@@ -50,7 +51,8 @@ def start_place(arm: Arm, rank: int, calibration: CalibrationText, folder: Path)
     """Return the folder of the start of an arm, whether or not it is there; None for plain LoRA."""
     if arm.recipe is None:
         return None
-    return folder / f"{arm.recipe}-{calibration}-r{arm.start_rank(rank)}"
+    family = "" if arm.family is None else f"{arm.family.name}-"
+    return folder / f"{family}{arm.recipe}-{calibration}-r{arm.start_rank(rank)}"
 
 
 def being_made(place: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +22,8 @@ from transformers import (
     set_seed,
 )
 
-from quailora import RecalibrationCallback
+from quailora import LoraScaling, RecalibrationCallback
+from quailora.families import Family
 from quailora.models.load import resolve_device
 from quailora.models.locate import resolve
 
@@ -33,6 +34,8 @@ from .scoring import held_out_losses
 from .ways import optimizer_of, split
 
 _WARM_UP = 0.05  # share of the steps
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""The layers of SmolLM2 that get an adapter; not every family of PEFT knows the name all-linear."""
 
 
 def model_of(run: Run, arm: Arm, start: Path | None, protocol: Protocol) -> Any:
@@ -40,12 +43,35 @@ def model_of(run: Run, arm: Arm, start: Path | None, protocol: Protocol) -> Any:
     base = base_of(arm, start, protocol)
     set_seed(run.seed)
     rank = arm.trained_rank(run.rank)
+    if start is None and arm.family is not None:
+        return get_peft_model(base, stock_config(arm.family, rank))
     fresh = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     if start is None:
         return get_peft_model(base, fresh)
     if arm.keeps_its_start:
         return frozen(base, start, fresh)
     return PeftModel.from_pretrained(base, start, is_trainable=True)
+
+
+def stock_config(family: Family, rank: int) -> Any:
+    """Return PEFT's configuration of an adapter of a family that starts as PEFT starts it."""
+    sizes = LoraScaling(rank).as_config()
+    arguments = {name: value for name, value in family.config(sizes).items() if not name.startswith("init_")}
+    if family.name == "adalora":
+        arguments["init_r"] = rank
+    config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[family.peft_type]
+    return config(**arguments, target_modules=TARGETS, task_type="CAUSAL_LM")
+
+
+class Pruning(TrainerCallback):
+    """Lets AdaLoRA prune directions after each step, as its authors do."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def on_optimizer_step(self, _: Any, state: Any, __: Any, **___: Any) -> None:
+        """Note how much each direction matters, from its gradients, and prune."""
+        self.model.base_model.update_and_allocate(state.global_step + 1)
 
 
 def base_of(arm: Arm, start: Path | None, protocol: Protocol) -> Any:
@@ -155,6 +181,8 @@ def train(model: Any, run: Run, arm: Arm, data: Data, protocol: Protocol, scratc
     )
     split(model, arm, data.windows)
     callbacks: list[Any] = [watch]
+    if arm.family is not None and arm.family.name == "adalora":
+        callbacks.append(Pruning(model))
     if arm.training == "recalibrated":
         callbacks.append(recalibration(model, data, protocol))
     trainer = Trainer(

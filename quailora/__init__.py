@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from .errors import QuailoraError
     from .evaluation.load import load
+    from .families import FAMILIES, Correction, Family
     from .layer.initializer import Initializer, LayerInitialization
     from .methods.method import Method
     from .methods.recipes import RECIPES, Recipe
@@ -57,6 +58,7 @@ _HOMES = {
     ),
     "errors": ("QuailoraError",),
     "evaluation.load": ("load",),
+    "families": ("FAMILIES", "Correction", "Family"),
     "layer.initializer": ("Initializer", "LayerInitialization"),
     "methods.method": ("Method",),
     "methods.recipes": ("RECIPES", "Recipe"),
@@ -75,6 +77,7 @@ _HOMES = {
 """The names that there are at top level, by the module that each is imported from; above, for type checkers."""
 
 __all__ = [
+    "FAMILIES",
     "FP4",
     "GPTQ",
     "HQQ",
@@ -86,9 +89,11 @@ __all__ = [
     "AlternatingLeastSquares",
     "AutoGPTQ",
     "Calibration",
+    "Correction",
     "Diagonal",
     "DiagonalWeighting",
     "ExistingBase",
+    "Family",
     "FisherWeighting",
     "Gram",
     "GramWeighting",

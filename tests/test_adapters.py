@@ -11,13 +11,16 @@ from families import make_model
 from peft import PeftModel
 from safetensors import safe_open
 
-from quailora import NF4, SVD, Initializer, LowRank, Zero
-from quailora.adapters.lora import LoraScaling, write_lora
+from quailora import NF4, SVD, Initializer, Zero
+from quailora.adapters.files import write_adapter
+from quailora.adapters.lora import LoraScaling
 from quailora.calibration.tokens import CalibrationTokens
 from quailora.calibration.walk import Walk
-from quailora.core.objective import Deferred
+from quailora.core.objective import Factors
 from quailora.errors import ConfigurationError
 from quailora.evaluation.evaluate import quantize_in_place
+from quailora.families import Lora
+from quailora.families.lora import lora_correction
 from quailora.methods.method import Method
 from quailora.models.layers import explicit_targets, linear_layers, select_layers
 from quailora.pipeline.run import ModelRun
@@ -49,7 +52,8 @@ def initialize(model, ids, scaling, solver=SVD(), targets="all-linear"):  # noqa
 
 
 def reload(model, folder, layers, corrections, scaling):
-    write_lora(folder, corrections, scaling, target_modules=explicit_targets(model, layers), base_model="base")
+    targets = explicit_targets(model, layers)
+    write_adapter(folder, corrections, Lora(), scaling, target_modules=targets, base_model="base")
     return PeftModel.from_pretrained(model, folder)
 
 
@@ -126,7 +130,8 @@ def test_zero_start_leaves_the_model_as_it_is_and_trains(ids, tmp_path):
     model = make_model("Llama")
     before = model(ids).logits
     layers, corrections = initialize(model, ids, LoraScaling(4), Zero())
-    write_lora(tmp_path, corrections, LoraScaling(4), target_modules=explicit_targets(model, layers), base_model="base")
+    targets = explicit_targets(model, layers)
+    write_adapter(tmp_path, corrections, Lora(), LoraScaling(4), target_modules=targets, base_model="base")
     wrapped = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
     torch.testing.assert_close(wrapped(ids).logits, before)
     wrapped(ids, labels=ids).loss.backward()
@@ -139,7 +144,8 @@ def test_every_direction_of_an_adapter_gets_gradients(ids, tmp_path):
     """No row and column are both zero, so training can use the whole rank."""
     model = make_model("Llama")
     layers, corrections = initialize(model, ids, LoraScaling(4))
-    write_lora(tmp_path, corrections, LoraScaling(4), target_modules=explicit_targets(model, layers), base_model="base")
+    targets = explicit_targets(model, layers)
+    write_adapter(tmp_path, corrections, Lora(), LoraScaling(4), target_modules=targets, base_model="base")
     wrapped = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
     wrapped(ids, labels=ids).loss.backward()
     gradients = {name: parameter.grad for name, parameter in wrapped.named_parameters() if "lora_B" in name}
@@ -159,7 +165,9 @@ def test_bad_scalings_are_refused(tmp_path):
         LoraScaling(4, alpha=0.0)
     with pytest.raises(ValueError, match="Expected a positive lora_alpha, got inf"):
         LoraScaling(4, alpha_pattern={"q_proj": math.inf})
-    correction = LowRank(torch.zeros(3, 8), torch.zeros(8, 3), 0.0, torch.zeros(3), Deferred.known(0.0))
+    correction = lora_correction(Factors(torch.zeros(8, 3), torch.zeros(3, 8)))
     with pytest.raises(ValueError, match="Expected rank 4 in layer, got 3"):
-        write_lora(tmp_path, {"layer": correction}, LoraScaling(4), target_modules=["layer"], base_model="base")
+        write_adapter(
+            tmp_path, {"layer": correction}, Lora(), LoraScaling(4), target_modules=["layer"], base_model="base"
+        )
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ FLOORS = (
     {"errors"},
     {"core", "support"},
     {"quantizers", "solvers", "models"},
+    {"families"},
     {"schedules", "bases", "calibration"},
     {"layer"},
     {"adapters"},

@@ -349,7 +349,8 @@ def test_list_names_every_component(run):
         assert name in shown
     assert all(f"{name} *" in shown for name in ("loftq", "caldera", "best-joint"))
     assert "best *" not in shown
-    assert shown.count("(default)") == 4
+    assert all(f"│ {name} " in shown for name in ("lora (default)", "dora", "adalora"))
+    assert shown.count("(default)") == 5
 
 
 def test_help_teaches(run):

@@ -163,8 +163,8 @@ def test_other_kinds_of_adapters_are_refused_by_name(original, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(original)
     plain = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     for told, config in {
-        "got DoRA, whose magnitudes": LoraConfig(r=4, use_dora=True, **plain),
-        "Expected a LoRA adapter in .*, got IA3": IA3Config(feedforward_modules=[], **plain),
+        "linear in its tensors, such as .*, got dora": LoraConfig(r=4, use_dora=True, **plain),
+        "linear in its tensors, such as .*, got ia3": IA3Config(feedforward_modules=[], **plain),
         "got .*q_proj.lora_B.bias": LoraConfig(r=4, **plain),
     }.items():
         folder = tmp_path / str(len(list(tmp_path.iterdir())))

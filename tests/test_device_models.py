@@ -16,6 +16,7 @@ from quailora.core.objective import Factors
 from quailora.errors import DoesNotFitError
 from quailora.evaluation.check import check
 from quailora.evaluation.scores import Corrected, measure
+from quailora.families.lora import lora_correction
 from quailora.methods.distillation import Distillation
 from quailora.methods.recipes import RECIPES
 from quailora.models.layers import linear_layers
@@ -133,7 +134,9 @@ def prepared(folder, device):
     generator = torch.Generator().manual_seed(0)
     quantized = {name: layer.weight.cpu().clone() for name, layer in layers.items()}
     factors = {
-        name: Factors(torch.zeros(layer.shape[0], 2), torch.randn(2, layer.shape[1], generator=generator) / 9)
+        name: lora_correction(
+            Factors(torch.zeros(layer.shape[0], 2), torch.randn(2, layer.shape[1], generator=generator) / 9)
+        )
         for name, layer in layers.items()
     }
     return model, layers, quantized, factors
@@ -172,9 +175,9 @@ def test_distillation_copies_quantized_weights_once_if_they_fit(tiny_llama, gpu,
         model, layers, quantized, factors, windows, "model"
     )
     copies = 4 if capacity else 1
-    start = sum(factor.nbytes for pair in factors.values() for factor in pair)
+    start = sum(tensor.nbytes for one in factors.values() for tensor in one.parameters.values())
     assert gpu.uploaded - before == copies * size + start + windows.nbytes
-    assert all(factor.device.type == "cuda" for pair in trained.values() for factor in pair)
+    assert all(tensor.device.type == "cuda" for one in trained.values() for tensor in one.parameters.values())
 
 
 def test_a_gpu_has_its_own_memory(tiny_llama, gpu, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from experiments.commands import Experiment, claim
 from experiments.cost import costs
 from experiments.curvature import top_eigenvalue
 from experiments.data import as_held_out, packed, tokens_of
-from experiments.draw import filled, in_short, parts
+from experiments.draw import filled, in_short, of_families, parts
 from experiments.finishing import finished, joined
 from experiments.plan import best_rate, outstanding
 from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
@@ -307,6 +307,8 @@ def test_the_page_has_the_tables_of_the_results():
     assert filled(page, parts(REFERENCE)) == page
     readme = README.read_text(encoding="utf-8")
     assert filled(readme, in_short(REFERENCE)) == readme
+    families = PAGE.with_name("families.md").read_text(encoding="utf-8")
+    assert filled(families, of_families(REFERENCE)) == families
     with pytest.raises(ValueError, match="one place for the table 'other'"):
         filled(page, {"other": ""})
 

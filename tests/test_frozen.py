@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 
-from quailora import NF4, RECIPES, LoraScaling, Output, freeze, initialize, initialize_model
+from quailora import NF4, RECIPES, LoraScaling, Output, freeze, initialize, initialize_model, load
 from quailora.adapters.wrapped import wrapped_layers
 from quailora.errors import ConfigurationError
 
@@ -75,9 +75,11 @@ def test_fresh_directions_get_the_gradients_of_plain_lora(folder):
         for name, layer in wrapped_layers(both, "default").items():
             layer.parameters.lora_A[4:] = wrapped_layers(plain, "default")[name].parameters.lora_A
     freeze(both, 4)
-    train(plain), train(both)
+    for model in (plain, both):  # by plain steps: Adam divides by the size of gradients, so that it amplifies rounding
+        train(model, optimizer=torch.optim.SGD([each for each in model.parameters() if each.requires_grad], 30.0))
     for name, layer in wrapped_layers(plain, "default").items():
         found = wrapped_layers(both, "default")[name].parameters
+        assert layer.parameters.lora_B.abs().max() > 1e-3
         torch.testing.assert_close(found.lora_A[4:], layer.parameters.lora_A, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.lora_B[:, 4:], layer.parameters.lora_B, rtol=1e-4, atol=1e-5)
 
@@ -183,3 +185,35 @@ def test_experts_are_not_frozen(tmp_path):
             targets=["experts"],
             out=Output(tmp_path / "a", save_base=True),
         )
+
+
+def moved(model, before):
+    """Return whether training has changed the first and the last direction of each layer."""
+    found = {name: layer.kept().lora_A for name, layer in wrapped_layers(model, "default").items()}
+    return {
+        (not torch.equal(found[name][0], before[name][0]), not torch.equal(found[name][-1], before[name][-1]))
+        for name in found
+    }
+
+
+def test_another_call_without_a_frozen_rank_trains_all_directions(folder):
+    """As when the cell of a notebook is run again with other arguments."""
+    model = fresh(folder, 6)
+    for frozen, expected in ((4, (False, True)), (None, (True, True)), (2, (False, True))):
+        initialize(model, BATCHES, frozen_rank=frozen)
+        before = {name: layer.kept().lora_A for name, layer in wrapped_layers(model, "default").items()}
+        train(model)
+        assert moved(model, before) == {expected}
+
+
+def test_what_is_loaded_to_be_trained_stays_frozen(folder, tmp_path):
+    """The folder of `init`, and what training has saved of an adapter in memory, say what is frozen."""
+    init(str(folder), out=str(tmp_path / "written"), rank=6, frozen_rank=4, samples=4, sequence_length=32)
+    model = fresh(folder, 6)
+    initialize(model, BATCHES, frozen_rank=4)
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("written", "saved"):
+        loaded = load(tmp_path / name, trainable=True)
+        before = {layer: one.kept().lora_A for layer, one in wrapped_layers(loaded, "default").items()}
+        train(loaded)
+        assert moved(loaded, before) == {(False, True)}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import quailora
 from quailora import NF4, Calibration, LoraScaling, Optimal, Output, TextSource, Uniform
-from quailora.adapters.lora import scaled_factors
+from quailora.adapters.files import stored_parameters
 from quailora.calibration.tokens import CalibrationTokens
 from quailora.cli.main import main
 from quailora.errors import CalibrationError, ConfigurationError, ModelError, OutputExistsError
@@ -33,11 +33,11 @@ def by_command(tiny_llama, tmp_path_factory):
 
 
 def assert_same(result, expected, scaling=SCALING):
-    found = {name: scaled_factors(name, correction, scaling) for name, correction in result.corrections.items()}
+    found = {name: stored_parameters(name, correction, scaling) for name, correction in result.corrections.items()}
     assert len(found) == len(expected) // 2
-    for name, (lora_B, lora_A) in found.items():
-        assert torch.equal(lora_A, expected[f"base_model.model.{name}.lora_A.weight"])
-        assert torch.equal(lora_B, expected[f"base_model.model.{name}.lora_B.weight"])
+    for name, parameters in found.items():
+        for end, tensor in parameters.items():
+            assert torch.equal(tensor, expected[f"base_model.model.{name}.{end}"])
 
 
 def windows_of(model):
@@ -110,15 +110,15 @@ def test_the_result_is_written_or_loaded_into_a_peft_model(tiny_llama, tmp_path)
         if "lora_" in name:
             assert torch.equal(parameter, stored[name.replace(".default", "")])
     other = get_peft_model(load_model(str(tiny_llama)).model, LoraConfig(r=3, target_modules="all-linear"))
-    with pytest.raises(ValueError, match="Expected factors of shapes"):
+    with pytest.raises(ValueError, match="Expected tensors of shapes"):
         result.load_into(other)
 
 
 def test_what_is_asked_for_twice_or_not_at_all_is_refused(tiny_llama):
     method = quailora.RECIPES["quailora"].method(NF4(), SCALING)
-    with pytest.raises(ConfigurationError, match="has a scaling and a base of its own"):
+    with pytest.raises(ConfigurationError, match="has a scaling, a base and a family of its own"):
         quailora.initialize_model(str(tiny_llama), method, CALIBRATION, scaling=SCALING)
-    with pytest.raises(ConfigurationError, match="has a scaling and a base of its own"):
+    with pytest.raises(ConfigurationError, match="has a scaling, a base and a family of its own"):
         quailora.initialize_model(str(tiny_llama), method, CALIBRATION, base=Uniform())
     with pytest.raises(ModelError, match="Expected a causal language model of transformers, its name or its folder"):
         quailora.initialize_model(torch.nn.Linear(3, 3), method, CALIBRATION)

@@ -23,7 +23,7 @@ def inputs(seed, tokens=50, columns=7):
 def assert_same(found, expected, scale=1.0):
     assert found.tokens == expected.tokens
     torch.testing.assert_close(found.gap, expected.gap, rtol=1e-5, atol=1e-7 * scale)
-    for name in ("second_moment", "mean_magnitude"):
+    for name in ("second_moment", "mean_magnitude", "mean"):
         one, other = getattr(found.quantized, name), getattr(expected.quantized, name)
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * scale)
 
@@ -59,6 +59,7 @@ def test_merging_in_any_order_equals_accumulating_at_once(seed, cuts):
         assert rest.tokens == expected.tokens
         torch.testing.assert_close(rest.second_moment, expected.second_moment, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(rest.mean_magnitude, expected.mean_magnitude, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rest.mean, expected.mean, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("counts", [(30, 20), (50, 0), (0, 50)])
@@ -72,7 +73,10 @@ def test_pooling_is_merging_over_processes(counts):
         torch.tensor(second.tokens),
         *(
             mean * second.tokens / max(1, total)
-            for mean in (second.quantized._mean, second.quantized._magnitude, second.gap)
+            for mean in (
+                *(second.quantized._mean, second.quantized._magnitude, second.quantized._average),
+                second.gap,
+            )
         ),
     ]
     first.pool(lambda tensor: tensor.add_(others.pop(0)))

@@ -13,6 +13,7 @@ from quailora.calibration.windows import Calibration
 from quailora.core.objective import Factors
 from quailora.errors import ConfigurationError, NumericalError
 from quailora.evaluation.scores import Corrected, measure
+from quailora.families.lora import lora_correction
 from quailora.methods.distillation import Distillation, corrected, next_token_loss
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
@@ -29,7 +30,7 @@ def test_distillation_lowers_the_divergence_and_leaves_the_model(tiny_llama, tok
     for name, layer in layers.items():
         found = Initializer(Uniform(bits=2), SVD(), 4)(layer.weight)
         quantized[name] = found.quantized.dequantize()
-        factors[name] = Factors(found.low_rank.lora_B, found.low_rank.lora_A)
+        factors[name] = found.correction
     distillation = Distillation(steps=20, batch=2, sequence_length=64, learning_rate=3e-3)
     windows = distillation.windows(source, tokenizer)
     trained = distillation.train(model, layers, quantized, factors, windows, "model")
@@ -49,7 +50,8 @@ def test_plain_fine_tuning_lowers_the_loss_on_its_text(tiny_llama, tokenizer):
     layers = linear_layers(model)
     weights = {name: layer.weight.clone() for name, layer in layers.items()}
     factors = {
-        name: Factors(torch.zeros(each.shape[0], 4), torch.randn(4, each.shape[1]) / 8) for name, each in layers.items()
+        name: lora_correction(Factors(torch.zeros(each.shape[0], 4), torch.randn(4, each.shape[1]) / 8))
+        for name, each in layers.items()
     }
     distillation = Distillation(steps=20, batch=2, sequence_length=64, learning_rate=3e-3, target="text")
     windows = distillation.windows(TextCalibration(Calibration(samples=8, sequence_length=64)), tokenizer)
@@ -66,15 +68,17 @@ def test_the_correction_in_training_is_that_of_the_adapter(tiny_llama):
     layers = linear_layers(model)
     generator = torch.Generator().manual_seed(0)
     factors = {
-        name: Factors(
-            torch.randn(layer.shape[0], 3, generator=generator), torch.randn(3, layer.shape[1], generator=generator)
+        name: lora_correction(
+            Factors(
+                torch.randn(layer.shape[0], 3, generator=generator), torch.randn(3, layer.shape[1], generator=generator)
+            )
         )
         for name, layer in layers.items()
     }
     weights = {name: layer.weight.clone() for name, layer in layers.items()}
     ids = torch.arange(32)[None]
     with torch.no_grad():
-        with corrected(layers, factors):
+        with corrected(layers, factors, weights):
             found = model(ids).logits
         with replaced(layers, Corrected(weights, factors)):
             expected = model(ids).logits
@@ -98,7 +102,8 @@ def test_bad_training_is_refused(tiny_llama, tmp_path):
     layers = linear_layers(model)
     weights = {name: layer.weight * float("nan") for name, layer in layers.items()}
     factors = {
-        name: Factors(torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1])) for name, layer in layers.items()
+        name: lora_correction(Factors(torch.ones(layer.shape[0], 1), torch.ones(1, layer.shape[1])))
+        for name, layer in layers.items()
     }
     distillation = Distillation(steps=1, batch=1, sequence_length=8)
     with pytest.raises(NumericalError, match="The loss of step 1 is nan"):

@@ -22,6 +22,7 @@ from quailora.adapters.lora import LoraScaling
 from quailora.core.paired import PairedStatistics
 from quailora.core.weightings import FisherWeighting, GramWeighting, IdentityWeighting, Sensitivity, ShrunkWeighting
 from quailora.errors import CalibrationError, ConfigurationError
+from quailora.families import Lora
 from quailora.layer.asymmetric import initialize_asymmetric
 from quailora.methods.recipes import RECIPES, find_recipe
 from quailora.schedules import SRR, Alternate, HeldOut, Once, ProjQ, Schedule
@@ -215,7 +216,7 @@ def test_alternation_by_hand(start):
 )
 def test_the_best_iterate_is_kept(schedule, base):
     """Of all that the schedule has solved for; on layers where that is not always the same one, nor the last one."""
-    solve = partial(Optimal().minimise, rank=4)
+    solve = partial(Lora(Optimal()).fit, rank=4)
     best = []
     for problem in (*(make_problem(24, 64, "decaying", seed=seed) for seed in range(4)), planted()):
         layer, errors = QuantizedLayer.of(base, problem.weight, problem.statistics), {}
@@ -329,7 +330,7 @@ def test_the_rounding_is_chosen_by_the_tokens_that_are_held_out():
     schedule = HeldOut(Once(), (0.01, 1.0))
     nearest = base.with_least_error()
     candidates = [base, nearest, nearest.with_feedback(0.01), nearest.with_feedback(1.0)]
-    solve = partial(Optimal().minimise, rank=2)
+    solve = partial(Lora(Optimal()).fit, rank=2)
     layer = QuantizedLayer.of(base, problem.weight, problem.statistics)
     part_layer = QuantizedLayer.of(base, problem.weight, part)
     for candidate in candidates:

@@ -45,6 +45,22 @@ def test_save_and_load(tmp_path, generator):
     assert loaded.tokens == 50
     torch.testing.assert_close(loaded.second_moment, statistics.second_moment, rtol=0, atol=0)
     torch.testing.assert_close(loaded.mean_magnitude, statistics.mean_magnitude, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.mean, statistics.mean, rtol=0, atol=0)
+
+
+def test_the_mean_is_unknown_where_a_part_is(tmp_path, generator):
+    """Tokens of which only a Gram is known, and files of earlier versions, have no mean; nothing makes one up."""
+    inputs = torch.randn(50, 8, generator=generator, dtype=torch.float64)
+    known = InputStatistics.from_inputs(inputs)
+    torch.testing.assert_close(known.mean, inputs.mean(0))
+    without = InputStatistics(8)
+    without.add(inputs.T @ inputs, 50)
+    assert without.mean is None
+    assert known.merge(without).mean is None
+    assert without.merge(known).mean is None
+    without.save(tmp_path / "statistics.safetensors")
+    assert InputStatistics.load(tmp_path / "statistics.safetensors").mean is None
+    torch.testing.assert_close(known.merge(InputStatistics(8)).mean, inputs.mean(0))
 
 
 def test_foreign_file_is_refused(tmp_path):

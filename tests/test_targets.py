@@ -11,14 +11,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quailora import LowRank
-from quailora.adapters.lora import LoraScaling, expert_stacks, write_lora
+from quailora.adapters.files import write_adapter
+from quailora.adapters.lora import LoraScaling, expert_stacks
 from quailora.adapters.peft_check import dropped
 from quailora.adapters.written import check_files
 from quailora.calibration.empty_pass import empty_inputs, find_reach
 from quailora.calibration.walk import collect_statistics
-from quailora.core.objective import Deferred
+from quailora.core.objective import Factors
 from quailora.errors import ModelError, NumericalError, TargetError
+from quailora.families import Lora
+from quailora.families.lora import lora_correction
 from quailora.models.layers import all_layers, explicit_targets, linear_layers, select_layers, stock_quantizes
 from quailora.pipeline.targets import plan_adapter, typed_targets
 
@@ -145,7 +147,7 @@ def test_tensors_in_the_wrong_place_are_found(tiny_llama, monkeypatch):
     """Names and shapes can be right and the layers wrong: the check follows each tensor."""
     model = empty(AutoModelForCausalLM.from_pretrained(tiny_llama).config)
     layers = select_layers(model, ["gate_proj", "up_proj"])
-    assert dropped(model, layers, LoraScaling(4), run=True) == set()
+    assert dropped(model, layers, LoraScaling(4), Lora(), run=True) == set()
     plain = peft.set_peft_model_state_dict
 
     def swapping(adapted, tensors, **options):
@@ -157,7 +159,7 @@ def test_tensors_in_the_wrong_place_are_found(tiny_llama, monkeypatch):
         return plain(adapted, swapped, **options)
 
     monkeypatch.setattr(peft, "set_peft_model_state_dict", swapping)
-    assert dropped(model, layers, LoraScaling(4), run=False) == set(layers)
+    assert dropped(model, layers, LoraScaling(4), Lora(), run=False) == set(layers)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral"])
@@ -166,8 +168,9 @@ def test_written_files_are_read_back(family, tmp_path, generator):
     layers, scaling = all_layers(model), LoraScaling(4, 8.0)
     corrections = {name: random_correction(layer.shape, generator) for name, layer in layers.items()}
     targets = explicit_targets(model, layers)
-    write_lora(tmp_path, corrections, scaling, target_modules=targets, base_model="base", experts=expert_stacks(layers))
-    check = (tmp_path, empty(model.config), layers, corrections, scaling)
+    stacks = expert_stacks(layers)
+    write_adapter(tmp_path, corrections, Lora(), scaling, target_modules=targets, base_model="base", experts=stacks)
+    check = (tmp_path, empty(model.config), layers, corrections, Lora(), scaling)
     check_files(*check)
     file = tmp_path / "adapter_model.safetensors"
     wrote = load_file(file)
@@ -188,4 +191,4 @@ def test_written_files_are_read_back(family, tmp_path, generator):
 
 def random_correction(shape, generator):
     lora_A, lora_B = torch.randn(4, shape[1], generator=generator), torch.randn(shape[0], 4, generator=generator)
-    return LowRank(lora_A, lora_B, 0.0, torch.zeros(4), Deferred.known(0.0))
+    return lora_correction(Factors(lora_B, lora_A))

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
-from third_party import TAKEN_OFF, Careful, Loudness, Signs, TakenOff
+from safetensors.torch import load_file
+from third_party import TAKEN_OFF, Careful, Inputwise, Loudness, Signs, TakenOff
 
 from quailora.methods.recipes import RECIPES
-from quailora.testing import check_quantizer, check_schedule, check_solver
+from quailora.testing import check_family, check_quantizer, check_schedule, check_solver
 
 PLUGIN = ["--plugin", "third_party"]
 FAST = ["--samples", "4", "--sequence-length", "64", "--rank", "4"]
@@ -34,6 +36,43 @@ def test_its_parts_keep_the_laws():
     check_solver(Careful(), weighting=Loudness())
     check_schedule(TakenOff(), never_worse=True)
     check_schedule(TakenOff(), quantizer=Signs(), solver=Careful())
+    check_family(Inputwise())
+    check_family(Inputwise(skip=1))
+
+
+def test_a_family_from_init_to_compare(run, tiny_llama, tmp_path):
+    """A kind of adapter of a package: its fields on the command line, its files in stock PEFT, its rows beside LoRA."""
+    words = ["--family", "inputwise", "--family.skip", "1", *PLUGIN]
+    status, shown, error = run("init", tiny_llama, "--out", tmp_path / "adapter", *FAST, *words)
+    assert status == 0, error
+    assert "the same family, uncalibrated" in shown
+    config = yaml.safe_load((tmp_path / "adapter" / "config.yaml").read_text(encoding="utf-8"))
+    assert config["family"] == {"class_path": "third_party.family.Inputwise", "init_args": {"skip": 1}}
+    again = ["--config", tmp_path / "adapter" / "config.yaml", "--out", tmp_path / "again", *PLUGIN]
+    status, _, error = run("init", tiny_llama, *again)
+    assert status == 0, error
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    status, shown, error = run("evaluate", tiny_llama, "--adapter", tmp_path / "adapter", *SHORT, *PLUGIN)
+    assert status == 0, error
+    status, shown, error = run("check", tmp_path / "adapter", "--base", tiny_llama, *PLUGIN)
+    assert status == 0, error
+    families = ["--families", "inputwise", "--recipes", "qera-exact", "--ranks", "4", *PLUGIN]
+    fast = [
+        "--samples",
+        "4",
+        "--sequence-length",
+        "64",
+        "--windows",
+        "1",
+        "--window-length",
+        "64",
+        "--baselines",
+        "int8",
+    ]
+    status, shown, error = run("compare", tiny_llama, "--out", tmp_path / "rows", *families, *fast)
+    assert status == 0, error
+    assert "qera-exact r4 inputwise 4" in shown
 
 
 @pytest.fixture

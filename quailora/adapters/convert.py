@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from ..core.objective import Factors
 from ..errors import ConfigurationError
 from ..support.files import StrPath, as_str, check_writable, folder_of, new_folder, write_json, write_tensors
 from ..support.tables import print_table
+from .convert_linear import is_plain_lora, linear_change
 from .hub import adapter_folder
 from .lora import LoraScaling
 from .provenance import read_provenance
@@ -28,8 +30,8 @@ class Conversion:
 
     Attributes:
         out: folder of the new adapter.
-        rank: rank of its layers, except for those that a pattern names.
-        layers: number of pairs of factors in it.
+        rank: rank of its layers, except for those that a pattern names; 0 for families other than LoRA.
+        layers: number of pairs of factors in it, or of its tensors for families other than LoRA.
     """
 
     out: Path
@@ -38,7 +40,9 @@ class Conversion:
 
     def show(self) -> None:
         """Print a line."""
-        rows = [["layers", str(self.layers)], ["rank", str(self.rank)]]
+        rows = (
+            [["layers", str(self.layers)], ["rank", str(self.rank)]] if self.rank else [["tensors", str(self.layers)]]
+        )
         print_table(f"{self.out}: for the full-precision model", ("what", "number"), rows)
 
 
@@ -49,7 +53,8 @@ def convert(
 
     An adapter of `init` makes up for the error of one quantized base. On the full-precision model it would *add* that
     error, so it must not be merged there. What training changed can go there: `s (B A - B0 A0)`, exactly, as an adapter
-    of twice the rank, which PEFT loads and merges.
+    of twice the rank, which PEFT loads and merges. Of families whose change is linear in their tensors (SHiRA, MiSS,
+    C3A, FourierFT, WaveFT, BEFT) it is an adapter of the same size.
 
     Args:
         adapter: folder of the trained adapter, as PEFT saved it.
@@ -62,21 +67,14 @@ def convert(
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     trained, before = SavedAdapter.read(adapter_folder(adapter)), SavedAdapter.read(adapter_folder(initial))
-    for saved in (trained, before):
-        saved.check_plain()
-    check_pair(trained, before)
-    check_started_from(trained, before)
-    scaling = before.scaling
-    doubled = double_rank(scaling)
-    tensors = {key: tensor for key, tensor in trained.tensors.items() if not key.endswith((A, B))}  # whole modules
-    for stem in before.stems:
-        rank = scaling.rank_of(before.layer(stem))
-        tensors[stem + B], tensors[stem + A] = change(trained.factors(stem), before.factors(stem), rank)
+    if is_plain_lora(before):
+        tensors, sizes = doubled_lora(trained, before)
+    else:
+        tensors, sizes = linear_change(trained, before), {}
     # The start of the new adapter is its content, so PEFT is told not to initialize it by any method of its own.
-    config = dict(trained.config) | doubled.as_config()
+    config = dict(trained.config) | sizes
     config |= {
         "base_model_name_or_path": as_str(model) or original_model(before),
-        "init_lora_weights": True,
         "auto_mapping": None,  # where the origin stood: this adapter has another base
     }
     target = folder_of(out)
@@ -84,7 +82,26 @@ def convert(
     with new_folder(target, overwrite) as folder:
         write_json(folder / "adapter_config.json", config)
         write_tensors(folder / "adapter_model.safetensors", tensors)
-    return Conversion(target, doubled.rank, len(before.stems))
+    return Conversion(target, int(sizes.get("r", 0)), len(before.stems) or len(before.tensors))
+
+
+def doubled_lora(trained: SavedAdapter, before: SavedAdapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of an adapter of twice the rank that adds what training has changed, and its configuration.
+
+    Raises:
+        ModelError: if an adapter is not plain LoRA.
+        ConfigurationError: if training did not start from the other adapter, as far as the files tell.
+    """
+    for saved in (trained, before):
+        saved.check_plain()
+    check_pair(trained, before)
+    check_started_from(trained, before)
+    scaling = before.scaling
+    tensors = {key: tensor for key, tensor in trained.tensors.items() if not key.endswith((A, B))}  # whole modules
+    for stem in before.stems:
+        rank = scaling.rank_of(before.layer(stem))
+        tensors[stem + B], tensors[stem + A] = change(trained.factors(stem), before.factors(stem), rank)
+    return tensors, double_rank(scaling).as_config() | {"init_lora_weights": True}
 
 
 def check_pair(trained: SavedAdapter, before: SavedAdapter) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.objective import Factors
 from ..errors import ConfigurationError
-from ..solvers import Correction
-from .lora import LoraScaling, divided
-from .wrapped import WrappedLayer, wrapped_layers
+from ..families import Correction
+from ..families.lora import lora_correction
+from .lora import LoraScaling
+from .wrapped import WrappedLayer, followed, wrapped_layers
 
 _HANDLES = "_quailora_frozen"
 _CHANGES = 2  # so many may come from loading checkpoints
@@ -137,30 +137,7 @@ def with_fresh(name: str, correction: Correction, scaling: LoraScaling, seed: in
     bound = (scaling.scale_of(name) / lora_A.shape[1]) ** 0.5
     size = (scaling.rank_of(name) - len(lora_A), lora_A.shape[1])
     joined = followed(correction.factors, torch.empty(size).uniform_(-bound, bound, generator=generator))
-    energies = torch.cat([correction.energies, correction.energies.new_zeros(size[0])])
-    return Correction(joined.lora_A, joined.lora_B, energies)
-
-
-@torch.no_grad()
-def beside_fresh(layer: WrappedLayer, correction: Factors) -> Factors:
-    """Return the factors of a layer as PEFT stores them: a correction first, and fresh directions after it.
-
-    Fresh directions have the rows of `lora_A` that PEFT has drawn, and zeros in `lora_B`, as in plain LoRA.
-
-    Args:
-        layer: the layer, whose adapter has not been trained.
-        correction: `(lora_B, lora_A)` before PEFT's scaling, of the layer's rank or a lower one.
-    """
-    frozen = divided(correction, layer.scale)
-    return followed(frozen, layer.kept().lora_A[len(frozen.lora_A) :])
-
-
-def followed(factors: Factors, fresh: Tensor) -> Factors:
-    """Return factors with further rows of `lora_A`, whose columns of `lora_B` are zero.
-
-    Args:
-        factors: the factors.
-        fresh: further rows, (number, in).
-    """
-    zeros = factors.lora_B.new_zeros(len(factors.lora_B), len(fresh))
-    return Factors(torch.cat([factors.lora_B, zeros], 1), torch.cat([factors.lora_A, fresh.to(factors.lora_A)]))
+    energies = correction.energies
+    if energies is not None:
+        energies = torch.cat([energies, energies.new_zeros(size[0])])
+    return lora_correction(joined, energies)

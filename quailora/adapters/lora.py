@@ -1,11 +1,10 @@
-"""Write low-rank corrections as a LoRA adapter that stock PEFT loads."""
+"""Ranks and alphas as PEFT has them, and the factors of fused experts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from ..core.objective import Factors
 from ..errors import ConfigurationError
+from ..families import Lora
+from ..families.adapter import PeftAdapter
 from ..models.layers import Layer
-from ..solvers import Correction, LowRank
-from ..support.files import write_json, write_tensors
-from .provenance import Origin, digest_of
 
 PREFIX = "base_model.model."
 """Stands before a module's name in an adapter file."""
@@ -71,11 +69,13 @@ class LoraScaling:
         """Return the rank of a layer."""
         return self.rank_pattern.get(pattern_key(self.rank_pattern, name), self.rank)
 
-    def scale_of(self, name: str) -> float:
-        """Return `s`, the factor that PEFT multiplies `lora_B @ lora_A` of a layer with."""
-        alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, name), self.default_alpha)
-        rank = self.rank_of(name)
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+    def alpha_of(self, name: str) -> float:
+        """Return the `lora_alpha` of a layer."""
+        return self.alpha_pattern.get(pattern_key(self.alpha_pattern, name), self.default_alpha)
+
+    def scale_of(self, name: str, family: PeftAdapter = Lora()) -> float:  # noqa: B008 # frozen
+        """Return `s`, the factor that PEFT multiplies `lora_B @ lora_A` of a layer with, or the change of a family."""
+        return family.scale(self.alpha_of(name), self.rank_of(name), rslora=self.rslora)
 
     def alpha_for(self, rank: int, scale: float) -> float:
         """Return the `lora_alpha` that gives a layer of some rank the factor `s`."""
@@ -105,104 +105,6 @@ def pattern_key(pattern: Mapping[str, object], name: str) -> str:
 
     key: str = get_pattern_key(tuple(pattern), name)
     return key
-
-
-def write_lora(
-    folder: Path,
-    corrections: Mapping[str, LowRank | Correction],
-    scaling: LoraScaling,
-    *,
-    target_modules: Sequence[str],
-    base_model: str,
-    experts: Sequence[ExpertStack] = (),
-    origin: Origin | None = None,
-    modules: Mapping[str, Tensor] | None = None,
-    modules_to_save: Sequence[str] = (),
-) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`.
-
-    PEFT's scaling is divided out here and nowhere else: each factor of `C` is divided by `sqrt(s)`, which keeps the
-    factors balanced. The factors are stored in float32. In bfloat16 their rounding alone would be a visible error in
-    layers whose inputs have one massive direction, which the correction cancels to many digits.
-
-    Args:
-        folder: an existing folder.
-        corrections: correction of each layer, by name.
-        scaling: ranks and alphas; the ranks must be those of the corrections.
-        target_modules: what PEFT wraps; explicit names, since `all-linear` finds nothing on some quantized layers.
-        base_model: hub name or folder of the base.
-        experts: the fused parameters that the corrections of experts belong to.
-        origin: what the adapter is made from, to be noted in its configuration with the hash of the factors.
-        modules: tensors of the modules that are trained whole, by their names in the file.
-        modules_to_save: names of these modules in the configuration.
-
-    Raises:
-        ValueError: if a correction's rank is not the one that the scaling states.
-    """
-    stacked = {name for stack in experts for name in stack.members}
-    tensors: dict[str, Tensor] = {}
-    for name in corrections:
-        if name not in stacked:
-            lora_B, lora_A = scaled_factors(name, corrections[name], scaling)
-            tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_A, f"{PREFIX}{name}.lora_B.weight": lora_B}
-    for stack in experts:
-        factors = [scaled_factors(stack.parameter, corrections[name], scaling) for name in stack.members]
-        tensors |= stack.tensors(factors)
-    config = lora_config(scaling, target_modules=target_modules, base_model=base_model, experts=experts)
-    config.modules_to_save = list(modules_to_save) or None
-    # PEFT's own `save_pretrained` writes the same content, but its sets in an order that changes from run to run.
-    content = config.to_dict() | {"target_modules": sorted(target_modules)}
-    if origin is not None:
-        content |= replace(origin, initial=digest_of(tensors)).as_config()
-    write_json(folder / "adapter_config.json", content)
-    write_tensors(folder / "adapter_model.safetensors", tensors | dict(modules or {}))
-
-
-def lora_config(
-    scaling: LoraScaling,
-    *,
-    target_modules: Sequence[str],
-    base_model: str | None = None,
-    experts: Sequence[ExpertStack] = (),
-) -> Any:
-    """Return PEFT's configuration of an adapter; see `write_lora`."""
-    from peft import LoraConfig, TaskType
-
-    return LoraConfig(
-        **scaling.as_config(),
-        target_modules=list(target_modules),
-        target_parameters=[stack.parameter for stack in experts] or None,
-        init_lora_weights=True,
-        lora_dropout=0.0,
-        bias="none",
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
-
-
-def lora_shapes(layers: Mapping[str, Layer], scaling: LoraScaling) -> dict[str, tuple[str, tuple[int, int]]]:
-    """Return the tensors of an adapter file for these layers: by name, the layer or fused parameter, and the shape."""
-    shapes: dict[str, tuple[str, tuple[int, int]]] = {}
-    stacks = {stack.parameter: (stack.place, len(stack.members)) for stack in expert_stacks(layers)}
-    for layer in layers.values():
-        rows, columns = layer.shape
-        stem, members = stacks.get(layer.group, (f"{PREFIX}{layer.name}", 1))
-        rank = scaling.rank_of(layer.group) * members
-        shapes[f"{stem}.lora_A.weight"] = layer.group, (rank, columns)
-        shapes[f"{stem}.lora_B.weight"] = layer.group, (rows, rank)
-    return shapes
-
-
-def scaled_factors(name: str, correction: LowRank | Correction, scaling: LoraScaling) -> Factors:
-    """Return the factors as PEFT stores them, each divided by the root of PEFT's scaling.
-
-    Raises:
-        ValueError: if the correction's rank is not the one that the scaling states.
-    """
-    if correction.rank != scaling.rank_of(name):
-        raise ValueError(f"Expected rank {scaling.rank_of(name)} in {name}, got {correction.rank}.")
-    return divided(correction.factors, scaling.scale_of(name))
 
 
 def divided(factors: Factors, scale: float) -> Factors:

@@ -38,6 +38,7 @@ class Origin:
         layers: how many layers have a correction.
         base: identity of all these layers of the base together.
         initial: hash of the factors before training; empty in files of earlier versions.
+        frozen_rank: number of directions that are the correction and stay as they are; None if all are trained.
     """
 
     version: str
@@ -48,6 +49,7 @@ class Origin:
     layers: int
     base: BaseIdentity
     initial: str
+    frozen_rank: int | None = None
 
     def as_config(self) -> dict[str, Any]:
         """Return what `adapter_config.json` holds."""
@@ -98,7 +100,13 @@ class Origin:
                 f"{file} should say what the adapter was made from, but its entry {wrong[0]!r} is missing or of "
                 "another type. The file is damaged, or was written by another version of quailora."
             )
-        return cls(**{name: found[name] for name in expected} | {"base": BaseIdentity.read(found["base"])})
+        frozen = found.get("frozen_rank")  # which files of earlier versions do not say
+        if not isinstance(frozen, (int, type(None))):
+            raise ModelError(
+                f"Expected a number of directions as frozen_rank in {file}, got {frozen!r}. It is damaged."
+            )
+        read = {name: found[name] for name in expected}
+        return cls(**read | {"base": BaseIdentity.read(found["base"]), "frozen_rank": frozen})
 
 
 def earlier_provenance(content: Mapping[str, Any], sidecar: Path) -> Provenance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.objective import Factors
 from ..errors import ArgumentTypeError, ConfigurationError, NumericalWarning, TargetError
+from ..families import Correction
 from .lora import LoraScaling, divided
 
 CHANGED_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -66,6 +67,11 @@ class WrappedLayer:
         lora_B, lora_A = self.parameters
         return len(lora_B), lora_A.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the adapter."""
+        return self.parameters.lora_A.device
+
     def materialize(self) -> None:
         """Give factors that have no data yet, as with PEFT's `low_cpu_mem_usage`, some beside the layer inside."""
         if self.parameters.lora_A.is_meta:
@@ -91,20 +97,10 @@ class WrappedLayer:
         for parameter, factor in zip(self.parameters, factors, strict=True):
             parameter.copy_(factor)
 
-    def correct(self, correction: Factors) -> None:
-        """Let the adapter add a correction to the output of the layer.
-
-        Args:
-            correction: `(lora_B, lora_A)` before PEFT's scaling, of the rank of this layer.
-
-        Raises:
-            ValueError: if the shapes are not those of this layer.
-        """
-        shapes = [tuple(factor.shape) for factor in correction]
-        expected = [tuple(parameter.shape) for parameter in self.parameters]
-        if shapes != expected:
-            raise ValueError(f"Expected factors of shapes {expected} in {self.name}, got {shapes}.")
-        self.restore(divided(correction, self.scale))
+    def accept(self, correction: Correction) -> None:
+        """Let the adapter add a correction of its rank or a lower one; PEFT's fresh directions fill up the rest."""
+        frozen = divided(correction.factors, self.scale)
+        self.restore(followed(frozen, self.kept().lora_A[len(frozen.lora_A) :]))
 
 
 def wrapped_layers(model: Any, adapter: str) -> dict[str, WrappedLayer]:
@@ -199,9 +195,9 @@ def check_plain(layer: WrappedLayer) -> None:
             )
 
 
-def warn_of_rounding(layers: Mapping[str, WrappedLayer]) -> None:
+def warn_of_rounding(parameters: Iterable[Tensor]) -> None:
     """Warn if the factors are to be kept in 16 bits, in which their rounding alone can be a visible error."""
-    kinds = {factor.dtype for layer in layers.values() for factor in layer.parameters}
+    kinds = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
     rough = sorted(str(kind).removeprefix("torch.") for kind in kinds if torch.finfo(kind).bits < 32)
     if rough:
         warnings.warn(
@@ -212,9 +208,9 @@ def warn_of_rounding(layers: Mapping[str, WrappedLayer]) -> None:
         )
 
 
-def trained(layers: Mapping[str, WrappedLayer]) -> list[str]:
-    """Return the names of the layers whose adapter does something already: their `lora_B` is not zero."""
-    return [name for name, layer in layers.items() if bool(_any(layer.parameters.lora_B))]
+def trained(layers: Iterable[Any]) -> list[str]:
+    """Return the names of the layers with LoRA whose adapter does something already: their `lora_B` is not zero."""
+    return [layer.name for layer in layers if isinstance(layer, WrappedLayer) and bool(_any(layer.parameters.lora_B))]
 
 
 def _any(factor: Tensor) -> Tensor:
@@ -251,6 +247,17 @@ def scaling_of(layers: Mapping[str, WrappedLayer], config: Any) -> LoraScaling:
         {name: rank for name, (rank, _) in found.items()},
         {name: stated.alpha_for(rank, scale) for name, (rank, scale) in found.items()},
     )
+
+
+def followed(factors: Factors, fresh: Tensor) -> Factors:
+    """Return factors with further rows of `lora_A`, whose columns of `lora_B` are zero.
+
+    Args:
+        factors: the factors.
+        fresh: further rows, (number, in).
+    """
+    zeros = factors.lora_B.new_zeros(len(factors.lora_B), len(fresh))
+    return Factors(torch.cat([factors.lora_B, zeros], 1), torch.cat([factors.lora_A, fresh.to(factors.lora_A)]))
 
 
 @contextmanager

@@ -233,4 +233,5 @@ def support_rare_experts(layers: Mapping[str, Layer], found: dict[str, InputStat
         for layer in members:
             width = pool.in_features
             statistics = found.setdefault(layer.name, InputStatistics(width, pool.second_moment.device))
-            statistics.add(pool.second_moment * width, width, pool.mean_magnitude * width)
+            total = None if pool.mean is None else pool.mean * width
+            statistics.add(pool.second_moment * width, width, pool.mean_magnitude * width, total)

@@ -58,10 +58,11 @@ class Component:
 def interfaces() -> dict[str, type[Any]]:
     """Return the interface of the objects that each option asks for."""
     from ..core.weightings import Weighting
+    from ..families import Family
     from ..quantizers import Quantizer
     from ..solvers import Solver
 
-    return {"quantizer": Quantizer, "solver": Solver, "metric": Weighting}
+    return {"quantizer": Quantizer, "solver": Solver, "metric": Weighting, "family": Family}
 
 
 def class_of(option: str, name: str) -> type[Any]:
@@ -73,6 +74,7 @@ def class_of(option: str, name: str) -> type[Any]:
     interface = interfaces()[option]
     found = find_class(interface, name)
     if found is None:
+        refuse_family(option, name)
         names = [short_name(cls) for cls in subclasses(interface) if short_name(cls)]
         raise ConfigurationError(
             f"Unknown {option} {name!r}. Expected one of {', '.join(names)}, or the name of a class in your own "
@@ -80,6 +82,14 @@ def class_of(option: str, name: str) -> type[Any]:
             f"{did_you_mean(name, names)}"
         )
     return found
+
+
+def refuse_family(option: str, name: str) -> None:
+    """Raise a `ConfigurationError` with the reason if PEFT knows a family by this name that has no start here."""
+    from ..families import REFUSED, find_family
+
+    if option == "family" and name.lower().replace("-", "_") in REFUSED:
+        find_family(name)
 
 
 def resolved_fields(option: str, cls: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:

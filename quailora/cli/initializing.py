@@ -14,13 +14,14 @@ from ..calibration.text import TextSource
 from ..calibration.windows import Calibration
 from ..core.weightings import GramWeighting, Weighting
 from ..errors import ConfigurationError
+from ..families import Family
 from ..layer.initializer import Initializer
 from ..methods.method import Method
 from ..methods.recipes import find_recipe, resolved_name
 from ..pipeline.estimate import Estimate
 from ..pipeline.initialize_model import carry_out
 from ..pipeline.options import Output, Resources
-from ..pipeline.plan import plan_run
+from ..pipeline.plan import default_scaling, plan_run
 from ..quantizers import NF4, Quantizer
 from ..solvers import AlternatingLeastSquares, Solver
 from ..support.choices import InputsOf
@@ -55,15 +56,18 @@ class InitResult:
             report: content of `report.json`.
         """
         share = report["mean_error_share"]
+        lora = report["settings"].get("family") is None
+        uncalibrated = "uncalibrated SVD" if lora else "the same family, uncalibrated"
         rows = [
             ["quantized, no correction", "100.00 %"],
-            ["uncalibrated SVD", f"{share['error_uncalibrated']:.2%}"],
+            [uncalibrated, f"{share['error_uncalibrated']:.2%}"],
             [
                 "this adapter before its training" if report["training"] else "this adapter",
                 f"{share['error']:.2%}",
             ],
-            ["optimum of this rank (a lower bound in wide layers)", f"{share['error_optimal']:.2%}"],
         ]
+        if lora:
+            rows.append(["optimum of this rank (a lower bound in wide layers)", f"{share['error_optimal']:.2%}"])
         title = f"{self.out}: {len(report['layers'])} layers, {report['bits_per_weight']:.2f} bits per weight"
         print_table(title, ("output error, mean over layers", "share of the error without correction"), rows)
 
@@ -92,16 +96,19 @@ def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
     """
     source = calibration_of(options)
     patterns = options["rank_pattern"] or {}, options["alpha_pattern"] or {}
-    scaling = LoraScaling(options["rank"], options["alpha"], options["rslora"], *patterns)
+    rank = asked_rank(options["rank"], options["family"])
+    scaling = LoraScaling(rank, options["alpha"], options["rslora"], *patterns)
     asked = Asked(options["solver"], options["metric"], options["inputs"])
     method = asked_method(options["recipe"], options["quantizer"], as_str(options["base"]), scaling, asked)
-    method = replace(method, frozen_rank=options["frozen_rank"])
+    initializer = replace(method.initializer, family=options["family"])
+    method = replace(method, initializer=initializer, frozen_rank=options["frozen_rank"])
     output = Output(
         options["out"],
         overwrite=options["overwrite"],
         fresh=options["fresh"],
         save_base=options["save_base"],
         base_format=options["base_format"],
+        factors_dtype=options["factors_dtype"],
         modules_to_save=tuple(options["modules_to_save"]),
         push_to_hub=options["push_to_hub"],
     )
@@ -119,6 +126,20 @@ def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
         return plan.estimate
     result = carry_out(plan)
     return InitResult(Path(plan.output.folder if plan.output else output.folder), result.report)
+
+
+def asked_rank(rank: int | None, family: Family | None) -> int:
+    """Return the rank that was asked for, or the default of a family.
+
+    Raises:
+        ConfigurationError: if a rank is given for a family that has none.
+    """
+    if rank is not None and family is not None and family.default_rank is None:
+        raise ConfigurationError(
+            f"The family {family.name or family!r} has no rank, got {rank}. Leave out `rank`; the fields of the family "
+            "say how large it is."
+        )
+    return default_scaling(family).rank if rank is None else rank
 
 
 @final

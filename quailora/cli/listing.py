@@ -1,4 +1,4 @@
-"""What `quailora list` shows: the quantizers, solvers, metrics and recipes that have a name.
+"""What `quailora list` shows: the quantizers, solvers, metrics, families and recipes that have a name.
 
 Without modules of one's own the tables are read from the source text of quailora, because importing the classes takes
 longer than everything else that the command does. A test compares both ways.
@@ -27,7 +27,7 @@ Rows = list[tuple[str, str]]
 @final
 @dataclass(frozen=True)
 class Components:
-    """The quantizers, solvers, metrics and recipes that have a name."""
+    """The quantizers, solvers, metrics, families and recipes that have a name."""
 
     def show(self) -> None:
         """Print one table for each."""
@@ -38,11 +38,14 @@ class Components:
 def tables() -> dict[tuple[str, str], Rows]:
     """Return the rows of each table by its title and the head of its second column."""
     imported = f"{_PACKAGE}.quantizers" in sys.modules  # by a module of the caller's own
-    quantizers, solvers, metrics, recipes = imported_rows() if imported else source_rows()
+    quantizers, solvers, metrics, families, recipes = imported_rows() if imported else source_rows()
     return {
         ("Quantizers (fields: quailora init --quantizer.help NAME)", "what"): with_default("quantizer", quantizers),
         ("Solvers (fields: quailora init --solver.help NAME)", "what"): with_default("solver", solvers),
         ("Metrics (fields: quailora init --metric.help NAME)", "what"): with_default("metric", metrics),
+        ("Families of adapters (fields: quailora init --family.help NAME)", "what"): [
+            (f"{name} (default)" if name == "lora" else name, about) for name, about in families
+        ],
         # The default solver and metric together are the recipe of the same name as the solver.
         ("Recipes (quailora init --recipe NAME; * writes its own base)", "source"): with_default("solver", recipes),
     }
@@ -57,6 +60,7 @@ def with_default(option: str, rows: Rows) -> Rows:
 def imported_rows() -> list[Rows]:
     """Return the rows of all tables from the imported classes, those of plugins among them."""
     from ..core.weightings import WEIGHTINGS
+    from ..families import FAMILIES
     from ..methods.recipes import ALIASES, RECIPES
     from ..quantizers import QUANTIZERS
     from ..solvers import SOLVERS
@@ -64,7 +68,7 @@ def imported_rows() -> list[Rows]:
     from .components import interfaces
 
     found: list[Rows] = []
-    own: tuple[Mapping[str, type[Any]], ...] = (QUANTIZERS, SOLVERS, WEIGHTINGS)
+    own: tuple[Mapping[str, type[Any]], ...] = (QUANTIZERS, SOLVERS, WEIGHTINGS, FAMILIES)
     for interface, table in zip(interfaces().values(), own, strict=True):
         classes = [*table.values(), *(cls for cls in subclasses(interface) if not is_own(cls))]
         found.append([(cls.name or written_name(cls), f"{cls.__doc__ or ''}".partition("\n")[0]) for cls in classes])
@@ -88,6 +92,7 @@ def source_rows() -> list[Rows]:
         list(rows_of(file_of("quantizers/__init__.py"), "QUANTIZERS")),
         list(rows_of(file_of("solvers/__init__.py"), "SOLVERS")),
         list(rows_of(file_of("core/weightings.py"), "WEIGHTINGS")),
+        list(rows_of(file_of("families/__init__.py"), "FAMILIES")),
         recipe_rows(sources, ast.literal_eval(assigned(module, "ALIASES")), own_base),
     ]
 

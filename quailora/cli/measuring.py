@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.compare import ComparisonOutput, compare
+from ..comparison.sizes import ComparedFamilies
 from ..comparison.table import Comparison
 from ..errors import ConfigurationError
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.tasks import Tasks
 from ..evaluation.texts import EvaluationTexts
+from ..families import FAMILIES
 from ..pipeline.options import Resources
 from ..support.files import as_str, write_json
 from .initializing import calibration_of
@@ -79,6 +81,9 @@ def run_compare(options: Mapping[str, Any], command: str = "") -> Comparison:
         calibration_of(options),
         out=ComparisonOutput(options["out"], options["fresh"], command),
         ranks=tuple(options["ranks"]),
+        families=ComparedFamilies(
+            tuple(FAMILIES) if "all" in options["families"] else tuple(options["families"]), options["equal"]
+        ),
         quantizer=options["quantizer"],
         against=options["against"],
         baselines=tuple(options["baselines"]),

@@ -124,6 +124,7 @@ _REWORDED = (
     (r"Expected an? (?:typing\.)?Literal\[(.*?)\]", r"Expected one of \1"),
     (r"Expected an? (?=(?:int|float|str|bool|dict)\b)", "Expected "),
     (r"unrecognized arguments: ", "Unknown options or words: "),
+    (r"Expected (\w+), NoneType, got", r"Expected \1, got"),
 )
 """What jsonargparse says, and how people say it."""
 

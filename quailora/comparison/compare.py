@@ -15,7 +15,8 @@ from ..calibration.windows import Calibration
 from ..errors import ConfigurationError
 from ..evaluation.tasks import Tasks
 from ..evaluation.texts import EvaluationTexts
-from ..methods.recipes import RECIPES, find_recipe, resolved_name
+from ..families import Family
+from ..methods.recipes import RECIPES, Recipe, find_recipe, resolved_name
 from ..models.layers import ALL_LINEAR, Layer, linear_layers
 from ..models.limits import check_token_ids, fitting_length
 from ..models.load import empty_model, load_model, resolve_device
@@ -26,11 +27,13 @@ from ..pipeline.options import Resources
 from ..pipeline.report import versions_in_words
 from ..pipeline.targets import in_short, plan_adapter
 from ..quantizers import NF4, Int8, Quantizer, Uniform
+from ..solvers import Zero
 from ..support.choices import StrPath
 from ..support.files import check_writable, folder_of
 from ..support.machine import within_memory
-from ..support.settings import describe
+from ..support.settings import build, describe
 from .runner import FULL_PRECISION, ComparisonRunner
+from .sizes import ComparedFamilies, Sized
 from .store import RowStore, write_comparison
 from .table import Comparison, Row
 from .variants import Variant
@@ -71,6 +74,7 @@ def compare(
     *,
     out: ComparisonOutput | StrPath,
     ranks: Sequence[int] = (16,),
+    families: ComparedFamilies = ComparedFamilies(),  # noqa: B008
     quantizer: Quantizer = NF4(),  # noqa: B008
     against: str = "quailora",
     baselines: Sequence[str] = tuple(BASELINES),
@@ -90,8 +94,9 @@ def compare(
         calibration: text to calibrate on, and how it is cut.
         out: folder for the results.
         ranks: ranks of the adapters.
+        families: kinds of adapters beside LoRA, each about as large as LoRA of each rank.
         quantizer: of the base.
-        against: the recipe that differences are taken from, at the same rank.
+        against: the recipe that differences are taken from, by LoRA at the same rank.
         baselines: names of other bases to measure without an adapter, see `BASELINES`. Gaps are closed towards int8.
         texts: to measure on.
         tasks: of lm-eval to score every row on, too.
@@ -106,6 +111,7 @@ def compare(
     chosen = {name: find_recipe(name) for name in dict.fromkeys((against, *names))}
     variants = [Variant.alone("base alone", quantizer), *map(baseline, baselines)]
     variants += [Variant.of(name, recipe, quantizer, rank) for rank in ranks for name, recipe in chosen.items()]
+    check_families(families.chosen, chosen, quantizer)
     tasks.check()
     calibration.text.check()
     texts.check()
@@ -124,6 +130,14 @@ def compare(
     source = TextCalibration(replace(calibration, sequence_length=length))
     layers, targets = compared_layers(loaded.model, model, ranks, trust_remote_code=trusted)
     check_tokens(layers, source)
+    for rank in ranks:
+        sizes = families.sized(rank, targets)
+        variants += [
+            Variant.of(name, recipe, quantizer, rank, sized)
+            for name, recipe in chosen.items()
+            for sized in sizes
+            if suits(sized.family, recipe, quantizer)
+        ]
     seen = CalibrationTokens.of_windows(check_token_ids(loaded.model, source.calibration.windows(loaded.tokenizer)))
     windows = dict(texts.cut(loaded))
     settings = {"quantizer": describe(quantizer), "seed": calibration.seed, "calibration dtype": calibration.dtype}
@@ -146,6 +160,27 @@ def compare(
     )
     write_comparison(comparison, folder)
     return comparison
+
+
+def check_families(families: Sequence[Family], recipes: Mapping[str, Recipe], quantizer: Quantizer) -> None:
+    """Raise a `ConfigurationError` if a family goes with none of the recipes."""
+    for family in families:
+        if not any(suits(family, recipe, quantizer) for recipe in recipes.values()):
+            raise ConfigurationError(
+                f"The family {family.name or family!r} goes with none of the recipes {', '.join(recipes)}. Name one "
+                "that keeps the base, on full inputs, such as shrunk."
+            )
+
+
+def suits(family: Family, recipe: Recipe, quantizer: Quantizer) -> bool:
+    """Return whether a family can carry what a recipe finds; one that finds nothing is the base alone."""
+    method = recipe.method(quantizer, LoraScaling())
+    method = replace(method, initializer=replace(method.initializer, family=family))
+    try:
+        method.check()
+    except ConfigurationError:
+        return False
+    return not isinstance(recipe.solver, Zero)
 
 
 def compared_layers(
@@ -180,6 +215,10 @@ def current_rows(stored: Mapping[str, Row], quantizer: Quantizer) -> Iterator[Ro
     recipes = {row.recipe for row in stored.values()}
     for rank in sorted({row.rank for row in stored.values() if row.recipe}):
         possible += [Variant.of(name, recipe, quantizer, rank) for name, recipe in RECIPES.items() if name in recipes]
+    for row in stored.values():
+        if row.family is not None and row.recipe in RECIPES:
+            sized = Sized(build(Family, row.family), row.size)  # type: ignore[type-abstract]
+            possible.append(Variant.of(row.recipe, RECIPES[row.recipe], quantizer, row.rank, sized))
     yield stored[FULL_PRECISION]
     for variant in possible:
         if variant.name in stored and stored[variant.name].method == variant.definition:

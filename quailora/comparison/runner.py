@@ -19,11 +19,11 @@ from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Walk
 from ..calibration.windows import given_tokens
 from ..core.weightings import Sensitivity
-from ..evaluation.scores import Corrected, Scores, measure
+from ..evaluation.scores import Corrected, Scores, biases_of, measure
 from ..evaluation.tasks import Tasks
 from ..models.layers import Layer
 from ..models.load import LoadedModel
-from ..models.weights import replaced
+from ..models.weights import biased, replaced
 from ..pipeline.checkpoint import open_checkpoint
 from ..pipeline.fingerprint import digest
 from ..pipeline.run import ModelRun
@@ -117,14 +117,16 @@ class ComparisonRunner:
         bases = {result.variant.base_key: result.quantized for result in results if result.quantized}
         device = self.loaded.model.device
         return {
-            result.variant.name: Corrected(bases[result.variant.base_key], result.factors, device) for result in results
+            result.variant.name: Corrected(bases[result.variant.base_key], result.corrections, device)
+            for result in results
         }
 
     def _accuracies(self, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
         """Return the score of each variant on each task."""
         accuracies: dict[str, dict[str, float]] = {}
         for name, layer_weights in weights.items():
-            with replaced(self.layers, layer_weights if self.tasks.names else {}):
+            scored = layer_weights if self.tasks.names else {}
+            with replaced(self.layers, scored), biased(self.layers, biases_of(scored)):
                 accuracies[name] = self.tasks.scores(self.loaded.model, self.loaded.tokenizer)
             if self.tasks.names:
                 logger.info(

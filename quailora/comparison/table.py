@@ -30,7 +30,7 @@ class Row:
         name: name of the row, such as "quailora r16".
         scores: scores of the variant by name of the text.
         recipe: name of the recipe; empty for full precision and for bases alone.
-        rank: rank of the adapter; 0 for a base alone.
+        rank: rank of the adapter, or that of LoRA in a row whose family is as large; 0 for a base alone.
         changes_base: whether the base is not what the quantizer alone gives.
         seconds: seconds of calibration and initialization, as if the row had been run alone.
         layers: errors of each layer; empty for full precision.
@@ -38,6 +38,8 @@ class Row:
             for methods that minimise something else.
         method: full description of the method.
         tasks: accuracy by name of the task.
+        family: description of the family of adapters, see `describe`; None for LoRA and bases alone.
+        size: rank of the adapter itself, or what its family has in place of one.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Row:
     spectrum: Sequence[float] = field(default=(), repr=False)
     method: str = ""
     tasks: Mapping[str, float] = field(default_factory=dict)
+    family: Mapping[str, Any] | None = None
+    size: int = 0
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Row:
@@ -72,8 +76,8 @@ class Row:
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of the factors in 16 bits."""
-        return sum(_ADAPTER_BYTES * self.rank * sum(layer.shape) for layer in self.layers) if self.rank else 0
+        """Bytes of the adapter with numbers of 16 bits."""
+        return sum(_ADAPTER_BYTES * layer.numbers for layer in self.layers) if self.recipe else 0
 
     @property
     def bits_per_weight(self) -> float:
@@ -140,8 +144,9 @@ class Comparison:
         return (of["base alone"] - row.scores[text].perplexity) / gap
 
     def difference(self, row: Row, text: str) -> Difference | None:
-        """Return the loss of a recipe less that of the reference at its rank, in nats a token."""
-        other = next((each for each in self.rows if (each.recipe, each.rank) == (self.reference, row.rank)), None)
+        """Return the loss of a recipe less that of the reference at its rank, by LoRA, in nats a token."""
+        wanted = self.reference, row.rank, None
+        other = next((each for each in self.rows if (each.recipe, each.rank, each.family) == wanted), None)
         if other is None or not row.recipe or row is other or len(row.scores[text].losses) < 2:
             return None
         return Difference.between(row.scores[text], other.scores[text])
@@ -156,6 +161,9 @@ class Comparison:
                     "row": row.name,
                     "recipe": row.recipe,
                     "rank": row.rank,
+                    "family": "lora" if row.family is None else row.family["class_path"],
+                    "size": row.size,
+                    "adapter_numbers": sum(layer.numbers for layer in row.layers) if row.recipe else 0,
                     "changes_base": row.changes_base,
                     "text": text,
                     "perplexity": row.scores[text].perplexity,

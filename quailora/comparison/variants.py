@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..adapters.lora import LoraScaling
-from ..core.objective import Factors
 from ..core.weightings import GramWeighting, IdentityWeighting
 from ..evaluation.scores import Scores
+from ..families import Correction
 from ..layer.initializer import Initializer
 from ..methods.method import Method
 from ..methods.recipes import Recipe
@@ -20,6 +20,8 @@ from ..pipeline.fingerprint import digest
 from ..pipeline.store import StoredLayer
 from ..quantizers import Quantizer
 from ..solvers import Zero
+from ..support.settings import describe
+from .sizes import Sized
 from .table import Row
 
 
@@ -32,17 +34,30 @@ class Variant:
         name: name of the row.
         method: how layers are initialized.
         recipe: name of the recipe; empty for a base alone.
+        rank: rank of the row, which is that of LoRA where another family is as large; 0 for a base alone.
     """
 
     name: str
     method: Method
     recipe: str = ""
+    rank: int = 0
 
     @classmethod
-    def of(cls, name: str, recipe: Recipe, quantizer: Quantizer, rank: int) -> Variant:
-        """Return the variant of a recipe at a rank."""
-        method = recipe.method(quantizer, LoraScaling(rank))
-        return cls(f"{name} r{rank}", method, name)
+    def of(cls, name: str, recipe: Recipe, quantizer: Quantizer, rank: int, sized: Sized | None = None) -> Variant:
+        """Return the variant of a recipe.
+
+        Args:
+            name: name of the recipe.
+            recipe: the recipe.
+            quantizer: quantizer of the base.
+            rank: rank of the row, which is that of LoRA.
+            sized: another family of adapters, of the size that it has in this row.
+        """
+        method = recipe.method(quantizer, LoraScaling(rank if sized is None else sized.rank))
+        if sized is None:
+            return cls(f"{name} r{rank}", method, name, rank)
+        method = replace(method, initializer=replace(method.initializer, family=sized.family))
+        return cls(f"{name} r{rank} {sized.title}", method, name, rank)
 
     @classmethod
     def alone(cls, name: str, quantizer: Quantizer) -> Variant:
@@ -97,11 +112,11 @@ class VariantResult:
         return {name: layer.dequantized for name, layer in self.layers.items() if layer.dequantized is not None}
 
     @property
-    def factors(self) -> dict[str, Factors]:
-        """Factors of each layer, before PEFT's scaling; none for a base alone."""
+    def corrections(self) -> dict[str, Correction]:
+        """The adapter of each layer, before PEFT's scaling; none for a base alone."""
         if not self.variant.recipe:
             return {}
-        return {name: layer.correction.factors for name, layer in self.layers.items() if layer.correction is not None}
+        return {name: layer.correction for name, layer in self.layers.items() if layer.correction is not None}
 
     @property
     def seconds(self) -> float:
@@ -119,7 +134,8 @@ class VariantResult:
         shares = [
             layer.correction.energies.cumsum(0) / layer.record.error_none
             for layer in self.layers.values()
-            if layer.correction and layer.record and layer.record.error_none > 0
+            if layer.correction and layer.correction.energies is not None
+            if layer.record and layer.record.error_none > 0
         ]
         return tuple(torch.stack(shares).mean(0).tolist()) if shares else ()
 
@@ -137,7 +153,9 @@ class VariantResult:
             scores,
             tasks=tasks,
             recipe=variant.recipe,
-            rank=variant.method.scaling.rank if variant.recipe else 0,
+            rank=variant.rank,
+            family=describe(variant.method.initializer.family),
+            size=variant.method.scaling.rank if variant.recipe else 0,
             changes_base=variant.method.changes_base,
             seconds=round(seconds, 2),
             layers=[layer.record for layer in self.layers.values() if layer.record],

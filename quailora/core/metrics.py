@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import ConfigurationError
+from .linalg import squared_norm, symmetric_form
 from .statistics import InputStatistics
 
 SHRINKAGE = 0.2
@@ -22,7 +23,6 @@ SHRINKAGE = 0.2
 _EXACT_WIDTH = 256  # up to here energies are computed in float64 throughout
 _LOUD = 64  # channels that stay in float64 in wider layers
 _ROWS = 1024  # rows whose energy is computed at a time, which bounds the copies
-_BLOCKS = 8  # blocks of a symmetric form: 9/16 of the work of a general product
 
 
 class Metric(ABC):
@@ -52,6 +52,20 @@ class Metric(ABC):
     def mean_power(self) -> float:
         """Return `mean(diag H)`."""
 
+    def centered(self, mean: Float[Tensor, " in_features"]) -> Metric:
+        """Return the metric of `x - E[x]` in place of `x`, `H - mu mu^T`: what is left where a bias takes `C mu` over.
+
+        Args:
+            mean: `mu`, the mean of the inputs.
+
+        Raises:
+            ConfigurationError: if the metric knows no such form.
+        """
+        del mean
+        raise ConfigurationError(
+            f"{type(self).__name__} has no form for inputs about their mean. Take the metric gram."
+        )
+
     @final
     def damped(self, damping: float) -> Metric:
         """Return the metric of `H + damping * mean(diag H) * I`, which keeps no copy of `H`."""
@@ -62,6 +76,11 @@ class Metric(ABC):
 @dataclass(frozen=True)
 class Identity(Metric):
     """`H = I`: the squared Frobenius norm, which no calibration data enters."""
+
+    @override
+    def centered(self, mean: Float[Tensor, " in_features"]) -> Metric:
+        del mean
+        return self
 
     @override
     def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
@@ -94,6 +113,10 @@ class Diagonal(Metric):
     second_moment: Float[Tensor, " in_features"]
 
     @override
+    def centered(self, mean: Float[Tensor, " in_features"]) -> Diagonal:
+        return Diagonal((self.second_moment - mean.to(self.second_moment).square()).clamp(min=0))
+
+    @override
     def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
         return matrix * self.second_moment.to(matrix.dtype)
 
@@ -120,6 +143,11 @@ class Gram(Metric):
     """
 
     second_moment: Float[Tensor, "in_features in_features"]
+
+    @override
+    def centered(self, mean: Float[Tensor, " in_features"]) -> Gram:
+        mean = mean.to(self.second_moment)
+        return Gram(self.second_moment - torch.outer(mean, mean))
 
     @cached_property
     def single(self) -> Float[Tensor, "in_features in_features"]:
@@ -186,6 +214,12 @@ class Shrunk(Metric):
     share: float
 
     @override
+    def centered(self, mean: Float[Tensor, " in_features"]) -> Metric:
+        # The correlations of x - mu are shrunk. Those of x contain mu mu^T, which is known well, and whose diagonal
+        # alone would not be a metric.
+        return Shrunk(self.inner.centered(mean), self.diagonal.centered(mean), self.share)
+
+    @override
     def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
         return torch.lerp(self.inner.product(matrix), self.diagonal.product(matrix), self.share)
 
@@ -217,6 +251,10 @@ class Damped(Metric):
     ridge: float
 
     @override
+    def centered(self, mean: Float[Tensor, " in_features"]) -> Metric:
+        return Damped(self.inner.centered(mean), self.ridge)
+
+    @override
     def product(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"]:
         return self.inner.product(matrix) + self.ridge * matrix
 
@@ -243,30 +281,6 @@ def shrunk(statistics: InputStatistics, share: float = SHRINKAGE) -> Shrunk:
     """Return the metric of statistics with a share of the correlations taken off, likewise shared."""
     diagonal = Diagonal(statistics.second_moment.diagonal())
     return statistics.cached(("shrunk", share), lambda: Shrunk(gram(statistics), diagonal, share))
-
-
-def squared_norm(matrix: Float[Tensor, "rows columns"]) -> float:
-    """Return the squared Frobenius norm, summed in float64."""
-    return matrix.double().square().sum().item()
-
-
-def symmetric_form(matrix: Float[Tensor, "rows columns"], symmetric: Float[Tensor, "columns columns"]) -> float:
-    """Return `tr(M S M^T)`, with products in the dtype of `M` and sums in float64.
-
-    `S` is symmetric, so only its blocks up to the diagonal are multiplied, and those off it count twice.
-    """
-    # tr(M S M^T) = sum over blocks i, j of <M_i S_ij, M_j>. The pairs (i, j) and (j, i) are equal by symmetry, so that
-    # in each block column the blocks above the diagonal count twice, and the one on the diagonal once: twice its half.
-    columns = matrix.shape[1]
-    size = -(-columns // _BLOCKS)
-    total = 0.0
-    for start in range(0, columns, size):
-        stop = min(start + size, columns)
-        here = matrix[:, start:stop]
-        half = matrix[:, :start] @ symmetric[:start, start:stop]
-        half.add_(here @ symmetric[start:stop, start:stop], alpha=0.5)
-        total += 2 * (half.mul_(here)).sum(dtype=torch.float64).item()
-    return max(0.0, total)
 
 
 def check_damping(damping: float) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from .linalg import uniform
-from .metrics import Metric
+from .metrics import Identity, Metric
 from .subspace import KrylovSearch, Subspace, dense_subspace, left_singular_subspace, worth_iterating
 
 TOLERANCE = 1e-3
@@ -78,11 +78,15 @@ class Objective:
         row_scale: the root of each output's weight, where outputs count differently. `error` is then `E` with its rows
             multiplied by this root, and solvers find the correction of the scaled error. `finish` divides its rows
             by the root afterwards.
+        mean: `mu = E[x]`, for families of adapters with a bias.
+        base: returns `Q` as the quantized layer computes with it, for families that multiply it.
     """
 
     error: Float[Tensor, "out_features in_features"]
     metric: Metric
     row_scale: Float[Tensor, "out_features 1"] | None = None
+    mean: Float[Tensor, " in_features"] | None = None
+    base: Callable[[], Tensor] | None = None
     _found: dict[Metric, tuple[float, Subspace]] = field(default_factory=dict, init=False, repr=False)
     _searches: dict[Metric, KrylovSearch] = field(default_factory=dict, init=False, repr=False)
 
@@ -102,6 +106,22 @@ class Objective:
         It is squared and a total over outputs. It is a mean over tokens for a Gram metric only.
         """
         return max(0.0, self.value_at_zero - self.measure(lora_B, lora_A)[0])
+
+    def value_of(self, change: Tensor, bias: Float[Tensor, " out_features"] | None = None) -> float:
+        """Return `E |(E - C) x - b|^2` of a dense `C` and a bias, which is `value` without a bias.
+
+        It is squared, a total over outputs, and computed in float64.
+
+        Args:
+            change: `C`, (out_features, in_features), or what broadcasts to it.
+            bias: `b`; None for no bias.
+        """
+        left = self.error.double() - change
+        if bias is None or self.mean is None or isinstance(self.metric, Identity):
+            return self.metric.energy(left) + (0.0 if bias is None else bias.double().square().sum().item())
+        # E |F x - b|^2 = E |F (x - mu)|^2 + |F mu - b|^2.
+        rest = left @ self.mean.double() - bias
+        return self.metric.centered(self.mean).energy(left) + rest.square().sum().item()
 
     def measure(
         self, lora_B: Float[Tensor, "out_features rank"], lora_A: Float[Tensor, "rank in_features"]

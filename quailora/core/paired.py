@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import NumericalError
-from .statistics import CHUNK_TOKENS, InputStatistics, blend, same_device
+from .linalg import same_device
+from .statistics import CHUNK_TOKENS, InputStatistics, blend
 
 
 @final

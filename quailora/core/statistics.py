@@ -1,4 +1,4 @@
-"""What calibration keeps of a layer's inputs: their second moment, and their mean magnitude."""
+"""What calibration keeps of a layer's inputs: their second moment, their mean, and their mean magnitude."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import CalibrationError, NumericalError
+from .linalg import same_device
 
 CHUNK_TOKENS = 8192
 """Tokens per float32 product; keeps its rounding error near 1e-7 of the largest entry."""
@@ -20,12 +21,11 @@ _ROWS = 512  # rows that are converted to float64 at a time
 _NORMAL = 2 / math.pi  # square of the mean magnitude of a standard normal number
 _BLOCKS, _LEAST_BLOCK = 4, 192  # blocks of a symmetric product: 5/8 of the work of a general one
 
-
 Derived = TypeVar("Derived")
 
 
 class InputStatistics:
-    """Running second moment `H = mean(x x^T)` of the inputs `x` of one linear layer, and their mean magnitude.
+    """Running second moment `H = mean(x x^T)` of the inputs `x` of one linear layer, their mean, and mean magnitude.
 
     Products are formed in float32 (float64 for float64 inputs) over at most 8192 tokens at a time and averaged in
     float64, so nothing is lost over millions of tokens. The mean is over real tokens only, so batches of any size and
@@ -45,6 +45,7 @@ class InputStatistics:
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self._mean = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self._magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._average: Tensor | None = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._derived: dict[Hashable, Any] = {}
         self.tokens = 0
 
@@ -83,6 +84,11 @@ class InputStatistics:
         """`mean(|x|)` of each input channel, float64: the buffer itself, no copy."""
         return self._magnitude
 
+    @property
+    def mean(self) -> Float[Tensor, " in_features"] | None:
+        """`mean(x)` of each input channel, float64: the buffer itself. None where some tokens came without a sum."""
+        return self._average
+
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of inputs.
 
@@ -108,13 +114,15 @@ class InputStatistics:
                 raise NumericalError(
                     "Expected finite calibration inputs, got NaN or infinity. Try another model dtype."
                 )
-            self.add(product, len(chunk), chunk.abs().sum(0, dtype=torch.float64))
+            total = chunk.sum(0, dtype=torch.float64)
+            self.add(product, len(chunk), chunk.abs().sum(0, dtype=torch.float64), total)
 
     def add(
         self,
         product: Float[Tensor, "in_features in_features"],
         tokens: int,
         magnitude: Float[Tensor, " in_features"] | None = None,
+        total: Float[Tensor, " in_features"] | None = None,
     ) -> None:
         """Add tokens of which only sums are known.
 
@@ -122,6 +130,7 @@ class InputStatistics:
             product: the sum of `x x^T` over these tokens, symmetric, on any device.
             tokens: how many tokens they are; with 0 nothing changes.
             magnitude: the sum of `|x|`; where it is missing, that of normal inputs with the same second moment.
+            total: the sum of `x`; without it the mean of all tokens is unknown from now on.
         """
         # A mean over n tokens and the sum s over k more give the mean n / (n + k) * mean + s / (n + k). A mean is kept
         # in place of a sum because it does not grow with the number of tokens, and can be read without a copy.
@@ -132,7 +141,14 @@ class InputStatistics:
             if magnitude is None:
                 magnitude = (_NORMAL * tokens * product.diagonal().clamp(min=0)).sqrt()
             blend(self._magnitude, magnitude, tokens / self.tokens, 1 / self.tokens)
+            self._blend_average(total, tokens / self.tokens, 1 / self.tokens)
             self.clear_cache()
+
+    def _blend_average(self, more: Tensor | None, share: float, weight: float) -> None:
+        if self._average is None or more is None:
+            self._average = None
+        else:
+            blend(self._average, more, share, weight)
 
     def cached(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
         """Return what was computed under this key since the last `update` or `clear_cache`, or compute it now.
@@ -174,6 +190,7 @@ class InputStatistics:
             share = other.tokens / self.tokens
             blend(self._mean, other._mean, share, share)
             blend(self._magnitude, other._magnitude, share, share)
+            self._blend_average(other._average, share, share)
             self.clear_cache()
 
     def without(self, other: InputStatistics) -> InputStatistics:
@@ -191,6 +208,7 @@ class InputStatistics:
         share = -other.tokens / tokens
         blend(left._mean, other._mean, share, share)
         blend(left._magnitude, other._magnitude, share, share)
+        left._blend_average(other._average, share, share)
         left.tokens = tokens
         return left
 
@@ -202,7 +220,7 @@ class InputStatistics:
         """
         # Each process scales its mean by its share of all tokens; the sum of these is the mean over all of them.
         tokens = int(add_up(torch.tensor(self.tokens, device=self._mean.device)))
-        for mean in (self._mean, self._magnitude):
+        for mean in (self._mean, self._magnitude, *([] if self._average is None else [self._average])):
             add_up(mean.mul_(self.tokens / max(1, tokens)))
         self.tokens = tokens
         self.clear_cache()
@@ -224,6 +242,8 @@ class InputStatistics:
             "mean_magnitude": self._magnitude,
             "tokens": torch.tensor(self.tokens),
         }
+        if self._average is not None:
+            tensors["mean"] = self._average
         save_file(tensors, path, metadata={"format": "pt", "kind": "quailora.InputStatistics"})
 
     @classmethod
@@ -236,11 +256,13 @@ class InputStatistics:
         from safetensors.torch import load_file
 
         tensors = load_file(path, device=str(device))
+        average = tensors.pop("mean", None)  # files of earlier versions have none
         expected = ["mean_magnitude", "second_moment", "tokens"]
         if sorted(tensors) != expected:
             raise CalibrationError(f"Expected the tensors {', '.join(expected)} in {path}, got {sorted(tensors)}.")
         statistics = cls(0, device)
         statistics._mean, statistics._magnitude = tensors["second_moment"], tensors["mean_magnitude"]
+        statistics._average = average
         statistics.tokens = int(tensors["tokens"])
         return statistics
 
@@ -253,11 +275,6 @@ def blend(mean: Tensor, more: Tensor, share: float, weight: float) -> None:
     mean.mul_(1 - share)
     for rows, others in zip(torch.split(mean, _ROWS), torch.split(more, _ROWS), strict=True):
         rows.add_(others.to(rows.device), alpha=weight)
-
-
-def same_device(tensor: Tensor, device: torch.device | str) -> bool:
-    """Return whether a tensor is on a device; one without a number is the current one of its kind."""
-    return tensor.device == torch.empty(0, device=device).device
 
 
 def self_product(matrix: Float[Tensor, "tokens in_features"]) -> Float[Tensor, "in_features in_features"]:

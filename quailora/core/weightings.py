@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -76,7 +76,7 @@ class Weighting(ABC):
         if statistics is None:
             return gram_objective
         metric = self.metric(statistics)
-        return gram_objective if metric is gram_objective.metric else Objective(gram_objective.error, metric)
+        return gram_objective if metric is gram_objective.metric else replace(gram_objective, metric=metric)
 
 
 @final

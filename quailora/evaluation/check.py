@@ -85,11 +85,14 @@ def check(
     different = provenance.different(present, exactly=bool(stored.described) and origin.needs != "model")
     if different and not stored.described and origin.stock_quantizer is None:
         raise ModelError(f"{base} is not quantized, and the base of {folder} is not made while a model loads.")
+    # Codes of a base that is quantized while it loads depend on the dtype of the weights that they are made from.
+    remedy = f"make an adapter for this base: call init with `base='{base}'`"
+    if not stored.described:
+        remedy = f"pass the dtype that its model was loaded in with `dtype`, or make an adapter for {base} by init"
     if different:
         raise ModelError(
             f"{folder} does not belong on {base}: {described(provenance, different)}; "
-            f"{share(provenance.distance(present))}. Load it on the base that it was made for, or "
-            f"make an adapter for this base: call init with `base='{base}'`."
+            f"{share(provenance.distance(present))}. Load it on the base that it was made for, or {remedy}."
         )
     return BaseCheck(str(adapter), base, origin.layers)
 

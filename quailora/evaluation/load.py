@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.frozen import freeze
 from ..adapters.hub import adapter_folder
 from ..adapters.provenance import Origin, read_provenance, unknown_base
 from ..adapters.saved import SavedAdapter
@@ -29,7 +30,8 @@ def load(adapter: StrPath, *, trainable: bool = False, any_base: bool = False, *
 
     Args:
         adapter: hub name or folder of an adapter that quailora made, trained or not.
-        trainable: let the factors be trained; else the model is for inference.
+        trainable: let the adapter be trained, all but the directions that `frozen_rank` has set apart; else the model
+            is for inference.
         any_base: load the adapter on another base than the one that it was made for, too, with a warning.
         from_pretrained: passed on to `AutoModelForCausalLM.from_pretrained`, such as `device_map` or `dtype`; the dtype
             is that of the checkpoint by default.
@@ -51,7 +53,10 @@ def load(adapter: StrPath, *, trainable: bool = False, any_base: bool = False, *
     model = loaded_base(name, config, {"dtype": "auto", **from_pretrained})
     chosen = ChosenBase(None, f"{name}, as it was loaded")
     check_measured_on(folder, provenance, base_identities(model, saved), chosen, any_base=any_base)
-    return with_adapter(model, folder, trainable=trainable)
+    adapted = with_adapter(model, folder, trainable=trainable)
+    if trainable and provenance.origin.frozen_rank:
+        freeze(adapted, provenance.origin.frozen_rank)
+    return adapted
 
 
 def place_of_base(folder: Path, origin: Origin) -> tuple[str, Any]:

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from ..core.objective import Factors
+from ..families import Correction
 from ..models.layers import Layer
-from ..models.weights import replaced
+from ..models.weights import biased, replaced
 from ..support.machine import free_memory
 from ..support.progress import console, counting
 
@@ -82,18 +82,18 @@ class Difference:
 
 @final
 class Corrected(Mapping[str, Tensor]):
-    """The weights `Q + lora_B @ lora_A` of a variant, computed when they are asked for.
+    """The weights `Q + C` of a variant, computed when they are asked for, and its biases.
 
     Args:
         quantized: `Q` of each layer, maybe memory-mapped.
-        corrections: factors of the layers that have some, before PEFT's scaling.
+        corrections: adapters of the layers that have some, before PEFT's scaling.
         device: the device to compute on.
     """
 
     def __init__(
         self,
         quantized: Mapping[str, Tensor],
-        corrections: Mapping[str, Factors],
+        corrections: Mapping[str, Correction],
         device: torch.device | str = "cpu",
     ) -> None:
         self._quantized = quantized
@@ -104,14 +104,28 @@ class Corrected(Mapping[str, Tensor]):
         weight = self._quantized[layer].to(self._device)
         if layer not in self._corrections:
             return weight
-        lora_B, lora_A = (factor.to(self._device) for factor in self._corrections[layer])
-        return torch.addmm(weight.to(lora_A.dtype), lora_B, lora_A).to(weight.dtype)
+        change = self._corrections[layer].to(self._device).change(weight.float())
+        return (weight.float() + change.weight).to(weight.dtype)
+
+    def biases(self) -> dict[str, Tensor]:
+        """Return what adapters add to the outputs of layers for every token."""
+        found: dict[str, Tensor] = {}
+        for layer, correction in self._corrections.items():
+            if correction.family.needs_mean:
+                bias = correction.to(self._device).change(self._quantized[layer].to(self._device).float()).bias
+                found |= {} if bias is None else {layer: bias}
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._quantized)
 
     def __len__(self) -> int:
         return len(self._quantized)
+
+
+def biases_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the biases that come with weights, which only adapters have."""
+    return weights.biases() if isinstance(weights, Corrected) else {}
 
 
 @torch.inference_mode()
@@ -145,7 +159,7 @@ def measure(
         for part in torch.split(windows.to(device), windows_at_once(model, windows.shape[1])):
             references = [log_probabilities(predict(model, ids, given)) for ids in part]
             for name, weights in variants.items():
-                with replaced(layers, weights):
+                with replaced(layers, weights), biased(layers, biases_of(weights)):
                     for ids, reference in zip(part, references, strict=True):
                         scores[name].append(score(reference, predict(model, ids, given), ids[given:]))
                         counter.advance()

@@ -8,44 +8,65 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..core.metrics import Identity
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
 from ..core.weightings import GramWeighting, Sensitivity, Weighting
 from ..errors import CalibrationError, ConfigurationError
+from ..families import Correction, Family, Fit
+from ..families.lora import Lora
 from ..quantizers import QuantizedWeight, Quantizer
 from ..schedules import Once, Schedule
 from ..schedules.layer import QuantizedLayer
-from ..solvers import LowRank, Solver
+from ..solvers import LowRank, Solver, Zero
 from ..solvers.base import check_rank
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class LayerInitialization:
-    """The quantized weight of one layer, its low-rank correction, and four errors to judge it by.
+    """The quantized weight of one layer, its correction, and four errors to judge it by.
 
     All errors are `tr((E - C) H (E - C)^T)` with `E = W - Q`: squared, total over the layer's outputs, per token, in
     the metric of the statistics (the squared Frobenius norm if there were none).
 
     Attributes:
         quantized: the quantized weight `Q`.
-        low_rank: `C = lora_B @ lora_A`, before PEFT's scaling is folded in.
+        fit: the correction `C`, before PEFT's scaling is folded in.
         weight_energy: `tr(W H W^T)`, the energy of the full-precision output.
         error_none: error of the quantized weight alone.
-        error_uncalibrated: error with the best correction that ignores the inputs (SVD).
-        error: error with this correction.
+        error_uncalibrated: error with the best correction of the same family that ignores the inputs; for LoRA that is
+            the SVD.
+        error: error with this correction, and its bias where it has one.
         error_optimal: the least error that any correction of this rank can have; in wide layers, where the optimum is
-            found by iteration, a bound just below it; see `Subspace.upper` for when that holds.
+            found by iteration, a bound just below it; see `Subspace.upper` for when that holds. For families other than
+            LoRA the error itself.
     """
 
     quantized: QuantizedWeight
-    low_rank: LowRank
+    fit: Fit
     weight_energy: float
     error_none: float
     error_uncalibrated: float
     error: float
     error_optimal: float
+
+    @property
+    def correction(self) -> Correction:
+        """The adapter of the layer, before PEFT's scaling is folded in."""
+        return self.fit.correction
+
+    @property
+    def low_rank(self) -> LowRank:
+        """`C = lora_B @ lora_A`, before PEFT's scaling is folded in.
+
+        Raises:
+            ConfigurationError: if the adapter is of another family than LoRA.
+        """
+        if self.fit.low_rank is None:
+            raise ConfigurationError(
+                f"Expected a correction by LoRA, got {self.correction.family!r}. See `correction`."
+            )
+        return self.fit.low_rank
 
     @property
     def relative_error(self) -> float:
@@ -56,7 +77,7 @@ class LayerInitialization:
 @final
 @dataclass(frozen=True)
 class Initializer:
-    """Composes a quantizer, a metric, a solver and a schedule into the initialization of one layer.
+    """Composes a quantizer, a metric, a solver, a family and a schedule into the initialization of one layer.
 
     Plain tensors in and out; no model is needed:
 
@@ -73,10 +94,12 @@ class Initializer:
     Attributes:
         quantizer: makes `Q` from `W`; None for bases that are quantized already, whose `Q` is then an argument.
         solver: makes `C` from `W - Q`.
-        rank: rank of `C`.
+        rank: rank of `C`, or what a family has in its place.
         weighting: which errors count how much for the solver, see `WEIGHTINGS`. The errors of the result are always
             reported in the Gram metric.
         schedule: how quantization and correction follow each other.
+        family: the kind of adapter; None for LoRA. The solver finds its low-rank part, if it has one. With the solver
+            `Zero` the adapter changes nothing.
     """
 
     quantizer: Quantizer | None
@@ -84,6 +107,12 @@ class Initializer:
     rank: int = 16
     weighting: Weighting = GramWeighting()  # noqa: RUF009 # frozen
     schedule: Schedule = Once()  # noqa: RUF009 # frozen
+    family: Family | None = None
+
+    @property
+    def adapter(self) -> Family:
+        """The family, with the solver of this initializer where a solver finds a part of it."""
+        return (self.family or Lora()).with_solver(self.solver)
 
     def __call__(
         self,
@@ -117,12 +146,18 @@ class Initializer:
         quantized: QuantizedWeight | None = None,
     ) -> QuantizedLayer:
         """Quantize a layer, and prepare what every solver needs; see `__call__`."""
-        check_rank(self.rank, weight.shape)
+        self.check_size(weight)
         if statistics is None and self.solver.needs_calibration and self.weighting.needs_calibration:
             raise CalibrationError(
                 f"{self.solver!r} needs calibration: pass the InputStatistics of the layer's inputs."
             )
         return QuantizedLayer.of(self.base(quantized), weight, statistics, sensitivity=sensitivity)
+
+    def check_size(self, weight: Tensor) -> None:
+        """Raise a `ValueError` or a `TargetError` unless a weight can carry an adapter of this rank."""
+        if self.family is None or weight.ndim != 2:
+            check_rank(self.rank, weight.shape)
+        self.adapter.shapes((weight.shape[0], weight.shape[1]), self.rank)
 
     def base(self, quantized: QuantizedWeight | None = None) -> Quantizer | QuantizedWeight:
         """Return what gives `Q`: the quantizer, or what is there already.
@@ -143,11 +178,12 @@ class Initializer:
 
         Raises:
             ValueError: if the rank is out of range.
+            TargetError: if the layer cannot carry an adapter of the family.
             ConfigurationError: if the schedule cannot work with the quantizer, or without calibration.
             CalibrationError: if the weighting needs gradients and there is no sensitivity.
         """
-        check_rank(self.rank, layer.objective.error.shape)
-
+        self.check_size(layer.objective.error)
+        family = self.adapter
         fitted = layer.validation.layer if layer.validation is not None else layer
 
         def weighed(objective: Objective) -> Objective:
@@ -155,22 +191,42 @@ class Initializer:
             inputs = fitted if objective.metric is fitted.objective.metric else layer
             return self.weighting.objective(objective, inputs.statistics, inputs.sensitivity)
 
-        def solve(objective: Objective) -> LowRank:
-            return self.solver.minimise(weighed(objective), self.rank)
+        def solve(objective: Objective) -> Fit:
+            return fitted_by(family, self.solver, weighed(objective), self.rank)
 
         layer = self.schedule.choose(layer, solve, self.rank)
-        objective, low_rank = layer.objective, solve(layer.objective)
+        objective, fit = layer.objective, solve(layer.objective)
         same_metric = weighed(objective) is objective
+        error = fit.error if same_metric else error_of(family, objective, fit)
         # All four errors are in the Gram metric, whatever the method minimises, so that methods can be compared. The
         # certified bound is that of the solution where both metrics are the same, and is found for the optimum
         # otherwise.
-        uncalibrated = objective.projection(objective.subspace(self.rank, Identity()))
+        bound = (fit.bound if same_metric else 0.0) or objective.bound(self.rank) if fit.low_rank is not None else error
         return LayerInitialization(
             quantized=layer.quantized,
-            low_rank=low_rank,
+            fit=fit,
             weight_energy=layer.weight_energy,
             error_none=objective.value_at_zero,
-            error_uncalibrated=objective.value(*uncalibrated),
-            error=low_rank.error if same_metric else objective.value(low_rank.lora_B, low_rank.lora_A),
-            error_optimal=(low_rank.bound if same_metric else 0.0) or objective.bound(self.rank),
+            error_uncalibrated=family.uncalibrated(objective, self.rank).error,
+            error=error,
+            error_optimal=bound,
         )
+
+
+def fitted_by(family: Family, solver: Solver, objective: Objective, rank: int) -> Fit:
+    """Return the fit of a family; with the solver `Zero` the start that stock PEFT has, which changes nothing."""
+    if isinstance(solver, Zero) and family.name != "lora":
+        shape = objective.error.shape
+        base = objective.base() if objective.base is not None and family.needs_base else None
+        start = family.identity((shape[0], shape[1]), rank, base)
+        if start is None:
+            raise ConfigurationError(f"{family!r} has no start that changes nothing. Take another recipe or solver.")
+        return family.finished(objective, start)
+    return family.fit(objective, rank)
+
+
+def error_of(family: Family, objective: Objective, fit: Fit) -> float:
+    """Return the error of a fit in another metric than the one that it minimises."""
+    if fit.low_rank is not None:
+        return objective.value(*fit.low_rank.factors)
+    return family.error(objective, fit.correction)

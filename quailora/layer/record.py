@@ -24,18 +24,20 @@ class LayerRecord:
     Attributes:
         name: module name.
         shape: (out_features, in_features).
-        rank: rank of the adapter.
+        rank: rank of the adapter, or what its family has in place of one.
         bits_per_weight: stored bits of the quantized weight, everything counted.
         tokens: calibration tokens that the layer saw.
         error_none: output error without correction.
-        error_uncalibrated: output error with the plain SVD.
+        error_uncalibrated: output error with the plain SVD, or with the same family fitted without the inputs.
         error: output error with this adapter.
-        error_optimal: the least for this rank; in wide layers a lower bound of it, see `Subspace.upper`.
+        error_optimal: the least for this rank; in wide layers a lower bound of it, see `Subspace.upper`; for families
+            other than LoRA the error itself.
         relative_error: `error / tr(W H W^T)`.
         iterations: rounds that the solver ran.
         seconds: what it took to quantize and correct; what several methods share counts for the first of them.
         asymmetry: for asymmetric inputs, where the target lies between `W` (0) and the ridge estimate of `W*` (1).
         base: tells the quantized weight that the correction belongs to from others.
+        parameters: numbers in the adapter of the layer; None in files of earlier versions, which had LoRA only.
     """
 
     name: str
@@ -52,6 +54,12 @@ class LayerRecord:
     seconds: float = 0.0
     asymmetry: float | None = None
     base: BaseIdentity | None = None
+    parameters: int | None = None
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in the adapter of the layer."""
+        return self.rank * sum(self.shape) if self.parameters is None else self.parameters
 
     @classmethod
     def of(
@@ -60,14 +68,15 @@ class LayerRecord:
         layer: LayerInitialization,
         weight: Tensor,
         tokens: int,
+        rank: int,
         seconds: float = 0.0,
         asymmetry: float | None = None,
     ) -> LayerRecord:
-        """Return the entry of an initialized layer with the full-precision weight `weight`."""
+        """Return the entry of an initialized layer with the full-precision weight `weight` and a rank."""
         return cls(
             name=name,
             shape=layer.quantized.shape,
-            rank=layer.low_rank.rank,
+            rank=0 if layer.correction.family.default_rank is None else rank,
             bits_per_weight=layer.quantized.bits_per_weight,
             tokens=tokens,
             error_none=layer.error_none,
@@ -75,10 +84,11 @@ class LayerRecord:
             error=layer.error,
             error_optimal=layer.error_optimal,
             relative_error=layer.relative_error,
-            iterations=layer.low_rank.iterations,
+            iterations=layer.fit.iterations,
             seconds=round(seconds, 4),
             asymmetry=asymmetry,
             base=BaseIdentity.of(layer.quantized, weight),
+            parameters=sum(tensor.numel() for tensor in layer.correction.parameters.values()),
         )
 
     @classmethod

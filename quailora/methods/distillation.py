@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
@@ -18,8 +18,8 @@ from ..calibration.capture import arithmetic
 from ..calibration.gradients import frozen
 from ..calibration.sources import CalibrationSource
 from ..calibration.windows import CalibrationDtype
-from ..core.objective import Factors
 from ..errors import ConfigurationError, NumericalError, check_choice
+from ..families import Correction
 from ..models.layers import Layer
 from ..models.weights import beside, replaced
 from ..support.progress import track
@@ -72,17 +72,17 @@ class Distillation:
         model: Any,
         layers: Mapping[str, Layer],
         quantized: Mapping[str, Tensor],
-        factors: Mapping[str, Factors],
+        corrections: Mapping[str, Correction],
         windows: Int[Tensor, "samples sequence_length"],
         dtype: CalibrationDtype = "auto",
-    ) -> dict[str, Factors]:
-        """Return the trained factors.
+    ) -> dict[str, Correction]:
+        """Return the trained corrections.
 
         Args:
             model: a transformers causal language model in full precision, in memory; it is left as it was.
             layers: its linear layers, no fused experts among them.
             quantized: `Q` of each layer.
-            factors: the factors to start from, before PEFT's scaling.
+            corrections: the adapters to start from, before PEFT's scaling.
             windows: token ids, `batch` for each step.
             dtype: arithmetic, see `Calibration`.
 
@@ -90,19 +90,17 @@ class Distillation:
             NumericalError: if the loss is NaN or infinite.
         """
         device = next(model.parameters()).device
-        trained = {
-            name: Factors(trainable(pair.lora_B, device), trainable(pair.lora_A, device))
-            for name, pair in factors.items()
-        }
-        # Only the factors are trained, in float32. They enter the graph by hooks, and the quantized weights stand in
+        trained = {name: trainable(correction, device) for name, correction in corrections.items()}
+        # Only the adapters are trained, in float32. They enter the graph by hooks, and the quantized weights stand in
         # the place of the model's own, so that the model needs no change and no copy.
-        optimizer = torch.optim.AdamW([factor for pair in trained.values() for factor in pair], self.learning_rate)
+        parameters = [tensor for one in trained.values() for tensor in one.parameters.values() if tensor.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, self.learning_rate)
         rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
         losses = []
         quantized = beside(layers, quantized)
         for ids in track(torch.split(windows.to(device), self.batch), "Distilling"):
             expected = self._expected(model, ids, dtype)
-            with frozen(model), torch.enable_grad(), replaced(layers, quantized), corrected(layers, trained):
+            with frozen(model), torch.enable_grad(), replaced(layers, quantized), corrected(layers, trained, quantized):
                 with arithmetic(model, dtype):
                     logits = model(input_ids=ids, use_cache=False).logits
                 loss = next_token_loss(logits, ids) if expected is None else divergence(expected, logits.flatten(0, 1))
@@ -114,7 +112,7 @@ class Distillation:
             optimizer.zero_grad(set_to_none=True)
             rate.step()
         logger.info("Loss of the training: %.4f nats a token at first, %.4f at last.", losses[0], losses[-1])
-        return {name: Factors(pair.lora_B.detach(), pair.lora_A.detach()) for name, pair in trained.items()}
+        return {name: detached(correction) for name, correction in trained.items()}
 
     @torch.no_grad()
     def _expected(
@@ -133,25 +131,44 @@ def next_token_loss(logits: Float[Tensor, "batch tokens vocabulary"], ids: Int[T
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def trainable(factor: Tensor, device: torch.device) -> Tensor:
-    """Return a copy in float32 that collects gradients."""
-    return factor.detach().to(device, torch.float32, copy=True).requires_grad_()
+def trainable(correction: Correction, device: torch.device) -> Correction:
+    """Return a copy in float32 whose trained tensors collect gradients."""
+    copies = {
+        name: tensor.detach().to(device, torch.float32, copy=True).requires_grad_()
+        if name not in correction.family.untrained
+        else tensor.to(device)
+        for name, tensor in correction.parameters.items()
+    }
+    return replace(correction, parameters=copies)
+
+
+def detached(correction: Correction) -> Correction:
+    """Return a correction whose tensors collect no gradients."""
+    return replace(correction, parameters={name: tensor.detach() for name, tensor in correction.parameters.items()})
 
 
 @contextmanager
-def corrected(layers: Mapping[str, Layer], factors: Mapping[str, Factors]) -> Iterator[None]:
-    """Add `lora_B lora_A x` to the outputs of linear layers inside a `with` statement."""
+def corrected(
+    layers: Mapping[str, Layer], corrections: Mapping[str, Correction], quantized: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Add what adapters add to the outputs of linear layers inside a `with` statement.
+
+    Args:
+        layers: the layers.
+        corrections: the adapters.
+        quantized: `Q` of each layer.
+    """
     with ExitStack() as hooks:
-        for name, pair in factors.items():
-            hooks.enter_context(layers[name].module.register_forward_hook(_adding(*pair)))
+        for name, correction in corrections.items():
+            hooks.enter_context(layers[name].module.register_forward_hook(_adding(correction, quantized[name])))
         yield
 
 
-def _adding(lora_B: Tensor, lora_A: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _adding(correction: Correction, quantized: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # Two thin products, in float32 whatever the model computes in: the dense correction is never formed.
-        correction = functional.linear(functional.linear(inputs[0].to(lora_A.dtype), lora_A), lora_B)
-        return output + correction.to(output.dtype)
+        # In float32 whatever the model computes in.
+        added = correction.family.output(correction.parameters, inputs[0].float(), quantized)
+        return output + added.to(output.dtype)
 
     return hook
 

@@ -9,6 +9,7 @@ from ..adapters.lora import LoraScaling
 from ..bases.existing import ExistingBase
 from ..calibration.walk import InputsOf
 from ..errors import ConfigurationError
+from ..families import Family
 from ..layer.asymmetric import STEP
 from ..layer.initializer import Initializer
 from ..models.layers import Layer
@@ -57,6 +58,11 @@ class Method:
         return self.scaling.rank_of(group) if self.frozen_rank is None else self.frozen_rank
 
     @property
+    def family(self) -> Family:
+        """The kind of adapter."""
+        return self.initializer.adapter
+
+    @property
     def changes_base(self) -> bool:
         """Whether the base is another one than the quantizer alone gives, so that it has to be saved."""
         return self.initializer.schedule.changes_base or self.requested_quantizer is not None
@@ -95,6 +101,7 @@ class Method:
                 f"The base is quantized already, and {schedule!r} would quantize it again. Take a recipe that keeps "
                 "the base, such as quailora or best."
             )
+        check_family(self)
         if self.inputs == "asymmetric" and not initializer.weighting.keeps_correlations:
             raise ConfigurationError(
                 "Asymmetric inputs need a metric that keeps the correlations between inputs, got "
@@ -105,3 +112,36 @@ class Method:
                 f"The schedule {schedule!r} needs held-out tokens, which only asymmetric inputs have, got "
                 f"{self.inputs} inputs. Pass `inputs='asymmetric'`, or take another schedule."
             )
+
+
+def check_family(method: Method) -> None:
+    """Raise a `ConfigurationError` if the family of a method cannot carry what the method asks for."""
+    family, scaling = method.family, method.scaling
+    title = family.name or repr(family)
+    if family.needs_base and method.changes_base:
+        raise ConfigurationError(
+            f"The adapter {title} multiplies the quantized weight, so that the weight has to be chosen before it, and "
+            f"{method.initializer.schedule!r} chooses both together. Take a recipe that keeps the base, such as best."
+        )
+    if family.needs_mean and method.inputs != "full":
+        raise ConfigurationError(
+            f"The adapter {title} has a bias, which needs full inputs, got {method.inputs} inputs. Take a recipe on "
+            "full inputs, such as shrunk or qera-exact."
+        )
+    if family.name == "lora":
+        return
+    if method.frozen_rank is not None:
+        raise ConfigurationError(
+            f"Only directions of LoRA can be frozen, got the family {title}. Leave out `frozen_rank`."
+        )
+    if (scaling.alpha is not None or scaling.rslora or scaling.alpha_pattern) and not family.scales:
+        raise ConfigurationError(f"PEFT has no lora_alpha for {title}. Leave out alpha, rslora and alpha_pattern.")
+    if (scaling.rank_pattern or scaling.alpha_pattern) and not family.has_patterns:
+        raise ConfigurationError(
+            f"PEFT has one rank for all layers of {title}. Leave out rank_pattern and alpha_pattern."
+        )
+    if method.initializer.weighting.needs_gradients:
+        raise ConfigurationError(
+            f"The metric {method.initializer.weighting!r} weighs outputs, which works with LoRA only, got {title}. "
+            "Take another metric or recipe."
+        )

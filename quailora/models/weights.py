@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,28 @@ def replaced(layers: Mapping[str, Layer], weights: Mapping[str, Tensor]) -> Iter
     finally:
         for (module, attribute), data in originals.items():
             getattr(module, attribute).data = data
+
+
+@contextmanager
+def biased(layers: Mapping[str, Layer], biases: Mapping[str, Tensor]) -> Iterator[None]:
+    """Add a bias to the outputs of linear layers inside a `with` statement.
+
+    Args:
+        layers: layers by name.
+        biases: (out_features,) for some or all of them.
+    """
+    hooks = []
+    try:
+        for name, bias in biases.items():
+            hooks.append(layers[name].module.register_forward_hook(_adding(bias)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adding(bias: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    return lambda _, __, output: output + bias.to(output)
 
 
 def beside(layers: Mapping[str, Layer], weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -14,14 +14,16 @@ import torch
 
 from ..adapters.frozen import check_frozen
 from ..adapters.provenance import Origin
-from ..adapters.wrapped import WrappedLayer, lora_config_of, scaling_of, unwrapped, warn_of_rounding
-from ..adapters.wrapped import wrapped_layers as layers_of
+from ..adapters.tuned import AdaptedLayers, adapter_of, tensors_of
+from ..adapters.wrapped import unwrapped, warn_of_rounding
 from ..bases.live import LiveBase
 from ..calibration.enough import Enough
 from ..calibration.sources import BatchCalibration
 from ..calibration.tokens import CalibrationTokens
 from ..core.objective import Factors
 from ..errors import ConfigurationError
+from ..families import Correction
+from ..families.lora import lora_correction
 from ..methods.method import Method
 from ..methods.recipes import Recipe
 from ..models.quantized import quantization_of
@@ -41,12 +43,12 @@ class Outcome:
     """What a run has found, the same in every process.
 
     Attributes:
-        factors: correction of each layer, before PEFT's scaling.
+        corrections: correction of each layer, before PEFT's scaling.
         report: see `initialize`.
         origin: what the corrections were made from.
     """
 
-    factors: dict[str, Factors]
+    corrections: dict[str, Correction]
     report: dict[str, Any]
     origin: Origin
 
@@ -64,7 +66,7 @@ class Asked:
     """
 
     peft_model: Any
-    layers: Mapping[str, WrappedLayer]
+    layers: AdaptedLayers
     method: Method
     weights: Any
 
@@ -79,7 +81,7 @@ class Asked:
         frozen_rank: int | None = None,
     ) -> Asked:
         """Make out what was asked for; see `initialize`."""
-        every = layers_of(peft_model, adapter)
+        every, scaling, family = adapter_of(peft_model, adapter)
         base = LiveBase(peft_model)
         layers = {name: layer for name, layer in every.items() if name in base.layers}
         if layers and quantizer is not None:
@@ -95,23 +97,22 @@ class Asked:
                 ", ".join(others[:5]) + (", ..." if len(others) > 5 else ""),
             )
         is_live, chosen = bool(layers), layers or every
-        scaling = scaling_of(chosen, lora_config_of(peft_model, adapter))
         if frozen_rank is not None:
             check_frozen(frozen_rank, {name: layer.rank for name, layer in chosen.items()}, smallest=1)
-        method = method_of(recipe, scaling, base if is_live else (quantizer or NF4()))
+        method = method_of(recipe, scaling, base if is_live else (quantizer or NF4()), family)
         method = replace(method, frozen_rank=frozen_rank)
         if method.changes_base:
             raise ConfigurationError(
                 f"The recipe {recipe!r} chooses a base of its own, but this model has one already. Take another one, "
                 "such as quailora or best; quailora init writes the base with the adapter."
             )
-        warn_of_rounding(chosen)
+        warn_of_rounding(tensor for layer in chosen.values() for tensor in tensors_of(layer).values())
         return cls(peft_model, chosen, method, weights_of(base, weights, is_live=is_live))
 
     @property
     def device(self) -> torch.device:
         """The device of the first layer."""
-        return next(iter(self.layers.values())).parameters.lora_A.device
+        return next(iter(self.layers.values())).device
 
     @property
     def enough(self) -> Enough:
@@ -158,13 +159,15 @@ def outcome_of(result: InitializedModel, method: Method) -> Outcome:
     output = result.output
     if output is None or result.report is None:
         raise RuntimeError("the first process has no result")
-    # Fresh directions are those that PEFT has drawn; those that are drawn for a file are cut off again.
-    kept, factors = method.frozen_rank, {}
-    for name, correction in result.corrections.items():
-        lora_B, lora_A = (factor.cpu() for factor in correction.factors)
-        factors[name] = Factors(lora_B[:, :kept], lora_A[:kept])
+    corrections = {name: correction.to("cpu") for name, correction in result.corrections.items()}
+    if method.frozen_rank is not None:
+        # Fresh directions are those that PEFT has drawn; those that are drawn for a file are cut off again.
+        kept = method.frozen_rank
+        for name, correction in corrections.items():
+            lora_B, lora_A = correction.factors
+            corrections[name] = lora_correction(Factors(lora_B[:, :kept], lora_A[:kept]))
     base = {record.name: record.base for record in output.records if record.base is not None}
-    return Outcome(factors, dict(result.report), origin_of(method, output.loaded.name, base))
+    return Outcome(corrections, dict(result.report), origin_of(method, output.loaded.name, base))
 
 
 def weights_of(base: LiveBase, given: Any, *, is_live: bool) -> Any:

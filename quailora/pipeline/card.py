@@ -16,14 +16,13 @@ _CARD = """\
 ---
 {front_matter}---
 
-# LoRA initialization for {model}, quantized by {quantizer_name}
+# {family} initialization for {model}, quantized by {quantizer_name}
 
 **This adapter belongs on the quantized base and on no other.** It makes up for the error of
 `{quantizer}`.
 On the full-precision model, or on a base that was quantized in another way, it *adds* that error. Do not merge it into
-full-precision weights: after training, only the change that training made can go there, and `quailora convert` writes
-it as an adapter of its own. Do not merge it into its quantized base either: the sum is rounded again, which loses the
-correction.
+full-precision weights: after training, only the change that training made can go there{converted}. Do not merge it into
+its quantized base either: the sum is rounded again, which loses the correction.
 
 It is a starting point for training, made by quailora with `{solver}`
 weighted by `{metric}`, by the schedule `{schedule}`,
@@ -38,8 +37,6 @@ from {tokens} calibration tokens, fitted to the inputs of {network}. {training}
 ## Train
 
 {advice}
-The figures are from 120 short steps on SmolLM2-135M at rank 16, where plain LoRA did best at a learning rate of 0.0032.
-Take them as a hint for other models and longer trainings; docs/worth.md of quailora has all of them.
 
 ## Layer errors
 
@@ -60,6 +57,17 @@ _NETWORKS = {
     "quantized": "the quantized and corrected model, block after block",
     "asymmetric": "the quantized and corrected model and the outputs of the full-precision one, block after block",
 }
+
+_FIGURES = """
+The figures are from 120 short steps on SmolLM2-135M at rank 16, where plain LoRA did best at a learning rate of 0.0032.
+Take them as a hint for other models and longer trainings; docs/worth.md of quailora has all of them."""
+
+_FAMILY = """\
+The parameters are not those that PEFT starts with, so that the best learning rate can be another one: try half of the
+rate that you would take otherwise, too. `docs/families.md` of quailora has what was measured of each family."""
+
+_CONVERTED = """, and
+`quailora convert` writes it as an adapter of its own"""
 
 _FROZEN = """\
 The correction is in the first {rank} directions, and the others start as in plain LoRA. The call of `quailora.freeze`
@@ -82,7 +90,6 @@ BESIDE = "path/to/this/folder"
 """Stands for the folder that the card is in."""
 
 _SNIPPET = """\
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM{config_import}
 
@@ -100,6 +107,7 @@ def model_card(
     base_model: str,
     calibration_tokens: int,
     quantized_base: str | None = None,
+    dtype: str = "auto",
 ) -> str:
     """Return the text of an adapter's `README.md`.
 
@@ -110,20 +118,23 @@ def model_card(
         base_model: hub name or folder that the base is loaded from.
         calibration_tokens: tokens that it was calibrated on.
         quantized_base: where the base is loaded from, if it is not quantized while it loads.
+        dtype: dtype to load the base in, on which codes depend; "auto" is that of the checkpoint.
     """
     initializer, distillation = method.initializer, method.distillation
     base = method.quantizer if method.base is None else method.base.title
-    front_matter = {"base_model": base_model, "library_name": "peft", "tags": ["lora", "quailora"]}
-    share = error_reduction(layers)
+    share, family = error_reduction(layers), method.family.name or type(method.family).__name__
+    lora = family == "lora"
+    front_matter = {"base_model": base_model, "library_name": "peft", "tags": [family, "quailora"]}
     summary = [
         ["no correction", "100.0%"],
-        ["uncalibrated SVD", f"{share['error_uncalibrated']:.1%}"],
+        ["uncalibrated SVD" if lora else "the same family, uncalibrated", f"{share['error_uncalibrated']:.1%}"],
         [
             "**this adapter**" if distillation is None else "**this adapter before its training**",
             f"**{share['error']:.1%}**",
         ],
-        ["optimum of this rank (a lower bound in wide layers)", f"{share['error_optimal']:.1%}"],
     ]
+    if lora:
+        summary.append(["optimum of this rank (a lower bound in wide layers)", f"{share['error_optimal']:.1%}"])
     # Layers of one kind behave alike in all blocks, so that one line for each kind says where the correction works.
     kinds = [
         [ending, str(len(members)), *(f"{value:.1%}" for value in error_reduction(members).values())]
@@ -143,9 +154,11 @@ def model_card(
         advice=advice(method),
         before="" if distillation is None else ", before the training",
         count=len(layers),
-        snippet=loading_snippet(method, base_model, quantized_base),
+        snippet=loading_snippet(method, base_model, quantized_base, dtype),
         summary=markdown_table(("correction", "output error"), summary),
-        kinds=markdown_table(("layers", "count", "SVD", "this adapter", "optimum"), kinds),
+        kinds=markdown_table(("layers", "count", "SVD" if lora else "uncalibrated", "this adapter", "optimum"), kinds),
+        family="LoRA" if lora else family,
+        converted=_CONVERTED if lora else "",
     )
 
 
@@ -164,9 +177,11 @@ def trained_how(distillation: Distillation | None) -> str:
 
 def advice(method: Method) -> str:
     """Return what was measured on how to train such a start, as lines of Markdown."""
+    if method.family.name != "lora":
+        return _FAMILY
     if method.frozen_rank is not None:
-        return _FROZEN.format(rank=method.frozen_rank)
-    return _WHOLE_BASE if method.initializer.schedule.changes_base else _WHOLE
+        return _FROZEN.format(rank=method.frozen_rank) + _FIGURES
+    return (_WHOLE_BASE if method.initializer.schedule.changes_base else _WHOLE) + _FIGURES
 
 
 def quoted(text: str) -> str:
@@ -174,7 +189,7 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def loading_snippet(method: Method, base_model: str, quantized_base: str | None) -> str:
+def loading_snippet(method: Method, base_model: str, quantized_base: str | None, dtype: str = "auto") -> str:
     """Return Python code that loads the base and the adapter with stock packages."""
     quantizer = method.quantizer if method.base is None else method.base.quantizer
     config = None if quantizer is None else quantizer.stock_config()
@@ -184,11 +199,11 @@ def loading_snippet(method: Method, base_model: str, quantized_base: str | None)
     if method.frozen_rank is not None:
         snippet = f"import quailora\n{_SNIPPET}\nquailora.freeze(model, {method.frozen_rank})"
     if quantized_base is not None or config is None:
-        place = f"{quoted(quantized_base or f'{BESIDE}/base')}, dtype=torch.bfloat16,"
-        remark = "" if quantized_base is not None else "  # written by init with save_base"
+        place = f"{quoted(quantized_base or f'{BESIDE}/base')}, dtype={quoted(dtype)},"
+        remark = "" if quantized_base is not None else "  # which init writes with save_base=True"
         return snippet.format(config_import="", arguments=place + remark)
     inner = ", ".join(f"{key}={value!r}" for key, value in config.items())
     arguments = (
-        f"{quoted(base_model)},\n    quantization_config=BitsAndBytesConfig({inner}),\n    dtype=torch.bfloat16,"
+        f"{quoted(base_model)},\n    quantization_config=BitsAndBytesConfig({inner}),\n    dtype={quoted(dtype)},"
     )
     return snippet.format(config_import=", BitsAndBytesConfig", arguments=arguments)

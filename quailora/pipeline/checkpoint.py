@@ -17,17 +17,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..calibration.activations import Activations
-from ..errors import ResumeError
+from ..errors import QuailoraError, ResumeError
+from ..families import Correction, Family
 from ..layer.record import LayerRecord
-from ..solvers import Correction
 from ..support import distributed
 from ..support.files import storing, write_json, write_tensors
 from ..support.sealed import is_intact, read_sealed, sealed
+from ..support.settings import build, describe
 from .store import Store, StoredLayer
 
 logger = logging.getLogger("quailora")
 
-_PACKED = "packed."
+_PACKED, _PARAMETER, _ENERGIES = "packed.", "parameter.", "energies"
 
 
 @final
@@ -90,15 +91,17 @@ class Checkpoint(Store):
         # written.
         tensors: dict[str, Tensor] = {}
         if layer.correction is not None:
-            kept = layer.correction
-            tensors = {"lora_A": kept.lora_A, "lora_B": kept.lora_B, "energies": kept.energies}
+            tensors = {f"{_PARAMETER}{name}": tensor for name, tensor in layer.correction.parameters.items()}
+            if layer.correction.energies is not None:
+                tensors[_ENERGIES] = layer.correction.energies
         if layer.dequantized is not None:
             tensors["dequantized"] = layer.dequantized
         tensors |= {f"{_PACKED}{name}": tensor for name, tensor in layer.packed.items()}
         record = json.dumps(asdict(layer.record) if layer.record else None)
+        family = json.dumps(describe(layer.correction.family) if layer.correction else None)
         self._path(key).parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_tensors(self._path(key), tensors, sealed(tensors, {"record": record}))
+        write_tensors(self._path(key), tensors, sealed(tensors, {"record": record, "family": family}))
 
     @override
     def load(self, key: str) -> StoredLayer:
@@ -110,14 +113,18 @@ class Checkpoint(Store):
         path = self._path(key)
         try:
             tensors, metadata = read_sealed(path)
-            content = json.loads(metadata["record"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            content, family = json.loads(metadata["record"]), json.loads(metadata["family"])
+            built = build(Family, family) if family else None  # type: ignore[type-abstract]
+        except (OSError, SafetensorError, KeyError, ValueError, QuailoraError) as error:
             raise ResumeError(f"The state in {path} is damaged: {error}. Run the same command again.") from error
-        packed = {name.removeprefix(_PACKED): tensor for name, tensor in tensors.items() if name.startswith(_PACKED)}
-        if content is None:
+        packed, parameters = (
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            for prefix in (_PACKED, _PARAMETER)
+        )
+        if content is None or built is None:
             return StoredLayer(dequantized=tensors["dequantized"], packed=packed)
         record = LayerRecord.read(content)
-        correction = Correction(tensors["lora_A"], tensors["lora_B"], tensors["energies"])
+        correction = Correction(built, parameters, record.shape, tensors.get(_ENERGIES))
         return StoredLayer(record, correction, tensors.get("dequantized"), packed)
 
     @override

@@ -10,9 +10,11 @@ from pathlib import Path
 from ..adapters.frozen import check_frozen
 from ..adapters.lora import LoraScaling
 from ..calibration.sources import CalibrationSource
-from ..errors import ConfigurationError, TargetError
+from ..errors import ConfigurationError, TargetError, named
+from ..families import Family, Lora
 from ..methods.method import Method
 from ..models.layers import Layer, kind
+from ..support.choices import FactorsDtype
 from ..support.files import StrPath, check_output, check_writable, folder_of
 
 logger = logging.getLogger("quailora")
@@ -53,6 +55,30 @@ def check_layers(layers: Mapping[str, Layer], method: Method, source: Calibratio
     check_tokens(layers, source)
 
 
+def check_layout(family: Family, layout: str) -> None:
+    """Raise a `ConfigurationError` unless stock PEFT computes a family on layers of some layout.
+
+    Args:
+        family: the kind of adapter.
+        layout: see `QuantizedWeight.layout`.
+    """
+    if layout not in family.bases:
+        raise ConfigurationError(
+            f"Stock PEFT cannot compute {family.name or family!r} on a base of the layout {layout}, or computes it "
+            f"wrongly there; it does on {', '.join(sorted(family.bases))}. Take another family or quantizer, or write "
+            "the base in floating point with `save_base=True` and `base_format='dequantized'`."
+        )
+
+
+def check_factors_dtype(family: Family, dtype: FactorsDtype) -> None:
+    """Raise a `ConfigurationError` if an adapter cannot be stored in a dtype without a visible error."""
+    if dtype != "float32" and family.needs_base:
+        raise ConfigurationError(
+            f"The adapter {family.name or family!r} multiplies the quantized weight, and rounding its numbers to "
+            f"{dtype} would move the whole output. Leave out `factors_dtype`, or take a family that adds, such as lora."
+        )
+
+
 def check_quantized(layers: Mapping[str, Layer], method: Method, save_base: bool) -> None:
     """Raise a `ConfigurationError` or a `TargetError` if the base does not quantize a layer that is to be corrected.
 
@@ -67,6 +93,13 @@ def check_quantized(layers: Mapping[str, Layer], method: Method, save_base: bool
                 "With `base` the base is there already. Leave out `save_base`, or take a recipe that keeps the base."
             )
         method.base.check(layers)
+    quantizer = method.quantizer
+    if quantizer is not None and not save_base and quantizer.stock_config() is None:
+        logger.warning(
+            "Stock packages do not make the base of %r while they load a model, and it will not be written. Pass "
+            "`save_base=True` to have it beside the adapter.",
+            quantizer,
+        )
     if not save_base and any(layer.expert is not None for layer in layers.values()):
         raise ConfigurationError(
             "Stock transformers leaves fused experts in full precision when it quantizes a model, so there would be "
@@ -95,7 +128,19 @@ def check_frozen_rank(method: Method, layers: Mapping[str, Layer]) -> None:
         )
 
 
-def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
+def check_sizes(layers: Mapping[str, Layer], scaling: LoraScaling, family: Family) -> None:
+    """Raise a `TargetError` that names the first layer which cannot carry an adapter of a family, and says why."""
+    for layer in layers.values():
+        with named(layer.name):
+            family.shapes(layer.shape, scaling.rank_of(layer.group))
+            if family.moves_bias and getattr(layer.module, "bias", None) is not None:
+                raise TargetError(
+                    f"This layer has a bias, which PEFT changes together with its weight in {family.name or family!r}, "
+                    "and the fit does not see it. Leave such layers out of the targets, or take another family."
+                )
+
+
+def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling, family: Family = Lora()) -> None:  # noqa: B008
     """Raise a `TargetError` that lists the layers too small for their rank, or names a pattern that means no layer."""
     unused = scaling.unused_patterns({layer.group for layer in layers.values()})
     if unused:
@@ -103,6 +148,9 @@ def check_scaling(layers: Mapping[str, Layer], scaling: LoraScaling) -> None:
             f"The pattern {unused[0]!r} means none of the {len(layers)} target layers, the first of which is "
             f"{next(iter(layers))}. Patterns are names, endings at a dot, or regular expressions for an ending."
         )
+    if family.name != "lora":
+        check_sizes(layers, scaling, family)
+        return
     # B A of rank r needs r independent rows and columns. A layer with fewer has no use for more.
     limits = {layer.group: min(layer.shape) for layer in layers.values()}
     small = {group: limit for group, limit in limits.items() if scaling.rank_of(group) > limit}

@@ -17,10 +17,9 @@ from ..calibration.sources import CalibrationSource
 from ..calibration.tokens import TOKENS_PER_PASS
 from ..calibration.walk import InputsOf
 from ..core.statistics import InputStatistics
-from ..errors import DoesNotFitError
 from ..methods.method import Method
 from ..models.layers import Layer, kind
-from ..support.choices import Offload
+from ..quantizers import QuantizedWeight
 from ..support.machine import duration, flops, size
 from ..support.tables import print_table
 
@@ -104,6 +103,7 @@ def estimate(
     *,
     device: str,
     available: int,
+    number_bytes: int = 4,
 ) -> Estimate:
     """Return what initializing these layers takes.
 
@@ -115,13 +115,15 @@ def estimate(
         source: how much there is to calibrate on.
         device: kind of device that computes.
         available: bytes of its memory that may be used.
+        number_bytes: bytes of a number of the adapter in its file.
     """
     scaling = method.scaling
     groups: dict[tuple[str, tuple[int, int], int], list[Layer]] = {}
     for layer in layers.values():
         groups.setdefault((kind(layer.name), layer.shape, scaling.rank_of(layer.group)), []).append(layer)
     rows = [
-        (what, len(same), shape, rank, len(same) * rank * sum(shape)) for (what, shape, rank), same in groups.items()
+        (what, len(same), shape, rank, len(same) * method.family.numbers(shape, rank))
+        for (what, shape, rank), same in groups.items()
     ]
     parameters = sum(row[-1] for row in rows)
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
@@ -152,7 +154,7 @@ def estimate(
     return Estimate(
         model=name,
         rows=rows,
-        adapter_bytes=4 * parameters,
+        adapter_bytes=number_bytes * parameters,
         bits_per_weight=stored / weights,
         model_bytes=total,
         device=device,
@@ -229,13 +231,19 @@ def largest_hidden(model: Any) -> int:
 
 def bits_of(method: Method, layer: Layer) -> float:
     """Return the stored bits of each weight of a layer: of the base that is there already, or of a small random one."""
-    if method.base is not None or method.quantizer is None:
-        return method.base.weight(layer.name, torch.float32).bits_per_weight if method.base is not None else 0.0
+    return example_of(method, layer).bits_per_weight
+
+
+def example_of(method: Method, layer: Layer) -> QuantizedWeight:
+    """Return a quantized weight in the format of a layer: that of the base, or a small random one."""
+    if method.base is not None:
+        return method.base.weight(layer.name, torch.float32)
+    assert method.quantizer is not None  # or a base, which `Method.check` sees to
     rows, columns = (min(side, limit) for side, limit in zip(layer.shape, _SAMPLE, strict=True))
     statistics = InputStatistics(columns)
     statistics.add(torch.eye(columns, dtype=torch.float64), 1)
     sample = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return method.quantizer.quantize(sample, statistics).bits_per_weight
+    return method.quantizer.quantize(sample, statistics)
 
 
 def share_of_tokens(model: Any, layer: Layer) -> float:
@@ -280,21 +288,3 @@ def seconds_for(
         thin = 20.0 * method.rank_of(layer.group) * (2 * rows * columns + columns**2)
         solutions += (2 * 2.0 * rows * columns**2 + thin) * method.initializer.schedule.solutions
     return forward / fast + (grams + solutions) / single
-
-
-def choose_offload(asked: Offload, limit: str | None, needed: Estimate) -> bool:
-    """Return whether to leave the weights on disk.
-
-    Raises:
-        DoesNotFitError: if a limit was given, and the run stays above it in the way asked for.
-    """
-    on_disk = asked == "always" or (asked == "auto" and needed.in_memory > needed.available)
-    peak = needed.streamed if on_disk else needed.in_memory
-    if limit is not None and peak > needed.available:
-        hint = "" if on_disk else ", or leave the weights on disk with `offload='auto'`"
-        raise DoesNotFitError(
-            f"Expected to stay below {size(needed.available)}, but the run needs about {size(peak)} of {needed.memory}"
-            f"{' with the weights left on disk' if on_disk else ''}. Raise the limit, or use fewer targets "
-            f"or shorter samples{hint}."
-        )
-    return on_disk

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..adapters.frozen import beside_fresh, freeze_layers
+from ..adapters.frozen import freeze_layers
 from ..adapters.lora import PREFIX
 from ..adapters.provenance import Origin, digest_of
-from ..adapters.wrapped import lora_config_of, trained
-from ..adapters.wrapped import wrapped_layers as layers_of
+from ..adapters.tuned import TunedLayer, adapter_of, config_of, place_shared, tensors_of, tuned_layers
+from ..adapters.wrapped import trained, wrapped_layers
 from ..calibration.loader import LoaderReader, all_tokens
 from ..calibration.tokens import CalibrationTokens
 from ..methods.recipes import Recipe
@@ -44,11 +44,11 @@ def initialize(
     quantizer: Quantizer | None = None,
     frozen_rank: int | None = None,
 ) -> dict[str, Any]:
-    """Let the LoRA adapter of a model in memory make up for the quantization of the model, before it is trained.
+    """Let the adapter of a model in memory make up for the quantization of the model, before it is trained.
 
     Called between `get_peft_model` and the training. The full-precision model is run on the tokens block by block, and
-    `lora_A` and `lora_B` are changed in place, with PEFT's scaling divided out. What the adapter belongs to is noted in
-    its configuration, where `save_pretrained` keeps it for `quailora check`. For example:
+    the parameters of the adapter are changed in place, with PEFT's scaling divided out. What the adapter belongs to is
+    noted in its configuration, where `save_pretrained` keeps it for `quailora check`. For example:
 
         model = get_peft_model(quantized, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         quailora.initialize(model, dataloader, weights="org/model", recipe="best")
@@ -86,7 +86,7 @@ def initialize(
     """
     asked = Asked.of(peft_model, adapter_name, weights, recipe, quantizer, frozen_rank)
     reader = reader_for(peft_model, adapter_name, forward_fn, prepare_model_inputs_fn)
-    if trained(asked.layers):
+    if trained(asked.layers.values()):
         logger.warning(
             "The adapter %r does something already, as if it was trained: this is overwritten.", adapter_name
         )
@@ -106,14 +106,16 @@ def fit(
     """Put the corrections that were asked for into an adapter; see `initialize`."""
     peft_model = asked.peft_model
     outcome = asked.outcome(tokens)
-    for name, factors in outcome.factors.items():
-        layer = asked.layers[name]
+    if any(isinstance(layer, TunedLayer) for layer in asked.layers.values()):
+        place_shared(peft_model, adapter_name, tuned_layers(peft_model, adapter_name))
+    for name, correction in outcome.corrections.items():
+        layer: Any = asked.layers[name]
         before = layer.kept()
-        layer.restore(beside_fresh(layer, factors))
+        layer.accept(correction)
         if callback is not None and not callback(peft_model, name):
             layer.restore(before)
-    if frozen_rank is not None:
-        freeze_layers(asked.layers.values(), frozen_rank)
+    if asked.method.family.name == "lora":  # without a frozen rank, what an earlier call has frozen is trained again
+        freeze_layers(wrapped_layers(peft_model, adapter_name).values(), frozen_rank or 0)
     note_origin(peft_model, adapter_name, outcome.origin)
     return outcome.report
 
@@ -131,8 +133,8 @@ def reader_for(
     """
     from peft import EvaConfig
 
-    config = lora_config_of(peft_model, adapter)
-    settings = config.eva_config or EvaConfig()
+    config = config_of(peft_model, adapter)
+    settings = getattr(config, "eva_config", None) or EvaConfig()
     config = copy(config)  # which PEFT's own functions look into
     config.eva_config = settings
     ignored = settings.label_mask_value if settings.use_label_mask else None
@@ -146,11 +148,11 @@ def note_origin(peft_model: Any, adapter: str, origin: Origin) -> None:
     language models, which is what this is.
     """
     config = peft_model.peft_config[adapter]
-    every = layers_of(peft_model, adapter)
+    every, _, _ = adapter_of(peft_model, adapter)
     factors = {
-        f"{PREFIX}{name}.{part}.weight": getattr(layer.parameters, part).detach()
+        f"{PREFIX}{name}.{end}": tensor.detach()
         for name, layer in every.items()
-        for part in ("lora_A", "lora_B")
+        for end, tensor in tensors_of(layer).items()
     }
     # The hash is over the factors of all layers, those that were left alone among them, since training may change any.
     noted = replace(origin, initial=digest_of(factors))

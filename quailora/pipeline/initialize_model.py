@@ -12,18 +12,18 @@ import torch
 
 from ..adapters.hub import upload
 from ..adapters.lora import LoraScaling
-from ..adapters.wrapped import wrapped_layers
+from ..adapters.tuned import adapter_of, tensors_of
 from ..calibration.gradients import find_sensitivities
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Walk
 from ..core.weightings import Sensitivity
 from ..errors import ConfigurationError
+from ..families import Correction, Family, Lora
 from ..methods.method import Method
 from ..methods.recipes import Recipe
 from ..models.layers import ALL_LINEAR, Layer, all_layers
 from ..models.limits import check_token_ids
 from ..models.load import LoadedModel, load_model, model_in_memory, resolve_device
-from ..solvers import Correction
 from ..support import distributed
 from ..support.choices import BaseFormat
 from ..support.files import StrPath, folder_of, new_folder
@@ -34,7 +34,17 @@ from .described import depends_on
 from .fingerprint import fingerprint
 from .options import Output, Resources
 from .output import AdapterOutput
-from .plan import BaseGiven, CalibrationGiven, RunPlan, check_plan, method_of, plan_run, quantized_layers, source_of
+from .plan import (
+    BaseGiven,
+    CalibrationGiven,
+    RunPlan,
+    check_plan,
+    check_written_base,
+    method_of,
+    plan_run,
+    quantized_layers,
+    source_of,
+)
 from .run import ModelRun
 from .store import MemoryStore, Store
 
@@ -59,7 +69,7 @@ class InitializedModel:
 
     @property
     def corrections(self) -> dict[str, Correction]:
-        """The correction `lora_B @ lora_A` of each layer, by module name, before PEFT's scaling is divided out."""
+        """The adapter of each layer, by module name, before PEFT's scaling is divided out."""
         return self._output.corrections
 
     def save(self, folder: StrPath, *, overwrite: bool = False, base_format: BaseFormat = "auto") -> Path:
@@ -74,36 +84,47 @@ class InitializedModel:
             OutputExistsError: if the folder holds a result, and overwriting was not asked for.
             StorageError: if it cannot be written.
         """
-        place = folder_of(folder)
+        place, plan = folder_of(folder), self._output.plan
+        dequantized = plan.method.changes_base and base_format == "dequantized"
+        check_written_base(plan.method, plan.adapter, dequantized=dequantized)
         with new_folder(place, overwrite) as partial:
-            self._output.write(partial, base_format if self._output.plan.method.changes_base else None)
+            self._output.write(partial, base_format if plan.method.changes_base else None)
         return place
 
     def load_into(self, peft_model: Any, adapter_name: str = "default") -> None:
-        """Write the factors into the LoRA layers of a PEFT model; PEFT's scaling is divided out.
+        """Write the adapter into the layers of a PEFT model; PEFT's scaling is divided out.
 
         Args:
             peft_model: a `PeftModel` whose base is the quantized one that the adapter is for.
-            adapter_name: name of its adapter, which has the same ranks.
+            adapter_name: name of its adapter, which is of the same family and size.
 
         Raises:
             ConfigurationError: if the method has chosen a base of its own, which no model has yet; or if the adapter
-                has other layers or ranks.
+                is of another family, or has other layers.
         """
         if self._output.plan.method.changes_base:
             raise ConfigurationError(
                 "This method chooses a base of its own, which the model does not have. Write it with save, and load "
                 "the model from the folder base in it."
             )
-        layers, corrections = wrapped_layers(peft_model, adapter_name), self.corrections
+        (layers, _, family), corrections = adapter_of(peft_model, adapter_name), self.corrections
+        there, here = (family or Lora()).name, self._output.plan.method.family.name
+        if there != here:
+            raise ConfigurationError(f"Expected an adapter of the family {here}, got {there}.")
         if layers.keys() != corrections.keys():
             other = min(layers.keys() ^ corrections.keys())
             raise ConfigurationError(
-                f"Expected corrections for the {len(layers)} LoRA layers of the adapter {adapter_name!r}, got "
-                f"{len(corrections)}. {other} has a LoRA layer or a correction, not both."
+                f"Expected corrections for the {len(layers)} layers of the adapter {adapter_name!r}, got "
+                f"{len(corrections)}. {other} has an adapter or a correction, not both."
             )
         for name, layer in layers.items():
-            layer.correct(corrections[name].factors)
+            shapes, expected = (
+                {end: tuple(tensor.shape) for end, tensor in tensors.items()}
+                for tensors in (corrections[name].parameters, tensors_of(layer))
+            )
+            if shapes != expected:
+                raise ValueError(f"Expected tensors of shapes {expected} in {name}, got {shapes}.")
+            layer.accept(corrections[name])
 
     @property
     def _output(self) -> AdapterOutput:
@@ -118,12 +139,13 @@ def initialize_model(
     calibration: CalibrationGiven = None,
     *,
     scaling: LoraScaling | None = None,
+    family: Family | str | None = None,
     targets: Sequence[str] = (ALL_LINEAR,),
     base: BaseGiven | None = None,
     out: Output | StrPath | None = None,
     resources: Resources = Resources(),  # noqa: B008 # frozen
 ) -> InitializedModel:
-    """Make a LoRA adapter that lets the quantized model behave like the full-precision one.
+    """Make an adapter that lets the quantized model behave like the full-precision one.
 
     Args:
         model: a transformers causal language model in full precision; or its hub name, its folder, a `.gguf` file, or
@@ -131,7 +153,8 @@ def initialize_model(
         method: name of a recipe, see `RECIPES`; a recipe; or a method of your own.
         calibration: a text file, folder or data set by name; `Calibration` for windows of it; or an iterable of batches
             with `input_ids`, `attention_mask` and `labels`, such as a data loader. The shipped text if None.
-        scaling: ranks and alphas, unless the method has them; rank 16 if None.
+        scaling: ranks and alphas, unless the method has them; rank 16 if None, or PEFT's default of the family.
+        family: kind of adapter, unless the method has one: a family of `FAMILIES`, or its name; LoRA if None.
         targets: "all-linear", or names, endings and regular expressions; see `select_layers`.
         base: the base that the adapter is for, unless the method has it: a quantizer, or a quantized checkpoint by hub
             name or folder. NF4 if None.
@@ -142,7 +165,7 @@ def initialize_model(
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     output = out if out is None or isinstance(out, Output) else Output(out)
-    wanted = method_of(method, scaling, base)
+    wanted = method_of(method, scaling, base, family)
     plan = plan_run(model, wanted, source_of(calibration), targets, output, resources)
     return carry_out(plan)
 

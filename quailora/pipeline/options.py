@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from ..support.choices import BaseFormat, DeviceName, DtypeName, Offload, StrPath
+from ..support.choices import BaseFormat, DeviceName, DtypeName, FactorsDtype, Offload, StrPath
 
 
 @final
@@ -44,6 +44,8 @@ class Output:
         save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
         base_format: format of the base: "auto" is packed as transformers reads it, where there is such a format;
             "dequantized" needs no package to load.
+        factors_dtype: dtype that the adapter is stored in. In bfloat16 twice the rank takes as many bytes, which closes
+            more of the error. PEFT makes float32 of it when it loads it.
         modules_to_save: modules that training shall change as a whole beside the adapter, as in PEFT.
         push_to_hub: name on the hub to upload the result to; a new repository is private.
     """
@@ -53,5 +55,6 @@ class Output:
     fresh: bool = False
     save_base: bool = False
     base_format: BaseFormat = "auto"
+    factors_dtype: FactorsDtype = "float32"
     modules_to_save: tuple[str, ...] = ()
     push_to_hub: str | None = None

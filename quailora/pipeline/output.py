@@ -9,27 +9,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, final
 
+import torch
 import yaml
 
+from ..adapters.files import write_adapter
 from ..adapters.frozen import with_fresh
-from ..adapters.lora import expert_stacks, write_lora
+from ..adapters.lora import expert_stacks
 from ..adapters.modules import find_modules, tensors_to_save
 from ..adapters.provenance import Origin, read_provenance
 from ..adapters.written import check_files
 from ..bases.writer import savable, save_packed
+from ..families import Correction
 from ..layer.record import LayerRecord
 from ..methods.method import Method
 from ..models.layers import Layer, explicit_targets
 from ..models.load import LoadedModel, save_model
 from ..models.weights import replace_for_good
 from ..quantizers.identity import BaseIdentity
-from ..solvers import Correction
 from ..support.choices import BaseFormat
 from ..support.files import write_json
 from ..support.phases import Phases
 from ..support.settings import describe
 from .card import BESIDE, model_card
 from .described import described_method, described_plan, options_of
+from .options import Output
 from .plan import RunPlan, title_of
 from .report import build_report, versions
 from .run import ModelRun
@@ -107,9 +110,16 @@ class AdapterOutput:
             base_model=self._checkpoint or self.loaded.name,
             calibration_tokens=self.tokens,
             quantized_base=f"{BESIDE}/base" if base_format else self._checkpoint,
+            dtype=self._dtype,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         return report
+
+    @property
+    def _dtype(self) -> str:
+        """The dtype that the base has to be loaded in, as transformers takes it."""
+        asked = self.plan.resources.dtype
+        return asked if isinstance(self.plan.model, str) else str(self.loaded.model.dtype).removeprefix("torch.")
 
     @property
     def _checkpoint(self) -> str | None:
@@ -120,20 +130,24 @@ class AdapterOutput:
     def _write_adapter(self, folder: Path, origin: Origin) -> None:
         """Write the two files that PEFT reads, and read them as PEFT does."""
         scaling, corrections = self.plan.method.scaling, self.corrections
-        names = self.plan.output.modules_to_save if self.plan.output is not None else ()
+        output = self.plan.output or Output(folder)
+        names, dtype = output.modules_to_save, getattr(torch, output.factors_dtype)
         modules = tensors_to_save(find_modules(self.loaded.model, names, self.layers))
-        write_lora(
+        write_adapter(
             folder,
             corrections,
+            self.plan.method.family,
             scaling,
             target_modules=explicit_targets(self.loaded.model, self.layers),
             base_model=self._checkpoint or self.loaded.name,
             experts=expert_stacks(self.layers),
+            shapes={name: layer.shape for name, layer in self.layers.items()},
             origin=origin,
             modules=modules,
             modules_to_save=names,
+            dtype=dtype,
         )
-        check_files(folder, self.plan.empty, self.layers, corrections, scaling, modules)
+        check_files(folder, self.plan.empty, self.layers, corrections, self.plan.method.family, scaling, modules, dtype)
 
     def _write_base(self, folder: Path, base_format: BaseFormat) -> None:
         """Write the base: packed, where transformers reads its format, else dequantized."""
@@ -198,4 +212,5 @@ def origin_of(method: Method, model: str, base: Mapping[str, BaseIdentity]) -> O
         layers=len(base),
         base=BaseIdentity.together(base),
         initial="",
+        frozen_rank=method.frozen_rank,
     )

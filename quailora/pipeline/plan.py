@@ -15,17 +15,27 @@ from ..bases import ExistingBase, StoredBase
 from ..calibration.sources import BatchCalibration, CalibrationSource, TextCalibration
 from ..calibration.text import TextSource
 from ..calibration.windows import Calibration
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, DoesNotFitError
+from ..families import Family, find_family
 from ..methods.method import Method
 from ..methods.recipes import Recipe, find_recipe, resolved_name
 from ..models.layers import Layer, base_layers
 from ..models.limits import fitting_length
 from ..models.load import empty_copy, empty_model, resolve_device
 from ..quantizers import NF4, Quantizer
+from ..support.choices import Offload
 from ..support.files import StrPath
-from ..support.machine import memory_available
-from .checks import check_frozen_rank, check_gradients, check_layers, check_seed, output_folder
-from .estimate import Estimate, choose_offload, estimate
+from ..support.machine import memory_available, size
+from .checks import (
+    check_factors_dtype,
+    check_frozen_rank,
+    check_gradients,
+    check_layers,
+    check_layout,
+    check_seed,
+    output_folder,
+)
+from .estimate import Estimate, estimate, example_of
 from .options import Output, Resources
 from .targets import AdapterPlan, plan_adapter
 
@@ -123,12 +133,16 @@ def plan_run(
         empty = empty_model(model, resources.dtype, trust_remote_code=resources.trust_remote_code)
     else:
         empty = empty_copy(model)
-    adapter = plan_adapter(empty, targets, method.scaling, method.base, stock=not save_base, wrapped=wrapped)
+    adapter = plan_adapter(
+        empty, targets, method.scaling, method.base, family=method.family, stock=not save_base, wrapped=wrapped
+    )
     method = replace(method, scaling=adapter.scaling)
     check_frozen_rank(method, adapter.layers)
     source = fitted_to(source, empty)
     check_layers(adapter.layers, method, source, save_base)
     if output is not None:
+        check_written_base(method, adapter, dequantized=save_base and output.base_format == "dequantized")
+        check_factors_dtype(method.family, output.factors_dtype)
         find_modules(empty, output.modules_to_save, adapter.layers)
     needed = estimate(
         title_of(model),
@@ -138,8 +152,39 @@ def plan_run(
         source,
         device=device,
         available=memory_available(resources.memory_limit, device),
+        number_bytes=2 if output is not None and output.factors_dtype == "bfloat16" else 4,
     )
     return RunPlan(model, empty, method, adapter, source, tuple(targets), output, resources, needed)
+
+
+def check_written_base(method: Method, adapter: AdapterPlan, *, dequantized: bool) -> None:
+    """Raise a `ConfigurationError` unless stock PEFT computes the adapter on the base that it will be loaded on.
+
+    Args:
+        method: how layers are initialized.
+        adapter: the layers.
+        dequantized: whether the base is written in floating point.
+    """
+    first = next(iter(adapter.layers.values()))
+    check_layout(method.family, "float" if dequantized else example_of(method, first).layout)
+
+
+def choose_offload(asked: Offload, limit: str | None, needed: Estimate) -> bool:
+    """Return whether to leave the weights on disk.
+
+    Raises:
+        DoesNotFitError: if a limit was given, and the run stays above it in the way asked for.
+    """
+    on_disk = asked == "always" or (asked == "auto" and needed.in_memory > needed.available)
+    peak = needed.streamed if on_disk else needed.in_memory
+    if limit is not None and peak > needed.available:
+        hint = "" if on_disk else ", or leave the weights on disk with `offload='auto'`"
+        raise DoesNotFitError(
+            f"Expected to stay below {size(needed.available)}, but the run needs about {size(peak)} of {needed.memory}"
+            f"{' with the weights left on disk' if on_disk else ''}. Raise the limit, or use fewer targets "
+            f"or shorter samples{hint}."
+        )
+    return on_disk
 
 
 def check_plan(plan: RunPlan) -> None:
@@ -181,26 +226,41 @@ def source_of(given: CalibrationGiven) -> CalibrationSource:
     return given if isinstance(given, CalibrationSource) else BatchCalibration.of(given)
 
 
-def method_of(method: Method | Recipe | str, scaling: LoraScaling | None, base: BaseGiven | None) -> Method:
+def method_of(
+    method: Method | Recipe | str,
+    scaling: LoraScaling | None,
+    base: BaseGiven | None,
+    family: Family | str | None = None,
+) -> Method:
     """Return the method that callers describe.
 
     Args:
         method: a method, a recipe, or the name of one.
-        scaling: ranks and alphas for a recipe; rank 16 if None.
+        scaling: ranks and alphas for a recipe; rank 16 if None, or PEFT's default of the family.
         base: base for a recipe; NF4 if None.
+        family: kind of adapter for a recipe; LoRA if None.
 
     Raises:
         ConfigurationError: if a scaling or a base is given beside a `Method`, which has its own, or there is no recipe
             of this name.
     """
     if isinstance(method, Method):
-        if scaling is not None or base is not None:
-            raise ConfigurationError("A Method has a scaling and a base of its own. Leave out scaling and base.")
+        if scaling is not None or base is not None or family is not None:
+            raise ConfigurationError(
+                "A Method has a scaling, a base and a family of its own. Leave out scaling, base and family."
+            )
         return method
+    chosen = find_family(family)() if isinstance(family, str) else family
     recipe = find_recipe(method) if isinstance(method, str) else method
     quantizer, existing = base_of(base)
-    made = recipe.method(quantizer, scaling or LoraScaling(), existing)
+    made = recipe.method(quantizer, scaling or default_scaling(chosen), existing)
+    made = replace(made, initializer=replace(made.initializer, family=chosen))
     return replace(made, recipe=resolved_name(method)) if isinstance(method, str) else made
+
+
+def default_scaling(family: Family | None) -> LoraScaling:
+    """Return the ranks of an adapter for which none were asked: PEFT's default of the family, 16 for LoRA."""
+    return LoraScaling((None if family is None else family.default_rank) or LoraScaling().rank)
 
 
 def base_of(given: BaseGiven | None) -> tuple[Quantizer | None, ExistingBase | None]:

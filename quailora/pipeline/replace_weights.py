@@ -13,6 +13,7 @@ from ..bases.live import LiveBase
 from ..core.metrics import Identity
 from ..core.objective import Factors
 from ..errors import ConfigurationError, ModelError, named
+from ..families.lora import lora_correction
 from ..models.single import LayerFiles
 from ..quantizers import QuantizedWeight
 from ..schedules.layer import difference
@@ -61,7 +62,7 @@ def replace_lora_weights(
             f"Expected quantized layers with the adapter {adapter_name!r}, but all {len(layers)} of them are in full "
             "precision, so there is nothing to correct. Load the model with a quantization_config."
         )
-    warn_of_rounding(chosen)
+    warn_of_rounding(factor for layer in chosen.values() for factor in layer.parameters)
     files = LayerFiles(path_of(peft_model, model_path), peft_model.get_base_model())
     # Running layers in a callback can make bitsandbytes round their scales, so all are read before the first call.
     early = chosen if callback is not None else {}
@@ -69,7 +70,7 @@ def replace_lora_weights(
     for name, layer in chosen.items():
         with named(name):
             before = layer.kept()
-            layer.correct(correction(files, base, layer, held.pop(name, None)))
+            layer.accept(lora_correction(correction(files, base, layer, held.pop(name, None))))
         if callback is not None and not callback(peft_model, name):
             layer.restore(before)
 

@@ -24,7 +24,6 @@ from ..models.layers import Layer
 from ..models.limits import check_token_ids
 from ..models.weights import resident
 from ..quantizers import QuantizedWeight
-from ..solvers import Correction
 from ..support import distributed
 from ..support.progress import Counter, console, counting
 from .fingerprint import digest
@@ -187,12 +186,11 @@ class ModelRun:
                 self.walk.model,
                 self.layers,
                 weights,
-                {name: correction.factors for name, correction in corrections.items()},
+                corrections,
                 check_token_ids(self.walk.model, distillation.windows(source, tokenizer)),
                 source.dtype,
             )
-            for name, (lora_B, lora_A) in trained.items():
-                correction = replace(corrections[name], lora_A=lora_A, lora_B=lora_B)
+            for name, correction in trained.items():
                 self.store.save(keys[name], replace(before[name], correction=correction))
         distributed.barrier()
 
@@ -203,7 +201,8 @@ class ModelRun:
             raise RuntimeError(f"no weight of {layer} was kept")
         if stored.correction is None:
             return stored.dequantized
-        return stored.dequantized + stored.correction.dense().to(stored.dequantized.dtype)
+        change = stored.correction.change(stored.dequantized)
+        return stored.dequantized + change.weight.to(stored.dequantized.dtype)
 
     def _missing_here(self, layer: str) -> list[str]:
         return [name for name in self.methods if not self.store.has(key(name, layer))]
@@ -241,10 +240,11 @@ class ModelRun:
             return
         for name, result, asymmetry in self._initialized(inputs, methods):
             spent, start = time.perf_counter() - start, time.perf_counter()
-            record = LayerRecord.of(layer.name, result, layer.weight, inputs.tokens, spent, asymmetry)
+            rank = methods[name].rank_of(layer.group)
+            record = LayerRecord.of(layer.name, result, layer.weight, inputs.tokens, rank, spent, asymmetry)
             keep = name in self.keep_weights or self.walk.inputs != "full"
             kept = self._kept(result.quantized) if keep else ()
-            yield name, StoredLayer(record, Correction.of(result.low_rank), *kept)
+            yield name, StoredLayer(record, result.correction, *kept)
 
     def _initialized(
         self, inputs: LayerInputs, methods: Mapping[str, Method]

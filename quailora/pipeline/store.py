@@ -15,8 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..calibration.activations import Activations
+from ..families import Correction
 from ..layer.record import LayerRecord
-from ..solvers import Correction
 
 
 @final

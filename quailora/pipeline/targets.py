@@ -12,6 +12,7 @@ from ..adapters.peft_check import unusable_layers
 from ..bases import ExistingBase
 from ..calibration.empty_pass import Reach, find_reach
 from ..errors import TargetError
+from ..families import Family, Lora
 from ..models.layers import Layer, all_layers, ending, kind, named_layers, select_layers, stock_quantizes
 from .checks import check_scaling
 
@@ -46,6 +47,7 @@ def plan_adapter(
     scaling: LoraScaling,
     base: ExistingBase | None = None,
     *,
+    family: Family = Lora(),  # noqa: B008 # frozen
     stock: bool = False,
     wrapped: bool = False,
 ) -> AdapterPlan:
@@ -58,6 +60,7 @@ def plan_adapter(
         targets: names or kinds of layers; see `select_layers`.
         scaling: ranks and alphas that were asked for.
         base: the base, if it is quantized already; its maker has decided which layers are quantized.
+        family: the kind of adapter.
         stock: whether stock transformers will quantize the base while it loads it, and decides likewise.
         wrapped: whether PEFT has put the adapter into a model already, so that it need not be asked whether it can.
 
@@ -76,16 +79,18 @@ def plan_adapter(
     linear = {name: layer for name, layer in chosen.items() if layer.expert is None and name not in reasons}
     reasons |= unquantized(linear, base, stock=stock)
     left = {name: layer for name, layer in chosen.items() if name not in reasons}
-    fitted = fit_ranks(left, named, scaling)
+    fitted = fit_ranks(left, named, scaling, family)
+    if left:
+        check_scaling(left, fitted, family)
     if not wrapped:
-        reasons |= unusable_layers(model, left, fitted, run=reach.known)
+        reasons |= unusable_layers(model, left, fitted, family, run=reach.known)
     left = {name: layer for name, layer in left.items() if name not in reasons}
     refuse(model, reasons.keys() & named, reasons, left)
     for reason, names in by_reason(reasons).items():
         logger.warning("Leaving out %d layers: %s. They are: %s.", len(names), reason, in_short(names))
     if not left:
         raise TargetError(f"No layer is left that could get an adapter: {next(iter(reasons.values()))}.")
-    check_scaling(left, fitted)
+    check_scaling(left, fitted, family)
     tell_ranks(left, scaling, fitted)
     return AdapterPlan(left, fitted, reach)
 
@@ -143,12 +148,19 @@ def in_short(names: Sequence[str]) -> str:
     return ", ".join(counted[:_SHOWN]) + (", ..." if len(counted) > _SHOWN else "")
 
 
-def fit_ranks(layers: Mapping[str, Layer], named: set[str], scaling: LoraScaling) -> LoraScaling:
+def fit_ranks(
+    layers: Mapping[str, Layer],
+    named: set[str],
+    scaling: LoraScaling,
+    family: Family = Lora(),  # noqa: B008 # frozen
+) -> LoraScaling:
     """Return a scaling in which layers smaller than the rank have the largest rank that they can carry.
 
     The factor `s` of these layers stays as it was. Layers that were named, or have a rank of their own, keep it, and
-    all do if none can carry it.
+    all do if none can carry it, or if PEFT has one rank for all layers of the family.
     """
+    if not family.has_patterns:
+        return scaling
     limits = {layer.group: min(layer.shape) for layer in layers.values()}
     kept = {layer.group for name, layer in layers.items() if name in named}
     small = {

@@ -23,6 +23,10 @@ class QuantizedWeight(ABC):
     Laws: `dequantize` has the shape and dtype of the weight that was quantized; `nbytes` is the size of `tensors`.
     """
 
+    layout: ClassVar[str] = "float"
+    """Which layers of stock packages compute with the weight: nf4 and int8 of bitsandbytes, gptq, hqq, torchao, or
+    plain ones in floating point."""
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, final, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, final, get_args
 
 import torch
 from jaxtyping import Float, UInt8
@@ -44,6 +44,8 @@ class FourBitWeight(QuantizedWeight):
         state: bitsandbytes' description of the rest.
         dtype: dtype of the weight that was quantized.
     """
+
+    layout: ClassVar[str] = "nf4"
 
     codes: UInt8[Tensor, "packed 1"]
     state: QuantState

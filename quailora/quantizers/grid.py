@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float, Int, Real, Shaped, UInt8
@@ -146,6 +146,8 @@ class GridWeight(QuantizedWeight):
         columns: `in_features`.
         dtype: dtype of the weight that was quantized.
     """
+
+    layout: ClassVar[str] = "gptq"
 
     codes: UInt8[Tensor, " packed"]
     scale: Float[Tensor, "out_features groups"]

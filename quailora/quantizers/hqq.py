@@ -35,6 +35,8 @@ class HQQWeight(QuantizedWeight):
         dtype: dtype of the weight that was quantized.
     """
 
+    layout: ClassVar[str] = "hqq"
+
     codes: UInt8[Tensor, " packed"]
     scale: Float[Tensor, "rows columns"]
     zero_point: Float[Tensor, "rows columns"]

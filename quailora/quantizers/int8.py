@@ -27,6 +27,8 @@ class Int8Weight(QuantizedWeight):
         dtype: dtype of the weight that was quantized.
     """
 
+    layout: ClassVar[str] = "int8"
+
     codes: Int8Array[Tensor, "out_features in_features"]
     absmax: Float[Tensor, " out_features"]
     dtype: torch.dtype

@@ -29,6 +29,8 @@ class TorchaoWeight(QuantizedWeight):
         dtype: dtype of the weight that was quantized.
     """
 
+    layout: ClassVar[str] = "torchao"
+
     codes: Int8[Tensor, "out_features in_features"]
     scale: Float[Tensor, "out_features groups"]
     dtype: torch.dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import ConfigurationError, check_choice
-from ..solvers import LowRank
+from ..families import Fit
 from .base import Schedule, Solve, best_iterate, better, check_rounds
 from .layer import QuantizedLayer
 
@@ -54,7 +54,7 @@ class Alternate(Schedule):
         return better(layer, best_iterate(started, solve, self.rounds - 1, without_correction), solve)
 
 
-def without_correction(layer: QuantizedLayer, correction: LowRank) -> QuantizedLayer:
+def without_correction(layer: QuantizedLayer, correction: Fit) -> QuantizedLayer:
     """Return the layer with `Q` made from `W - C`, the part of the weight that the correction does not hold."""
     return layer.requantized(layer.weight - correction.dense())
 

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from ..core.objective import Objective
 from ..errors import ConfigurationError
+from ..families import Fit
 from ..quantizers import Quantizer
-from ..solvers import LowRank
 from .layer import QuantizedLayer
 
-Solve = Callable[[Objective], LowRank]
-"""Solves an objective at the layer's rank, in the metric of the method; `LowRank.error` is in that metric."""
+Solve = Callable[[Objective], Fit]
+"""Solves an objective at the layer's rank, in the metric of the method; `Fit.error` is in that metric."""
 
 _PATIENCE = 2  # rounds without a better iterate
 _GAIN = 1e-3  # a smaller share of the error is no gain
@@ -65,7 +65,7 @@ def best_iterate(
     layer: QuantizedLayer,
     solve: Solve,
     rounds: int,
-    following: Callable[[QuantizedLayer, LowRank], QuantizedLayer],
+    following: Callable[[QuantizedLayer, Fit], QuantizedLayer],
 ) -> QuantizedLayer:
     """Return the layer with the least error among a first one and those that are made from it one after the other.
 

@@ -72,7 +72,8 @@ class QuantizedLayer:
         quantizer = base if isinstance(base, Quantizer) else None
         quantized = base.quantize(weight, statistics) if isinstance(base, Quantizer) else base
         target = weight if target is None else target
-        objective = Objective(difference(target, quantized), metric)
+        mean = None if statistics is None else statistics.mean
+        objective = Objective(difference(target, quantized), metric, mean=mean, base=quantized.dequantize)
         energy = metric.energy(weight)
         return cls(target, quantizer, quantized, objective, energy, statistics, weight.dtype, sensitivity)
 
@@ -93,7 +94,8 @@ class QuantizedLayer:
         if self.quantizer is None:
             raise ConfigurationError("This base is quantized already, and the schedule would quantize it again.")
         quantized = self.quantizer.quantize(matrix.to(self.dtype), statistics or self.statistics)
-        objective = Objective(difference(self.weight, quantized), self.objective.metric)
+        error = difference(self.weight, quantized)
+        objective = replace(self.objective, error=error, base=quantized.dequantize)
         return replace(self, quantized=quantized, objective=objective)
 
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
 from ..errors import ConfigurationError
-from ..solvers import LowRank
+from ..families import Fit
 from .base import Schedule, Solve, best_iterate, check_rounds
 from .layer import QuantizedLayer
 
@@ -42,16 +42,16 @@ class ProjQ(Schedule):
 
     @override
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
-        del rank
         if layer.statistics is None or layer.quantizer is None or not layer.quantizer.needs_calibration:
             raise ConfigurationError(
                 "ProjQ needs calibration and a quantizer with error feedback: pass the InputStatistics of the layer's "
                 "inputs, and take GPTQ or NF4GPTQ."
             )
 
-        def projected(layer: QuantizedLayer, correction: LowRank) -> QuantizedLayer:
+        def projected(layer: QuantizedLayer, correction: Fit) -> QuantizedLayer:
+            del correction
             assert layer.statistics is not None
-            return layer.requantized(layer.weight, deflated(layer.statistics, layer.objective, correction.rank))
+            return layer.requantized(layer.weight, deflated(layer.statistics, layer.objective, rank))
 
         return best_iterate(layer, solve, self.rounds, projected)
 

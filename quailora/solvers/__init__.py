@@ -1,7 +1,6 @@
 """Solvers: from a quantization error to a low-rank correction. If unsure, use `Optimal`."""
 
 from .als import AlternatingLeastSquares as AlternatingLeastSquares
-from .base import Correction as Correction
 from .base import LowRank as LowRank
 from .base import Solver as Solver
 from .optimal import Optimal as Optimal

@@ -81,41 +81,6 @@ class LowRank:
         return self.lora_B @ self.lora_A
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Correction:
-    """What a file keeps of a `LowRank`: the correction itself, without the errors of the search for it.
-
-    Attributes:
-        lora_A: right factor.
-        lora_B: left factor.
-        energies: energy of each direction.
-    """
-
-    lora_A: Float[Tensor, "rank in_features"]
-    lora_B: Float[Tensor, "out_features rank"]
-    energies: Float[Tensor, " rank"]
-
-    @classmethod
-    def of(cls, found: LowRank) -> Correction:
-        """Return the correction of a solution, without the numbers that only the search needs."""
-        return cls(found.lora_A, found.lora_B, found.energies)
-
-    @property
-    def factors(self) -> Factors:
-        """Both factors."""
-        return Factors(self.lora_B, self.lora_A)
-
-    @property
-    def rank(self) -> int:
-        """Rank of the adapter."""
-        return len(self.lora_A)
-
-    def dense(self) -> Float[Tensor, "out_features in_features"]:
-        """Return `C = lora_B @ lora_A`."""
-        return self.lora_B @ self.lora_A
-
-
 class Solver(ABC):
     """Finds a low-rank correction `C` that brings `Q + C` close to `W`, given `E = W - Q` and a metric.
 

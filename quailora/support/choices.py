@@ -28,6 +28,9 @@ BosPlacement = Literal["every-window", "stream"]
 Offload = Literal["auto", "always", "never"]
 """Whether weights stay on disk."""
 
+FactorsDtype = Literal["float32", "bfloat16"]
+"""In which an adapter is stored; PEFT makes float32 of it when it loads it."""
+
 BaseFormat = Literal["auto", "dequantized"]
 """How a quantized base is written."""
 

@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from inspect import Parameter, isabstract, signature
 from operator import attrgetter
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from ..errors import ConfigurationError, ModelError
 
@@ -155,7 +155,8 @@ def build(base: type[Component], description: Mapping[str, Any]) -> Component:
     cls = find_class(base, path)
     if cls is None:
         raise ModelError(_unknown(base, path))
-    arguments = {name: _built(base, value) for name, value in given.items()}
+    hints = get_type_hints(cls)
+    arguments = {name: _built(_interface(hints.get(name), base), value) for name, value in given.items()}
     unknown = set(arguments) - {field.name for field in fields(cls)}  # type: ignore[arg-type] # components are dataclasses
     if unknown:
         raise ModelError(f"{path} has no field {', '.join(sorted(unknown))}; it was written by another version.")
@@ -163,6 +164,11 @@ def build(base: type[Component], description: Mapping[str, Any]) -> Component:
         return cls(**arguments)
     except (TypeError, ValueError) as error:
         raise ModelError(f"{path} cannot be built from {arguments}: {error}") from error
+
+
+def _interface(hint: Any, base: type[Any]) -> type[Any]:
+    """Return what a component in a field has to be: what the field's type says, or the interface around it."""
+    return hint if isinstance(hint, type) else base
 
 
 def _built(base: type[Component], value: Any) -> Any:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
+from ..families import Fit, Lora
 from ..quantizers import GPTQ, QuantizedWeight, Quantizer
 from ..schedules import Schedule
 from ..schedules.layer import QuantizedLayer, Validation, difference
-from ..solvers import LowRank, Optimal, Solver
+from ..solvers import Optimal, Solver
 from .laws import Problem, rounding, standard_problems
 
 
@@ -89,9 +90,9 @@ def _check_choice(
 ) -> None:
     objectives: list[Objective] = []  # one that is solved for again knows its subspaces
 
-    def solve(objective: Objective) -> LowRank:
+    def solve(objective: Objective) -> Fit:
         objectives.append(objective)
-        return solver.minimise(objective, rank)
+        return Lora(solver).fit(objective, rank)
 
     before = layer.weight.clone()
     chosen = schedule.choose(layer, solve, rank)

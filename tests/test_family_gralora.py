@@ -18,7 +18,7 @@ from quailora.testing.families import check_family, check_identity, objective_of
 from quailora.testing.stock import load_stock, stock_layer
 
 
-@pytest.mark.parametrize("family", [GraLora(), GraLora(gralora_k=4), GraLora(hybrid_r=2)])
+@pytest.mark.parametrize("family", [GraLora(gralora_k=4, hybrid_r=2)])
 def test_laws(family):
     check_family(family)
     check_identity(family, (32, 64), 8)

@@ -13,12 +13,7 @@ from quailora.core.objective import Objective
 from quailora.errors import ConfigurationError, TargetError
 from quailora.families.hira import Hira
 from quailora.testing import make_problem
-from quailora.testing.families import check_family, check_identity, objective_of
-
-
-def test_laws():
-    check_family(Hira())
-    check_identity(Hira(), (32, 64), 4)
+from quailora.testing.families import objective_of
 
 
 def test_the_factors_are_near_their_optimum():

@@ -32,11 +32,11 @@ def test_every_family_keeps_the_laws(family):
 
 
 @each_family
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(problem=problems(dtypes=(torch.float32,)), data=st.data())
 def test_calibrated_error_never_exceeds_uncalibrated_error(family, problem, data):
     """On any layer that can carry the family, with any inputs; and neither exceeds the error without an adapter."""
-    rank = data.draw(st.integers(1, min(problem.weight.shape)))
+    rank = data.draw(st.integers(1, min(*problem.weight.shape, 12)))
     try:
         family.shapes(tuple(problem.weight.shape), rank)
     except TargetError:

@@ -9,13 +9,8 @@ import torch
 from quailora.errors import TargetError
 from quailora.families.miss import Miss
 from quailora.testing import make_problem
-from quailora.testing.families import check_family, check_identity, objective_of, output_error
+from quailora.testing.families import objective_of, output_error
 from quailora.testing.stock import load_stock, stock_layer
-
-
-def test_laws():
-    check_family(Miss())
-    check_identity(Miss(), (32, 64), 4)
 
 
 @pytest.mark.parametrize(("width", "rank"), [(48, 8), (48, 5), (48, 7), (50, 40)])

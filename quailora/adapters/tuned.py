@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentTypeError, ConfigurationError, TargetError
-from ..families import REFUSED, Correction, Family
-from ..support.settings import subclasses
+from ..families import FAMILIES, REFUSED, Correction, Family
 from .lora import LoraScaling
 from .wrapped import WrappedLayer, lora_config_of, scaling_of, wrapped_layers
 
@@ -140,15 +139,16 @@ def config_of(model: Any, adapter: str) -> Any:
 def family_of(config: Any) -> tuple[Family, int, float | None]:
     """Return the family that a configuration of PEFT describes, its rank, and its `lora_alpha`.
 
-    A family is meant if its own configuration says the same as this one in everything that it says.
+    A family of quailora is meant if its own configuration says the same as this one in everything that it says.
+    Families of other packages are not looked at, since they may say less than what makes an adapter theirs.
 
     Raises:
         ConfigurationError: if there is none; the message says why.
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     differences: list[str] = []
-    for cls in subclasses(Family):  # type: ignore[type-abstract]
-        if getattr(cls, "peft_type", None) != kind:
+    for cls in FAMILIES.values():
+        if cls.peft_type != kind:
             continue
         own = {field.name: getattr(config, field.name) for field in fields(cls) if hasattr(config, field.name)}  # type: ignore[arg-type] # a dataclass
         family = cls(**own)

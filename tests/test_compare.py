@@ -23,6 +23,7 @@ from quailora import SVD, Uniform
 from quailora.calibration.text import shipped_text
 from quailora.calibration.windows import evaluation_windows
 from quailora.comparison.html import html_table, report
+from quailora.comparison.runner import ComparisonRunner
 from quailora.comparison.store import RowStore
 from quailora.errors import ConfigurationError, ModelError, ResumeError
 from quailora.evaluation.scores import Difference, Scores, log_probabilities, score
@@ -168,6 +169,36 @@ def test_finished_rows_are_kept_and_others_added(tiny_llama, tmp_path, monkeypat
     with pytest.raises(ResumeError, match=r"rows of another comparison, which differs in seed"):
         compare(str(tiny_llama), recipes=["lorc"], seed=1, **options)
     compare(str(tiny_llama), recipes=["lorc"], seed=1, fresh=True, **options)
+
+
+def test_an_interrupted_comparison_keeps_the_layers_of_unfinished_rows(tiny_llama, tmp_path, monkeypatch):
+    """Solving takes longest, and is over when the rows are scored: an interruption then must not lose it."""
+    options = {"out": str(tmp_path), "ranks": (2,), **SMALL}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ComparisonRunner, "_accuracies", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(str(tiny_llama), recipes=["qera-exact"], **options)
+        patch.undo()
+        patch.setattr(ComparisonRunner, "_weights", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(str(tiny_llama), recipes=["qera-exact"], **options)
+    kept = list((tmp_path / "work").rglob("*.safetensors"))
+    assert kept
+    times = {file: file.stat().st_mtime_ns for file in kept}
+    seen = []
+    plain = ComparisonRunner._weights
+    monkeypatch.setattr(
+        ComparisonRunner,
+        "_weights",
+        lambda self, results: (seen.append({file: file.stat().st_mtime_ns for file in kept}), plain(self, results))[1],
+    )
+    compare(str(tiny_llama), recipes=["qera-exact"], **options)
+    assert seen == [times]  # no layer was made again
+    assert not (tmp_path / "work").exists()
 
 
 def test_two_texts_and_differences(tiny_llama, tmp_path):

@@ -191,7 +191,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if not (folder / "manifest.json").exists():  # nothing to go on from
+        # What is left of unfinished runs stays, and a comparison keeps each of its own in a folder inside. Without any
+        # manifest there is nothing to go on from.
+        if not any(folder.rglob("manifest.json")):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,0 +1,90 @@
+"""The table of docs/families.md, from the folder of a comparison of families.
+
+    quailora compare demo --out COMPARISON --recipes qera-exact --families all --ranks 16 --against qera-exact \
+        --baselines int8 --calibration wikitext2_valid.txt --text wikitext2_raw_test.txt c4_300.jsonl \
+        --windows 8 --window-length 1024
+    python benchmarks/family_table.py COMPARISON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from quailora.evaluation.scores import perplexity_of
+from quailora.support.tables import markdown_table
+
+_RESAMPLES = 4000
+
+
+def main() -> None:
+    """Print the table."""
+    rows = json.loads((Path(sys.argv[1]) / "results.json").read_text(encoding="utf-8"))["rows"]
+    by_name = {row["name"]: row for row in rows}
+    texts = list(by_name["base alone"]["scores"])
+    base = by_name["base alone"]
+    lines = [
+        [
+            "NF4 alone, the stock start",
+            "",
+            "",
+            "",
+            *(
+                cell
+                for text in texts
+                for cell in (f"{perplexity(base, text):.2f}", f"{divergence(base, text):.4f}", "")
+            ),
+        ]
+    ]
+    for row in rows:
+        if not row["recipe"]:
+            continue
+        layers = row["layers"]
+        closed = [
+            fmean(1 - layer[part] / layer["error_none"] for layer in layers) for part in ("error_uncalibrated", "error")
+        ]
+        worse = [
+            layer["name"]
+            for layer in layers
+            if not layer["error"] <= layer["error_uncalibrated"] * 1.001 <= layer["error_none"] * 1.002
+        ]
+        title = " ".join(row["name"].split()[2:]) or "lora 16"
+        cells = [title + f" ({len(worse)} layers break the law)" * bool(worse), f"{numbers(row):,}"]
+        cells += [f"{share:.1%}" for share in closed]
+        for text in texts:
+            cells += [f"{perplexity(row, text):.2f}", f"{divergence(row, text):.4f}", cut(row, base, text)]
+        lines.append(cells)
+    head = ["family", "numbers", "error closed, without inputs", "calibrated"]
+    head += [f"{what} on {text}" for text in texts for what in ("perplexity", "KL", "KL cut")]
+    print(markdown_table(head, lines))
+
+
+def numbers(row: dict) -> int:
+    """Return how many numbers the files of an adapter have."""
+    return sum(layer["parameters"] for layer in row["layers"])
+
+
+def perplexity(row: dict, text: str) -> float:
+    """Return the perplexity of a row."""
+    return perplexity_of(row["scores"][text]["losses"])
+
+
+def divergence(row: dict, text: str) -> float:
+    """Return the mean divergence from full precision, in nats a token."""
+    return fmean(row["scores"][text]["divergences"])
+
+
+def cut(row: dict, base: dict, text: str) -> str:
+    """Return the share of the divergence of the base that is gone, with a bootstrap over windows, which are paired."""
+    own, plain = (np.array(each["scores"][text]["divergences"]) for each in (row, base))
+    drawn = np.random.default_rng(0).integers(len(own), size=(_RESAMPLES, len(own)))
+    low, high = np.quantile(1 - own[drawn].mean(1) / plain[drawn].mean(1), [0.025, 0.975])
+    return f"{1 - own.mean() / plain.mean():.0%} ({low:.0%} to {high:.0%})"
+
+
+if __name__ == "__main__":
+    main()

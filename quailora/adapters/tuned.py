@@ -9,10 +9,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentTypeError, ConfigurationError, TargetError
+from ..errors import ConfigurationError, TargetError
 from ..families import FAMILIES, REFUSED, Correction, Family
 from .lora import LoraScaling
-from .wrapped import WrappedLayer, lora_config_of, scaling_of, wrapped_layers
+from .wrapped import WrappedLayer, config_of, lora_config_of, scaling_of, wrapped_layers
 
 _MARKS: dict[str, Any] = {"r": 7919, "lora_alpha": 7907, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 """Sizes that are found again in the configuration of a family, by which the names of its fields are known."""
@@ -118,22 +118,6 @@ def tuned_layers(model: Any, adapter: str) -> dict[str, TunedLayer]:
     if not found:
         raise TargetError(f"Expected linear layers with the adapter {adapter!r}, and there are none.")
     return found
-
-
-def config_of(model: Any, adapter: str) -> Any:
-    """Return PEFT's configuration of an adapter; raises as `tuned_layers` does."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        raise ArgumentTypeError(
-            f"Expected a PeftModel, got {type(model).__name__}. Put the adapter into the model first: "
-            "peft.get_peft_model(model, LoraConfig(...))."
-        )
-    if adapter not in model.peft_config:
-        raise ConfigurationError(
-            f"Expected the name of an adapter of this model, got {adapter!r}. It has {', '.join(model.peft_config)}."
-        )
-    return model.peft_config[adapter]
 
 
 def family_of(config: Any) -> tuple[Family, int, float | None]:

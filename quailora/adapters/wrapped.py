@@ -146,9 +146,9 @@ def wrapped_layers(model: Any, adapter: str) -> dict[str, WrappedLayer]:
     return found
 
 
-def lora_config_of(model: Any, adapter: str) -> Any:
-    """Return PEFT's configuration of a LoRA adapter; raises as `wrapped_layers` does."""
-    from peft import LoraConfig, PeftModel
+def config_of(model: Any, adapter: str) -> Any:
+    """Return PEFT's configuration of an adapter; raises as `wrapped_layers` and `tuned_layers` do."""
+    from peft import PeftModel
 
     if not isinstance(model, PeftModel):
         raise ArgumentTypeError(
@@ -159,7 +159,14 @@ def lora_config_of(model: Any, adapter: str) -> Any:
         raise ConfigurationError(
             f"Expected the name of an adapter of this model, got {adapter!r}. It has {', '.join(model.peft_config)}."
         )
-    config = model.peft_config[adapter]
+    return model.peft_config[adapter]
+
+
+def lora_config_of(model: Any, adapter: str) -> Any:
+    """Return PEFT's configuration of a LoRA adapter; raises as `wrapped_layers` does."""
+    from peft import LoraConfig
+
+    config = config_of(model, adapter)
     if not isinstance(config, LoraConfig):
         raise ConfigurationError(
             f"Expected a LoRA adapter, got {adapter!r} of the type {getattr(config, 'peft_type', type(config))}."

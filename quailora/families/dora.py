@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
@@ -16,7 +15,7 @@ from ..core.objective import Objective
 from ..solvers import Optimal, Solver
 from .adapter import Change, Parameters
 from .base import Family
-from .lora import divided_factors, low_rank_shapes, parameters_of
+from .lora import divided_factors, lora_scale, low_rank_shapes, parameters_of
 from .regression import base_in, base_of
 
 _ROUNDS = 2  # further ones gain less than a thousandth of the error in layers of SmolLM2
@@ -87,7 +86,7 @@ class Dora(Family):
 
     @override
     def scale(self, alpha: float, rank: int, *, rslora: bool = False) -> float:
-        return alpha / math.sqrt(rank) if rslora else alpha / rank
+        return lora_scale(alpha, rank, rslora=rslora)
 
     @override
     def stored(self, parameters: Parameters, scale: float) -> Parameters:

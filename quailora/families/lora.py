@@ -81,11 +81,16 @@ class Lora(Family):
 
     @override
     def scale(self, alpha: float, rank: int, *, rslora: bool = False) -> float:
-        return alpha / math.sqrt(rank) if rslora else alpha / rank
+        return lora_scale(alpha, rank, rslora=rslora)
 
     @override
     def stored(self, parameters: Parameters, scale: float) -> Parameters:
         return divided_factors(parameters, scale)
+
+
+def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:
+    """Return what PEFT multiplies the product of the two factors by: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def low_rank_shapes(family: Family, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
@@ -15,7 +14,7 @@ from ..core.objective import Objective
 from ..solvers import Optimal, Solver
 from .adapter import Change, Parameters
 from .base import Family
-from .lora import divided_factors, low_rank_shapes, parameters_of
+from .lora import divided_factors, lora_scale, low_rank_shapes, parameters_of
 
 
 @final
@@ -69,7 +68,7 @@ class LoraBias(Family):
 
     @override
     def scale(self, alpha: float, rank: int, *, rslora: bool = False) -> float:
-        return alpha / math.sqrt(rank) if rslora else alpha / rank
+        return lora_scale(alpha, rank, rslora=rslora)
 
     @override
     def stored(self, parameters: Parameters, scale: float) -> Parameters:

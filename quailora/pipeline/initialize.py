@@ -13,8 +13,8 @@ import torch
 from ..adapters.frozen import freeze_layers
 from ..adapters.lora import PREFIX
 from ..adapters.provenance import Origin, digest_of
-from ..adapters.tuned import TunedLayer, adapter_of, config_of, place_shared, tensors_of, tuned_layers
-from ..adapters.wrapped import trained, wrapped_layers
+from ..adapters.tuned import TunedLayer, adapter_of, place_shared, tensors_of, tuned_layers
+from ..adapters.wrapped import config_of, trained, wrapped_layers
 from ..calibration.loader import LoaderReader, all_tokens
 from ..calibration.tokens import CalibrationTokens
 from ..methods.recipes import Recipe

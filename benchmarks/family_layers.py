@@ -66,10 +66,13 @@ def measure(asked: argparse.Namespace, names: list[str]) -> None:
             quantized = QuantizedLayer.of(NF4(), layer.weight, texts[0][layer_name])
             objective, moments = quantized.objective, texts[1][layer_name]
             fit = sized.family.fit(objective, sized.rank)
+            uncalibrated = fit.error_uncalibrated
+            if uncalibrated is None:
+                uncalibrated = sized.family.uncalibrated(objective, sized.rank).error
             other = Objective(objective.error, gram(moments), mean=moments.mean, base=objective.base)
             rows[layer_name] = {
                 "none": objective.value_at_zero,
-                "uncalibrated": sized.family.uncalibrated(objective, sized.rank).error,
+                "uncalibrated": uncalibrated,
                 "error": fit.error,
                 "other none": other.value_at_zero,
                 "other error": sized.family.error(other, fit.correction),

@@ -14,9 +14,11 @@ from strategies import problems
 from quailora import FAMILIES, NF4, SVD, Family, Initializer, Optimal, Uniform, Zero
 from quailora.core.metrics import gram
 from quailora.core.objective import Objective
+from quailora.core.weightings import GramWeighting, ShrunkWeighting
 from quailora.errors import CalibrationError, ConfigurationError, TargetError
 from quailora.families import Change, Dora, Lora, LoraBias
 from quailora.families.lora import divided_factors
+from quailora.schedules.layer import QuantizedLayer
 from quailora.testing import check_family, check_identity, indefiniteness, make_problem, rounding
 
 SIZES = {"c3a": {"block_size": 8}, "fourierft": {"n_frequency": 300}, "waveft": {"n_frequency": 300}}
@@ -62,6 +64,24 @@ def test_solvers_compose_with_low_rank_families(family):
     none = Initializer(NF4(), Optimal(), 4, family=family)(problem.weight, problem.statistics).error_none
     assert errors["Optimal"] < 0.9 * errors["SVD"] < 0.9 * errors["Zero"]
     assert errors["Zero"] == pytest.approx(none, rel=1e-4)
+
+
+@pytest.mark.parametrize("weighting", [GramWeighting(), ShrunkWeighting()], ids=["same metric", "another metric"])
+def test_the_fit_without_inputs_is_reported_in_the_gram_metric(weighting):
+    problem, family = make_problem(48, 64, "decaying"), Dora()
+    layer = Initializer(NF4(), Optimal(), 4, weighting, family=family)(problem.weight, problem.statistics)
+    objective = QuantizedLayer.of(NF4(), problem.weight, problem.statistics).objective
+    assert layer.error_uncalibrated == pytest.approx(family.uncalibrated(objective, 4).error)
+
+
+def test_a_family_is_fitted_without_inputs_once_a_layer(monkeypatch):
+    problem, family, calls = make_problem(16, 32), FAMILIES["miss"](), []
+    uncalibrated = type(family).uncalibrated
+    monkeypatch.setattr(
+        type(family), "uncalibrated", lambda self, *given: calls.append(given) or uncalibrated(self, *given)
+    )
+    Initializer(NF4(), Optimal(), 4, family=family)(problem.weight, problem.statistics)
+    assert len(calls) == 1
 
 
 def test_a_bias_needs_the_mean():

@@ -27,12 +27,15 @@ class Fit:
         measured: its error, in the metric that was given; computed when it is first read.
         iterations: rounds that were run; 0 for direct solutions.
         low_rank: what the solver has returned, for plain LoRA.
+        error_uncalibrated: error of the fit that ignores the inputs, in the metric that was given; None where `fit` has
+            not needed it.
     """
 
     correction: Correction
     measured: Deferred
     iterations: int = 0
     low_rank: LowRank | None = field(default=None, repr=False)
+    error_uncalibrated: float | None = None
 
     @property
     def error(self) -> float:
@@ -103,10 +106,10 @@ class Family(PeftAdapter):
             ConfigurationError: if outputs have different weights.
         """
         self.check(objective, rank)
-        if isinstance(objective.metric, Identity):
-            return self.uncalibrated(objective, rank)
-        fits = [self.finished(objective, self.solve(objective, rank)), self.uncalibrated(objective, rank)]
-        return min(fits, key=lambda one: one.error)
+        best = uncalibrated = self.uncalibrated(objective, rank)
+        if not isinstance(objective.metric, Identity):
+            best = min(self.finished(objective, self.solve(objective, rank)), uncalibrated, key=lambda one: one.error)
+        return replace(best, error_uncalibrated=uncalibrated.error)
 
     def uncalibrated(self, objective: Objective, rank: int) -> Fit:
         """Return the better of a fit that ignores the inputs and of no change, measured in the metric that is given."""
@@ -117,7 +120,7 @@ class Family(PeftAdapter):
         return min(fits, key=lambda one: one.error)
 
     @final
-    def finished(self, objective: Objective, parameters: Parameters, iterations: int = 0) -> Fit:
+    def finished(self, objective: Objective, parameters: Parameters) -> Fit:
         """Return parameters as they are stored, with the error of exactly these."""
         kept = {
             name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
@@ -127,7 +130,7 @@ class Family(PeftAdapter):
         correction = Correction(
             self, {name: tensor.to(objective.error.device) for name, tensor in kept.items()}, (shape[0], shape[1])
         )
-        return Fit(correction, Deferred(lambda: self.error(objective, correction)), iterations)
+        return Fit(correction, Deferred(lambda: self.error(objective, correction)))
 
     @final
     def error(self, objective: Objective, correction: Correction) -> float:

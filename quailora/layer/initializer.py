@@ -202,12 +202,15 @@ class Initializer:
         # certified bound is that of the solution where both metrics are the same, and is found for the optimum
         # otherwise.
         bound = (fit.bound if same_metric else 0.0) or objective.bound(self.rank) if fit.low_rank is not None else error
+        uncalibrated = fit.error_uncalibrated if same_metric else None
+        if uncalibrated is None:
+            uncalibrated = family.uncalibrated(objective, self.rank).error
         return LayerInitialization(
             quantized=layer.quantized,
             fit=fit,
             weight_energy=layer.weight_energy,
             error_none=objective.value_at_zero,
-            error_uncalibrated=family.uncalibrated(objective, self.rank).error,
+            error_uncalibrated=uncalibrated,
             error=error,
             error_optimal=bound,
         )

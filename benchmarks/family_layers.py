@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -21,11 +22,14 @@ from quailora.calibration.walk import collect_statistics
 from quailora.comparison.sizes import of_size
 from quailora.core.metrics import gram
 from quailora.core.objective import Objective
-from quailora.families import Lora
+from quailora.families import Shira
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
 from quailora.schedules.layer import QuantizedLayer
 from quailora.support.tables import markdown_table
+
+MEASURED = {**FAMILIES, "shira-adaalloc": partial(Shira, "adaalloc")}
+"""What makes each family, by its name on the command line."""
 
 
 def main() -> None:
@@ -33,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text")
     parser.add_argument("other")
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
+    parser.add_argument("--families", nargs="+", default=list(MEASURED))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("family_layers.json"))
@@ -60,7 +64,7 @@ def measure(asked: argparse.Namespace, names: list[str]) -> None:
         windows = Calibration(TextSource(source), samples, 1024, seed).windows(loaded.tokenizer)
         texts.append(collect_statistics(loaded.model, layers, windows))
     for name in names:
-        sized = of_size(FAMILIES[name](), asked.rank, layers, "numbers")
+        sized = of_size(MEASURED[name](), asked.rank, layers, "numbers")
         begun, rows = time.perf_counter(), {}
         for layer_name, layer in layers.items():
             quantized = QuantizedLayer.of(NF4(), layer.weight, texts[0][layer_name])
@@ -96,7 +100,7 @@ def table(results: dict[str, dict[str, object]]) -> str:
         other = [1 - row["other error"] / row["other none"] for row in layers]
         worse = sum(row["error"] > row["uncalibrated"] * (1 + 1e-6) or row["error"] > row["none"] for row in layers)
         rows.append([
-            result["title"] if name != Lora.name else f"lora {result['title'].split()[-1]}",
+            result["title"] if name in FAMILIES else f"{result['title']}, {name.partition('-')[2]}",
             f"{result['numbers']:,}",
             *(f"{share:.1%}" for share in closed),
             f"{fmean(other):.1%}",

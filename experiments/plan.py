@@ -77,7 +77,7 @@ FAMILY_RATES = (8e-4, 1.6e-3, 3.2e-3)
 
 def planned_families(protocol: Protocol, results: Results) -> Iterator[Run]:
     """Yield the runs that compare stock starts of other families than LoRA with fitted ones; LoRA is among them."""
-    rank, arms = reference_rank(protocol), ("int8", "qlora", "best", *FAMILY_ARMS)
+    rank, arms = reference_rank(protocol), ("qlora", "best", *FAMILY_ARMS)
     for rate in FAMILY_RATES:
         yield from (Run(arm, rank, rate, protocol.seeds[0], curve=True) for arm in arms)
     for arm in arms:

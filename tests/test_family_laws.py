@@ -16,7 +16,7 @@ from quailora.core.metrics import gram
 from quailora.core.objective import Objective
 from quailora.core.weightings import GramWeighting, ShrunkWeighting
 from quailora.errors import CalibrationError, ConfigurationError, TargetError
-from quailora.families import Change, Dora, Lora, LoraBias
+from quailora.families import Change, Dora, Lora, LoraBias, Shira
 from quailora.families.lora import divided_factors
 from quailora.schedules.layer import QuantizedLayer
 from quailora.testing import check_family, check_identity, indefiniteness, make_problem, rounding
@@ -27,7 +27,7 @@ each_family = pytest.mark.parametrize("family", EVERY, ids=lambda family: family
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
-@each_family
+@pytest.mark.parametrize("family", [*EVERY, Shira("adaalloc")], ids=lambda family: family.name)
 def test_every_family_keeps_the_laws(family):
     check_family(family)
     check_identity(family, (64, 64), 4)

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from regressions import least_error
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import TorchAoConfig
@@ -14,6 +16,7 @@ from quailora.core.metrics import Diagonal, Gram, Identity
 from quailora.core.objective import Objective
 from quailora.errors import TargetError
 from quailora.families.shira import Shira
+from quailora.families.sparse import shared_out
 from quailora.testing import make_problem
 from quailora.testing.families import objective_of
 from quailora.testing.stock import load_stock, stock_layer
@@ -64,6 +67,40 @@ def test_chosen_places_beat_others_by_far():
     random = least_error(Shira(), objective, Shira().identity((64, 48), 4), "shira_weight", base)
     assert fit.error < 0.4 * random
     assert fit.error < 0.4 * Shira().uncalibrated(objective, 4).error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adaalloc_gives_each_output_entries_by_the_norm_of_its_error(kind):
+    """Against a loop over the outputs; the values are the least-squares solution at these places."""
+    family, problem = Shira("adaalloc"), make_problem(16, 40, kind, seed=3)
+    objective, base = objective_of(problem)
+    parameters = family.solve(objective, 2)
+    row, column = parameters["shira_indices"].long()
+    norms = objective.error.double().norm(dim=1)
+    counts = row.bincount(minlength=16)
+    assert counts.sum() == 2 * 56
+    torch.testing.assert_close(counts.double(), (2 * 56 * norms / norms.sum()), rtol=0, atol=1)
+    power = objective.error.double().square() * problem.statistics.second_moment.diagonal()
+    for index, count in enumerate(counts.tolist()):
+        taken = power[index, column[row == index]]
+        torch.testing.assert_close(taken.sum(), power[index].topk(count).values.sum())
+    fit = family.finished(objective, parameters)
+    expected = least_error(family, objective, parameters, "shira_weight", base)
+    assert fit.error == pytest.approx(expected, rel=1e-4, abs=1e-6 * objective.value_at_zero)
+
+
+@settings(max_examples=100)
+@given(
+    weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=12),
+    most=st.integers(1, 20),
+    share=st.floats(0, 1),
+)
+def test_whole_numbers_are_shared_out_completely(weights, most, share):
+    count = round(share * most * len(weights))
+    given = shared_out(torch.tensor(weights, dtype=torch.float64), count, most)
+    assert given.sum() == count
+    assert given.min() >= 0
+    assert given.max() <= most
 
 
 @pytest.mark.parametrize("rows", [0, 1, 12])

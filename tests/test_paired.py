@@ -79,8 +79,9 @@ def test_pooling_is_merging_over_processes(counts):
             )
         ),
     ]
-    first.pool(lambda tensor: tensor.add_(others.pop(0)))
+    first.pool(lambda tensor: tensor.add_(others.pop(0)), lambda means: [means, second.quantized.sample_means])
     assert_same(first, whole)
+    torch.testing.assert_close(first.quantized.sample_means, whole.quantized.sample_means)
 
 
 def test_bad_inputs_are_refused():

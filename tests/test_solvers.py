@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
@@ -12,9 +13,21 @@ from helpers import CALIBRATED, SOLVERS, each_solver
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quailora import NF4, SVD, AlternatingLeastSquares, Diagonal, Gram, Identity, InputStatistics, Optimal, Zero
+from quailora import (
+    NF4,
+    SVD,
+    AlternatingLeastSquares,
+    Diagonal,
+    Gram,
+    Identity,
+    Initializer,
+    InputStatistics,
+    Optimal,
+    Zero,
+)
 from quailora.core.objective import Objective
 from quailora.errors import ConfigurationError, NumericalError
+from quailora.methods.recipes import RECIPES
 from quailora.testing import make_problem, optimal_error, rounding
 
 
@@ -41,6 +54,23 @@ def test_als_gives_the_iterates_of_the_paper(iterations, shape):
     errors = [((error - iterate) @ moment * (error - iterate)).sum().item() for iterate in iterates]
     assert solution.history == pytest.approx(errors, rel=1e-9)
     assert errors[0] > 1.01 * errors[1]
+
+
+def test_the_row_nncf_gives_the_iterates_of_its_source(generator):
+    """Three rounds of least squares on the error and on the error of the output for mean inputs, by NumPy's solver."""
+    inputs = torch.randn(6, 50, 24, generator=generator) + torch.randn(24, generator=generator)
+    statistics = InputStatistics.from_inputs(inputs)
+    weight, row = torch.randn(16, 24, generator=generator), RECIPES["nncf"]
+    layer = Initializer(NF4(), row.solver, 3, row.weighting)(weight, statistics)
+    error, means = (weight - layer.quantized.dequantize()).double().numpy().T, inputs.double().mean(1).numpy()
+    both = np.concatenate([np.eye(24), means])
+    left = np.linalg.svd(error, full_matrices=False)[0][:, :3]
+    for _ in range(3):
+        right = np.linalg.lstsq(both @ left, both @ error)[0]
+        left = np.linalg.lstsq(both, both @ error @ np.linalg.pinv(right))[0]
+    torch.testing.assert_close(
+        layer.correction.dense().double(), torch.from_numpy((left @ right).T), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_als_is_stable_in_float32_where_the_normal_equations_are_not():

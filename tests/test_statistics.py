@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from quailora import InputStatistics
-from quailora.core.linalg import safe_cholesky, triangular_inverse
+from quailora.core.linalg import safe_cholesky, self_product, triangular_inverse
 from quailora.core.metrics import gram
-from quailora.core.statistics import self_product
+from quailora.core.weightings import TokenMeansWeighting
 from quailora.errors import CalibrationError, NumericalError, NumericalWarning
 
 
@@ -46,6 +46,32 @@ def test_save_and_load(tmp_path, generator):
     torch.testing.assert_close(loaded.second_moment, statistics.second_moment, rtol=0, atol=0)
     torch.testing.assert_close(loaded.mean_magnitude, statistics.mean_magnitude, rtol=0, atol=0)
     torch.testing.assert_close(loaded.mean, statistics.mean, rtol=0, atol=0)
+
+
+def test_means_of_samples(tmp_path, generator):
+    """A sample is a row of a batch; padding does not count, and the first 128 samples are kept."""
+    inputs = torch.randn(5, 6, 8, generator=generator)
+    mask = torch.arange(6) < torch.tensor([6, 3, 0, 1, 2])[:, None]
+    padded = inputs.masked_fill(~mask[..., None], torch.nan)
+    expected = torch.stack([inputs[row][mask[row]].mean(0) for row in (0, 1, 3, 4)])
+    statistics = InputStatistics.from_inputs(padded, mask)
+    torch.testing.assert_close(statistics.sample_means, expected)
+    torch.testing.assert_close(InputStatistics.from_inputs(inputs[0]).sample_means, inputs[0].mean(0, keepdim=True))
+    many = InputStatistics.from_inputs(torch.randn(100, 2, 8, generator=generator))
+    merged = statistics.merge(many).merge(many)
+    torch.testing.assert_close(merged.sample_means[:4], expected)
+    assert merged.sample_means.shape == (128, 8)
+    merged.save(tmp_path / "statistics.safetensors")
+    loaded = InputStatistics.load(tmp_path / "statistics.safetensors")
+    torch.testing.assert_close(loaded.sample_means, merged.sample_means, rtol=0, atol=0)
+    assert not len(merged.without(statistics).sample_means)
+
+
+def test_sums_have_no_means_of_samples():
+    statistics = InputStatistics(4)
+    statistics.add(torch.eye(4) * 9, 9)
+    with pytest.raises(CalibrationError, match=r"token-means needs the means of samples.*Collect them again"):
+        TokenMeansWeighting().metric(statistics)
 
 
 def test_the_mean_is_unknown_where_a_part_is(tmp_path, generator):

@@ -127,7 +127,8 @@ class StatisticsCollector(Generic[Kind]):
         for part in distributed.gather({names: found.in_features for names, found in self._found.items()}):
             widths |= part
         for names in sorted(widths):
-            self._found.setdefault(names, self._kind(widths[names], self._device)).pool(distributed.add_up)
+            found = self._found.setdefault(names, self._kind(widths[names], self._device))
+            found.pool(distributed.add_up, distributed.gather)
         return self._found
 
 

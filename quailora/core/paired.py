@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import NumericalError
-from .linalg import same_device
-from .statistics import CHUNK_TOKENS, InputStatistics, blend
+from .linalg import blend, same_device
+from .statistics import CHUNK_TOKENS, InputStatistics
 
 
 @final
@@ -116,10 +116,10 @@ class PairedStatistics:
             share = other.tokens / self.tokens
             blend(self._gap, other.gap, share, share)
 
-    def pool(self, add_up: Callable[[Tensor], Tensor]) -> None:
+    def pool(self, add_up: Callable[[Tensor], Tensor], gather: Callable[[Tensor], list[Tensor]]) -> None:
         """Become the statistics of all processes together; see `InputStatistics.pool`."""
         tokens = self.tokens
-        self.quantized.pool(add_up)
+        self.quantized.pool(add_up, gather)
         add_up(self._gap.mul_(tokens / max(1, self.tokens)))
 
     def to(self, device: torch.device | str) -> PairedStatistics:

@@ -1,4 +1,4 @@
-"""What calibration keeps of a layer's inputs: their second moment, their mean, and their mean magnitude."""
+"""What calibration keeps of a layer's inputs: their second moment, mean and mean magnitude, and means of samples."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import CalibrationError, NumericalError
-from .linalg import same_device
+from .linalg import blend, same_device, self_product
 
 CHUNK_TOKENS = 8192
 """Tokens per float32 product; keeps its rounding error near 1e-7 of the largest entry."""
 
-_ROWS = 512  # rows that are converted to float64 at a time
+SAMPLES = 128
+"""How many samples the means of are kept, as in NNCF."""
+
 _NORMAL = 2 / math.pi  # square of the mean magnitude of a standard normal number
-_BLOCKS, _LEAST_BLOCK = 4, 192  # blocks of a symmetric product: 5/8 of the work of a general one
 
 Derived = TypeVar("Derived")
 
@@ -34,7 +35,8 @@ class InputStatistics:
     What depends on `H` alone (a working copy in float32, a Cholesky factor) is computed once and shared by all layers,
     ranks and quantizers that ask; see `cached`.
 
-    Laws: merging partial statistics in any order equals accumulating all tokens at once; masked tokens have no effect.
+    Laws: merging partial statistics in any order equals accumulating all tokens at once, but for `sample_means`; masked
+    tokens have no effect.
 
     Attributes:
         tokens: number of tokens in the mean.
@@ -46,6 +48,7 @@ class InputStatistics:
         self._mean = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self._magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._average: Tensor | None = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._sample_means = torch.zeros(0, in_features, device=device)
         self._derived: dict[Hashable, Any] = {}
         self.tokens = 0
 
@@ -89,6 +92,14 @@ class InputStatistics:
         """`mean(x)` of each input channel, float64: the buffer itself. None where some tokens came without a sum."""
         return self._average
 
+    @property
+    def sample_means(self) -> Float[Tensor, "samples in_features"]:
+        """`mean(x)` of each of the first 128 samples, float32; none of samples of which only sums are known.
+
+        A sample is a row of a batch. A batch whose tokens are in one dimension, and one with padding, is one sample.
+        """
+        return self._sample_means
+
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of inputs.
 
@@ -106,6 +117,7 @@ class InputStatistics:
             expected = tuple(inputs.shape[:-1])
             raise ValueError(f"Expected a bool mask of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}.")
         inputs = inputs.detach()
+        self._keep_samples(inputs, mask)
         tokens = inputs.reshape(-1, self.in_features) if mask is None else inputs[mask.to(inputs.device)]
         working = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         for chunk in torch.split(tokens, CHUNK_TOKENS):
@@ -116,6 +128,18 @@ class InputStatistics:
                 )
             total = chunk.sum(0, dtype=torch.float64)
             self.add(product, len(chunk), chunk.abs().sum(0, dtype=torch.float64), total)
+
+    def _keep_samples(self, inputs: Tensor, mask: Tensor | None) -> None:
+        if len(self._sample_means) == SAMPLES:
+            return
+        samples = inputs.flatten(0, -3) if inputs.ndim > 2 else inputs.reshape(1, -1, self.in_features)
+        counted = torch.ones(samples.shape[:2], dtype=torch.bool) if mask is None else mask.reshape(samples.shape[:2])
+        counted = counted.to(samples.device)
+        sizes = counted.sum(1)
+        seen = (sizes > 0).nonzero()[: SAMPLES - len(self._sample_means), 0]
+        totals = torch.where(counted[seen, :, None], samples[seen], 0).sum(1, dtype=torch.float32)
+        means = totals / sizes[seen, None]
+        self._sample_means = torch.cat([self._sample_means, means.to(self._sample_means.device)])
 
     def add(
         self,
@@ -191,10 +215,12 @@ class InputStatistics:
             blend(self._mean, other._mean, share, share)
             blend(self._magnitude, other._magnitude, share, share)
             self._blend_average(other._average, share, share)
+            means = torch.cat([self._sample_means, other._sample_means.to(self._sample_means.device)])
+            self._sample_means = means[:SAMPLES]
             self.clear_cache()
 
     def without(self, other: InputStatistics) -> InputStatistics:
-        """Return the statistics of these tokens without some that are among them, and fewer.
+        """Return the statistics of these tokens without some that are among them, and fewer; without means of samples.
 
         Raises:
             ValueError: if the other statistics have as many tokens or more.
@@ -209,19 +235,22 @@ class InputStatistics:
         blend(left._mean, other._mean, share, share)
         blend(left._magnitude, other._magnitude, share, share)
         left._blend_average(other._average, share, share)
+        left._sample_means = left._sample_means[:0]
         left.tokens = tokens
         return left
 
-    def pool(self, add_up: Callable[[Tensor], Tensor]) -> None:
+    def pool(self, add_up: Callable[[Tensor], Tensor], gather: Callable[[Tensor], list[Tensor]]) -> None:
         """Become the statistics of the tokens of all processes, in place.
 
         Args:
             add_up: sums a tensor over all processes in place, and returns it.
+            gather: returns the tensors of all processes, of any shapes.
         """
         # Each process scales its mean by its share of all tokens; the sum of these is the mean over all of them.
         tokens = int(add_up(torch.tensor(self.tokens, device=self._mean.device)))
         for mean in (self._mean, self._magnitude, *([] if self._average is None else [self._average])):
             add_up(mean.mul_(self.tokens / max(1, tokens)))
+        self._sample_means = torch.cat(gather(self._sample_means.cpu()))[:SAMPLES].to(self._mean.device)
         self.tokens = tokens
         self.clear_cache()
 
@@ -240,6 +269,7 @@ class InputStatistics:
         tensors = {
             "second_moment": self._mean,
             "mean_magnitude": self._magnitude,
+            "sample_means": self._sample_means,
             "tokens": torch.tensor(self.tokens),
         }
         if self._average is not None:
@@ -256,42 +286,13 @@ class InputStatistics:
         from safetensors.torch import load_file
 
         tensors = load_file(path, device=str(device))
-        average = tensors.pop("mean", None)  # files of earlier versions have none
+        average, means = tensors.pop("mean", None), tensors.pop("sample_means", None)  # earlier versions have none
         expected = ["mean_magnitude", "second_moment", "tokens"]
         if sorted(tensors) != expected:
             raise CalibrationError(f"Expected the tensors {', '.join(expected)} in {path}, got {sorted(tensors)}.")
         statistics = cls(0, device)
         statistics._mean, statistics._magnitude = tensors["second_moment"], tensors["mean_magnitude"]
         statistics._average = average
+        statistics._sample_means = torch.zeros(0, statistics.in_features, device=device) if means is None else means
         statistics.tokens = int(tensors["tokens"])
         return statistics
-
-
-def blend(mean: Tensor, more: Tensor, share: float, weight: float) -> None:
-    """Replace a float64 mean by `(1 - share) mean + weight more`, in place, from any dtype and device.
-
-    By rows, since adding float32 to float64 makes a copy first.
-    """
-    mean.mul_(1 - share)
-    for rows, others in zip(torch.split(mean, _ROWS), torch.split(more, _ROWS), strict=True):
-        rows.add_(others.to(rows.device), alpha=weight)
-
-
-def self_product(matrix: Float[Tensor, "tokens in_features"]) -> Float[Tensor, "in_features in_features"]:
-    """Return `X^T X` in the dtype of `X`, exactly symmetric.
-
-    Only blocks up to the diagonal are multiplied; the others are mirrored. Products with `out` are not autocast, so a
-    model that computes in bfloat16 around this one does not round them.
-    """
-    # Block column by block column: four blocks to a side make ten products of sixteen, which is 5/8 of the work. Narrow
-    # inputs have fewer blocks, since small products do not fill a processor.
-    columns = matrix.shape[1]
-    product = matrix.new_empty(columns, columns)
-    size = max(_LEAST_BLOCK, -(-columns // _BLOCKS))
-    for start in range(0, columns, size):
-        stop = min(start + size, columns)
-        torch.mm(matrix[:, start:stop].T, matrix[:, :stop], out=product[start:stop, :stop])
-        product[:start, start:stop] = product[start:stop, :start].T
-        diagonal = product[start:stop, start:stop]
-        diagonal.copy_((diagonal + diagonal.T) / 2)  # the sums of its two halves were rounded in different orders
-    return product

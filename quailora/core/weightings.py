@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import CalibrationError
-from .metrics import SHRINKAGE, Diagonal, Identity, Metric, check_shrinkage, gram, shrunk
+from .metrics import SHRINKAGE, Diagonal, Gram, Identity, Metric, check_shrinkage, gram, shrunk
 from .objective import Objective
 from .statistics import InputStatistics
 
@@ -166,6 +166,34 @@ class ShrunkWeighting(Weighting):
 
 @final
 @dataclass(frozen=True)
+class TokenMeansWeighting(Weighting):
+    """Errors of weights, and errors of the output for the mean input of each sample, added up (NNCF).
+
+    `H = I + sum_s m_s m_s^T` with the means `m_s` of `InputStatistics.sample_means`, at most 128, in their own units.
+    """
+
+    name: ClassVar[str] = "token-means"
+
+    @override
+    def metric(self, statistics: InputStatistics) -> Metric:
+        means = statistics.sample_means
+        if not len(means):
+            raise CalibrationError(
+                "The metric token-means needs the means of samples, and these statistics have none: they are of an "
+                "earlier version, or were made from sums. Collect them again with InputStatistics.update."
+            )
+
+        def moment() -> Gram:
+            samples = means.double()
+            summed = samples.T @ samples
+            summed.diagonal().add_(1)
+            return Gram(summed)
+
+        return statistics.cached(self.name, moment)
+
+
+@final
+@dataclass(frozen=True)
 class FisherWeighting(Weighting):
     """Outputs and inputs count by squared gradients of the loss (LQ-LoRA, Guo et al., 2023, arXiv 2311.12023).
 
@@ -208,6 +236,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
         DiagonalWeighting,
         MagnitudeWeighting,
         IdentityWeighting,
+        TokenMeansWeighting,
         FisherWeighting,
     )
 }

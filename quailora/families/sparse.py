@@ -83,6 +83,38 @@ def largest(matrix: Float[Tensor, "rows columns"], count: int) -> Bool[Tensor, "
     return torch.zeros_like(matrix, dtype=torch.bool).flatten().index_fill(0, best, True).view_as(matrix)
 
 
+def allocated(
+    error: Float[Tensor, "rows columns"], scaled: Float[Tensor, "rows columns"], count: int
+) -> Bool[Tensor, "rows columns"]:
+    """Return entries that are shared out to rows by the norms of their errors, the largest of each row.
+
+    Args:
+        error: `E`.
+        scaled: `E` with each column times the root of the power of its input.
+        count: number of entries.
+    """
+    budgets = shared_out(error.norm(dim=1), count, error.shape[1])
+    places = scaled.abs().argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(error.shape[1], device=error.device) < budgets[:, None]
+    return torch.zeros_like(chosen).scatter(1, places, chosen)
+
+
+def shared_out(weights: Float[Tensor, " rows"], count: int, most: int) -> Int[Tensor, " rows"]:
+    """Return whole numbers in proportion to weights, none above `most`, that add up to `count`."""
+    given = torch.zeros_like(weights, dtype=torch.long)
+    while left := count - int(given.sum()):
+        room = most - given
+        shares = weights * (room > 0)
+        if not shares.any():  # only rows without any error have room
+            shares = (room > 0).to(weights)
+        exact = left * shares / shares.sum()
+        more = torch.minimum(exact.long(), room)
+        if not more.any():  # less than one for each row: those with the largest shares get one
+            more[exact.topk(min(left, int(shares.count_nonzero()))).indices] = 1
+        given += more
+    return given
+
+
 def spread(count: int, among: int) -> Int[Tensor, " count"]:
     """Return different numbers below another one, ascending, one drawn from each of `count` parts of the same size."""
     edges = torch.arange(count + 1) * among // count

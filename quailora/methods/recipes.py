@@ -18,6 +18,7 @@ from ..core.weightings import (
     IdentityWeighting,
     MagnitudeWeighting,
     ShrunkWeighting,
+    TokenMeansWeighting,
     Weighting,
 )
 from ..errors import ConfigurationError
@@ -134,6 +135,12 @@ RECIPES: dict[str, Recipe] = {
         Optimal(),
         "a true mean in place of a moving average of second moments; within a block in the order layers run in",
         inputs="quantized",
+    ),
+    "nncf": Recipe(
+        "lora_correction of OpenVINO NNCF, 2024, openvinotoolkit/nncf#2816",
+        AlternatingLeastSquares(iterations=3),
+        "starts from the plain SVD, not from one of an error scaled by groups; factors are not quantized",
+        TokenMeansWeighting(),
     ),
     # With a base that is chosen for the correction: error feedback, or a weight that is prepared before it is rounded.
     "cloq": Recipe(

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from quailora import Diagonal, Gram, Identity
+from quailora.core.linalg import semidefinite_solve
 from quailora.core.metrics import Damped, shrunk
 from quailora.core.objective import Objective
 from quailora.errors import NumericalError
 from quailora.families import linear
-from quailora.families.linear import block_inverse, dense_metric, least_squares, solve_blocks
+from quailora.families.linear import block_inverse, dense_metric, least_squares
 from quailora.testing import make_problem
 
 PROBLEM = make_problem(6, 12, "decaying")
@@ -76,11 +77,13 @@ def test_singular_systems_are_solved(generator):
     roots[:, 0], roots[:, 2], roots[:, 3] = 0, roots[:, 1], 1e5 * roots[:, 3]
     matrices = roots @ roots.mH
     right = matrices @ torch.randn(2, 5, 3, generator=generator, dtype=torch.complex128)
-    found = solve_blocks(matrices, right)
+    found = semidefinite_solve(matrices, right)
     torch.testing.assert_close(matrices @ found, right, rtol=1e-8, atol=1e-8)
     assert not found[:, 0].any()
 
 
 def test_indefinite_systems_are_refused():
-    with pytest.raises(NumericalError, match="Expected equations without negative eigenvalues"):
-        solve_blocks(torch.tensor([[[1.0, 3], [3, 1]]], dtype=torch.float64), torch.ones(1, 2, 1, dtype=torch.float64))
+    with pytest.raises(NumericalError, match="Expected normal equations that are positive semidefinite"):
+        semidefinite_solve(
+            torch.tensor([[[1.0, 3], [3, 1]]], dtype=torch.float64), torch.ones(1, 2, 1, dtype=torch.float64)
+        )

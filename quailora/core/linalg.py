@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..errors import NumericalError, NumericalWarning
 
 _BLOCKS = 8  # blocks of a symmetric form: 9/16 of the work of a general product
 _PRODUCT_BLOCKS, _LEAST_BLOCK = 4, 192  # blocks of a symmetric product: 5/8 of the work of a general one
+_RIDGE = 1e-10  # of the diagonal of normal equations: above the rounding errors of float64
 _ROWS = 512  # rows that are converted to float64 at a time
 _SMALL = 1024  # sides up to which a decomposition is faster on the processor than on an accelerator
 
@@ -112,6 +113,43 @@ def repaired_cholesky(matrix: Float[Tensor, "n n"], max_tries: int = 10) -> tupl
         f"Expected a positive semidefinite matrix, but Cholesky failed even after adding {jitter:.3g} to the diagonal. "
         "Check that the calibration inputs are finite, or raise the damping."
     )
+
+
+def semidefinite_solve(
+    matrices: Shaped[Tensor, "*batch n n"], right: Shaped[Tensor, "*batch n k"], ridge: float = _RIDGE
+) -> Shaped[Tensor, "*batch n k"]:
+    """Return `X` with `matrices @ X = right`, for normal equations in float64 or complex128, which may be singular.
+
+    Args:
+        matrices: symmetric or Hermitian, positive semidefinite up to rounding.
+        right: right-hand sides in the range of the matrices.
+        ridge: share of the diagonal that is added to it; more where that is not enough.
+
+    Raises:
+        NumericalError: if a matrix is not finite, or far from semidefinite.
+    """
+    roots, factors = scaled_cholesky(matrices, ridge)
+    return torch.cholesky_solve(right * roots[..., None], factors) * roots[..., None]
+
+
+def scaled_cholesky(
+    matrices: Shaped[Tensor, "*batch n n"], ridge: float = _RIDGE
+) -> tuple[Float[Tensor, "*batch n"], Shaped[Tensor, "*batch n n"]]:
+    """Return the inverse root `d` of each diagonal, and Cholesky factors of `diag(d) M diag(d)`.
+
+    A ridge makes up for singular matrices; see `semidefinite_solve`, which has the arguments and the errors.
+    """
+    # With a diagonal of ones a ridge is small against every direction, however loud single inputs are. Where the
+    # diagonal is zero, so are the row and the right-hand side, and the solution stays zero.
+    powers = matrices.diagonal(dim1=-2, dim2=-1).real
+    roots = torch.where(powers > 0, powers, torch.inf).rsqrt()
+    scaled = matrices * roots[..., None] * roots[..., None, :]
+    while ridge < 1:
+        factors, info = torch.linalg.cholesky_ex(scaled + ridge * torch.eye(scaled.shape[-1]).to(scaled))
+        if not info.any():
+            return roots, factors
+        ridge *= 10  # the sums of the statistics may have been made in float32
+    raise NumericalError("Expected normal equations that are positive semidefinite. Check that the inputs are finite.")
 
 
 def triangular_inverse(lower: Float[Tensor, "n n"], block: int = 256) -> Float[Tensor, "n n"]:

@@ -12,11 +12,12 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from typing_extensions import override
 
+from ..core.linalg import semidefinite_solve
 from ..core.objective import Objective
 from ..errors import ConfigurationError, TargetError
 from .adapter import Change, Parameters
 from .base import Family
-from .linear import dense_metric, solve_blocks
+from .linear import dense_metric
 
 
 @final
@@ -64,7 +65,7 @@ class C3A(Family):
         error = objective.error.double()
         right = self._spectrum(objective.metric.product(error))
         matrix = self._spectrum(dense_metric(objective.metric, error))
-        found = solve_blocks(matrix.permute(2, 1, 0), right.permute(2, 1, 0)).permute(2, 1, 0)
+        found = semidefinite_solve(matrix.permute(2, 1, 0), right.permute(2, 1, 0)).permute(2, 1, 0)
         return {"c3a_kernel": error.shape[1] * torch.fft.irfft(found, n=self.block_size)}
 
     @override

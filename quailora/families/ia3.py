@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ..core.linalg import semidefinite_solve
 from ..core.objective import Objective
 from ..errors import check_choice
 from .adapter import Change, Parameters
 from .base import Family
 from .linear import dense_metric
-from .regression import base_in, base_of, quotient, semidefinite_solve
+from .regression import base_in, base_of, quotient
 
 Side = Literal["outputs", "inputs"]
 

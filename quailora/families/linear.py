@@ -6,18 +6,17 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core.linalg import scaled_cholesky
 from ..core.metrics import Diagonal, Gram, Metric, Shrunk
 from ..core.objective import Objective
-from ..errors import NumericalError
 
 _ROUNDS = 60
 _SOLVED = 1e-10  # share of the first step's promise at which the equations count as solved
 _LEAST_GAIN = 1e-3  # of what is left, and of what all rounds have gained: a round that gains less is the last one
 _WIDTH = 128  # parameters that are solved for together at most, which bounds the memory
-_RIDGE = 1e-12  # of the diagonal: above the rounding errors of float64
 
 
 def least_squares(
@@ -91,7 +90,7 @@ def block_inverse(
     held = table < len(order)
     matrices = torch.where(held[:, :, None] & held[:, None], blocks(torch.where(held, table, table[:, :1])), 0.0)
     matrices.diagonal(dim1=1, dim2=2).masked_fill_(~held, 1.0)
-    root, factors = _scaled_cholesky(matrices)
+    root, factors = scaled_cholesky(matrices)
 
     def inverse(residual: Tensor) -> Tensor:
         right = torch.cat([residual, residual.new_zeros(1)])[table] * root
@@ -99,35 +98,6 @@ def block_inverse(
         return torch.empty_like(residual).index_put((table[held],), solved[held])
 
     return inverse
-
-
-def solve_blocks(
-    matrices: Shaped[Tensor, "blocks size size"], right: Shaped[Tensor, "blocks size columns"]
-) -> Shaped[Tensor, "blocks size columns"]:
-    """Return the solutions of systems with Hermitian matrices without negative eigenvalues, real or complex.
-
-    A ridge makes up for singular ones. It is relative to each diagonal entry, so that loud and quiet channels get the
-    same, and unknowns whose diagonal entry is zero become zero.
-    """
-    root, factors = _scaled_cholesky(matrices)
-    return torch.cholesky_solve(right * root[..., None], factors) * root[..., None]
-
-
-def _scaled_cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inverse root of the diagonal, and Cholesky factors of the matrices that have a diagonal of ones."""
-    powers = matrices.diagonal(dim1=-2, dim2=-1).real
-    root = torch.where(powers > 0, powers, torch.inf).rsqrt()
-    scaled = matrices * root[..., None] * root[..., None, :]
-    ridge = _RIDGE
-    while ridge < 1:
-        damped = scaled + torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device) * ridge
-        factors, info = torch.linalg.cholesky_ex(damped)
-        if not info.any():
-            return root, factors
-        ridge *= 10  # the sums of the statistics may have been made in float32
-    raise NumericalError(
-        "Expected equations without negative eigenvalues. Check that the calibration inputs are finite."
-    )
 
 
 def dense_metric(metric: Metric, like: Float[Tensor, "rows width"]) -> Float[Tensor, "width width"]:

@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from ..core.linalg import uniform
+from ..core.linalg import semidefinite_solve, uniform
 from ..core.metrics import Metric
 from ..core.objective import Objective
 from .adapter import Change, Parameters, check_rank_for
 from .alternating import LEAST_GAIN, descend, divided, drawn, of_one_size, trainable_factors
 from .base import Family
 from .linear import dense_metric
-from .regression import each, inverses, semidefinite_solve
+from .regression import each, inverses
 
 _ROUNDS = 10  # further ones gain less than a hundredth of the error each in layers of SmolLM2
 _SWEEPS, _STEPS = 3, 3  # in a round: over the left factors, and of conjugate gradients for each right factor

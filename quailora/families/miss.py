@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
+from ..core.linalg import semidefinite_solve
 from ..core.objective import Objective
 from .adapter import Change, Parameters, check_rank_for
 from .base import Family
-from .regression import base_of, semidefinite_solve
+from .regression import base_of
 
 _BLOCK = "miss_block"
 

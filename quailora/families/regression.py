@@ -6,14 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.linalg import small_eigh
+from ..core.linalg import semidefinite_solve, small_eigh
 from ..core.objective import Objective
-from ..errors import ConfigurationError, NumericalError
+from ..errors import ConfigurationError
 from .base import Family
 
-_RIDGE = 1e-10  # of the diagonal, for directions that the inputs do not have
-_ROUGH = 1e-6  # the same for preconditioners, which meet residuals in float32
-_TRIES = 5  # ridges, each a hundred times larger
+_CALM = 1e-8  # of the diagonal, for factors that are solved for in turn: with less they grow, and cancel each other
+_ROUGH = 1e-6  # of the diagonal, for preconditioners, which meet residuals in float32
 
 
 def base_of(family: Family, base: Tensor | None) -> Float[Tensor, "out_features in_features"]:
@@ -38,34 +37,6 @@ def quotient(over: Float[Tensor, "*shape"], under: Float[Tensor, "*shape"]) -> F
     """Return the solution of each regression of one number, `over / under`; 0 where there is nothing to fit."""
     found = under > 0
     return torch.where(found, over, 0) / torch.where(found, under, 1)
-
-
-def semidefinite_solve(
-    matrix: Float[Tensor, "*batch n n"], right: Float[Tensor, "*batch n k"], ridge: float = _RIDGE
-) -> Float[Tensor, "*batch n k"]:
-    """Return `X` with `matrix @ X = right`, for normal equations in float64, which may be singular.
-
-    Args:
-        matrix: symmetric, positive semidefinite up to rounding.
-        right: right-hand sides in the range of the matrix.
-        ridge: share of the diagonal that is added to it; more where that is not enough.
-
-    Raises:
-        NumericalError: if the matrix is not finite, or far from semidefinite.
-    """
-    # With unit diagonal, D^-1/2 M D^-1/2, a ridge is small against every direction, however loud single inputs are.
-    # Where the diagonal is zero, so are the row and the right-hand side, and the solution stays zero.
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    roots = torch.where(diagonal > 0, diagonal, 1).sqrt().unsqueeze(-1)
-    scaled = (matrix / roots).div_(roots.mT)
-    lifted = scaled.diagonal(dim1=-2, dim2=-1)
-    lifted.add_(diagonal <= 0)
-    for attempt in range(_TRIES):
-        lifted.add_(ridge * 100**attempt)
-        factor, info = torch.linalg.cholesky_ex(scaled)
-        if not info.any():
-            return torch.cholesky_solve(right / roots, factor) / roots
-    raise NumericalError("Expected normal equations that are positive semidefinite; check that the inputs are finite.")
 
 
 def inverses(blocks: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
@@ -98,7 +69,7 @@ def low_rank_regression(
     """
     # With F = R G^-1 this is tr((F - X) G (F - X)^T) up to a constant, so that X = U U^T F for the leading eigenvectors
     # U of F G F^T = F R^T.
-    free = semidefinite_solve(gram, right.T).T
+    free = semidefinite_solve(gram, right.T, _CALM).T
     if rank is None or rank >= min(right.shape):
         return free
     square = free @ right.T

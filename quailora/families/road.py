@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from ..core.linalg import semidefinite_solve
 from ..core.objective import Objective
 from ..errors import ConfigurationError, TargetError, check_choice
 from .adapter import Change, Parameters
 from .base import Family
-from .regression import base_in, base_of, quotient, semidefinite_solve
+from .regression import base_in, base_of, quotient
 
 Variant = Literal["road_1", "road_2", "road_4"]
 

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .linear import solve_blocks
-from .regression import semidefinite_solve
+from ..core.linalg import semidefinite_solve
 
 _STEPS = 15
 _LEAST_GAIN = 1e-2  # of the error: a step that promises less is left to the next round
@@ -87,12 +86,12 @@ class Equations:
             parts = self.moment.reshape(len(self.moment), *rows.shape[:2])
             blocks = [_adjoint(rows, parts[:, :, base] @ rows[:, base]) for base in range(rows.shape[1])]
             columns = torch.stack(blocks).permute(2, 0, 1)
-            return lambda residual: solve_blocks(columns, residual.T[:, :, None])[:, :, 0].T
+            return lambda residual: semidefinite_solve(columns, residual.T[:, :, None])[:, :, 0].T
         # For a multiple of the identity in place of J, rows of gamma would have nothing to do with each other. All of
         # them get the mean of their matrices (rows^T rows) o G.
         flat = rows.flatten(0, 1)
         matrix = (flat.T @ flat) * self.side * (self.moment.diagonal().mean() / rows.shape[1])
-        return lambda residual: solve_blocks(matrix[None], residual.T[None])[0].T
+        return lambda residual: semidefinite_solve(matrix[None], residual.T[None])[0].T
 
     def _times_side(self, matrix: Float[Tensor, "products shorter"]) -> Float[Tensor, "products shorter"]:
         return matrix if self.side is None else matrix @ self.side

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..core.linalg import uniform
-from .linear import solve_blocks
+from ..core.linalg import semidefinite_solve, uniform
 
 _FIRST = 40  # the first round chooses one entry in so many
 _GROWTH = 0.3  # of all entries, and of those of a row, in a round; 0.1 gains half a percent more in twice the time
@@ -72,7 +71,7 @@ def regression(
         matrices = metric.take(columns[:, :, None] * len(metric) + columns[:, None])
         matrices *= held[:, :, None] & held[:, None]
         matrices.diagonal(dim1=1, dim2=2).mul_(1 + _RIDGE)
-        solved = solve_blocks(matrices, (right[at] * held)[..., None])[..., 0]
+        solved = semidefinite_solve(matrices, (right[at] * held)[..., None])[..., 0]
         values[at[held]] = solved[held]
     return places, values
 

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from ..core.linalg import small_eigh
+from ..core.linalg import semidefinite_solve, small_eigh
 from ..core.objective import Objective
 from .adapter import Change, Parameters
 from .base import Family
 from .projections import check_key, drawn_rows
-from .regression import base_of, quotient, semidefinite_solve
+from .regression import base_of, quotient
 
 _ROUNDS = 20
 _LEAST_GAIN = 1e-3  # of the error: a round that gains less is the last one

@@ -136,7 +136,7 @@ def asked_rank(rank: int | None, family: Family | None) -> int:
     """
     if rank is not None and family is not None and family.default_rank is None:
         raise ConfigurationError(
-            f"The family {family.name or family!r} has no rank, got {rank}. Leave out `rank`; the fields of the family "
+            f"The family {family.title} has no rank, got {rank}. Leave out `rank`; the fields of the family "
             "say how large it is."
         )
     return default_scaling(family).rank if rank is None else rank

@@ -167,7 +167,7 @@ def check_families(families: Sequence[Family], recipes: Mapping[str, Recipe], qu
     for family in families:
         if not any(suits(family, recipe, quantizer) for recipe in recipes.values()):
             raise ConfigurationError(
-                f"The family {family.name or family!r} goes with none of the recipes {', '.join(recipes)}. Name one "
+                f"The family {family.title} goes with none of the recipes {', '.join(recipes)}. Name one "
                 "that keeps the base, on full inputs, such as shrunk."
             )
 

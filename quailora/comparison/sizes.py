@@ -73,7 +73,7 @@ class Sized:
     @property
     def title(self) -> str:
         """Name of the family, with its rank."""
-        name = self.family.name or type(self.family).__name__
+        name = self.family.title
         return name if self.family.default_rank is None else f"{name} {self.rank}"
 
 
@@ -93,7 +93,7 @@ def of_size(family: Family, rank: int, layers: Mapping[str, Layer], equal: Equal
     best = max((size for size in sizes if sizes[size] <= budget), key=lambda size: sizes[size], default=None)
     if best is None:
         raise ConfigurationError(
-            f"The family {family.name or family!r} is larger than LoRA of rank {rank} at every size, or no layer can "
+            f"The family {family.title} is larger than LoRA of rank {rank} at every size, or no layer can "
             "carry it. Compare at PEFT's defaults with `equal='defaults'`, or at a higher rank."
         )
     return Sized(family, best)

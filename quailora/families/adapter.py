@@ -68,6 +68,11 @@ class PeftAdapter(ABC):
     bases: ClassVar[frozenset[str]] = frozenset({"float", "nf4", "int8"})
     """The bases that stock PEFT computes this family on, of float, nf4, int8, gptq, awq, hqq and torchao."""
 
+    @property
+    def title(self) -> str:
+        """What messages and tables call the family: its name, or that of the class where it has none."""
+        return self.name or type(self).__name__
+
     @abstractmethod
     def shapes(self, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of a layer, by the end of its name in PEFT's files.
@@ -132,7 +137,7 @@ class PeftAdapter(ABC):
             scale: what PEFT multiplies the change by.
         """
         if scale != 1:
-            raise ConfigurationError(f"PEFT does not scale {self.name or self!r}, got a factor of {scale:g}.")
+            raise ConfigurationError(f"PEFT does not scale {self.title}, got a factor of {scale:g}.")
         return parameters
 
     def shared(self, shapes: Mapping[str, tuple[int, int]], rank: int) -> Parameters:
@@ -226,5 +231,5 @@ def check_rank_for(family: PeftAdapter, rank: int, limit: int, shape: tuple[int,
     """
     if not 1 <= rank <= limit:
         raise TargetError(
-            f"Expected a rank from 1 to {limit} for {family.name or family!r} in a layer of shape {shape}, got {rank}."
+            f"Expected a rank from 1 to {limit} for {family.title} in a layer of shape {shape}, got {rank}."
         )

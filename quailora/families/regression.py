@@ -23,7 +23,7 @@ def base_of(family: Family, base: Tensor | None) -> Float[Tensor, "out_features 
     """
     if base is None:
         raise ConfigurationError(
-            f"The change that {family.name or repr(family)} makes depends on the quantized weight, which was not given."
+            f"The change that {family.title} makes depends on the quantized weight, which was not given."
         )
     return base
 

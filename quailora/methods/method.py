@@ -117,7 +117,7 @@ class Method:
 def check_family(method: Method) -> None:
     """Raise a `ConfigurationError` if the family of a method cannot carry what the method asks for."""
     family, scaling = method.family, method.scaling
-    title = family.name or repr(family)
+    title = family.title
     if family.needs_base and method.changes_base:
         raise ConfigurationError(
             f"The adapter {title} multiplies the quantized weight, so that the weight has to be chosen before it, and "

@@ -122,7 +122,7 @@ def model_card(
     """
     initializer, distillation = method.initializer, method.distillation
     base = method.quantizer if method.base is None else method.base.title
-    share, family = error_reduction(layers), method.family.name or type(method.family).__name__
+    share, family = error_reduction(layers), method.family.title
     lora = family == "lora"
     front_matter = {"base_model": base_model, "library_name": "peft", "tags": [family, "quailora"]}
     summary = [

@@ -64,7 +64,7 @@ def check_layout(family: Family, layout: str) -> None:
     """
     if layout not in family.bases:
         raise ConfigurationError(
-            f"Stock PEFT cannot compute {family.name or family!r} on a base of the layout {layout}, or computes it "
+            f"Stock PEFT cannot compute {family.title} on a base of the layout {layout}, or computes it "
             f"wrongly there; it does on {', '.join(sorted(family.bases))}. Take another family or quantizer, or write "
             "the base in floating point with `save_base=True` and `base_format='dequantized'`."
         )
@@ -74,7 +74,7 @@ def check_factors_dtype(family: Family, dtype: FactorsDtype) -> None:
     """Raise a `ConfigurationError` if an adapter cannot be stored in a dtype without a visible error."""
     if dtype != "float32" and family.needs_base:
         raise ConfigurationError(
-            f"The adapter {family.name or family!r} multiplies the quantized weight, and rounding its numbers to "
+            f"The adapter {family.title} multiplies the quantized weight, and rounding its numbers to "
             f"{dtype} would move the whole output. Leave out `factors_dtype`, or take a family that adds, such as lora."
         )
 
@@ -135,7 +135,7 @@ def check_sizes(layers: Mapping[str, Layer], scaling: LoraScaling, family: Famil
             family.shapes(layer.shape, scaling.rank_of(layer.group))
             if family.moves_bias and getattr(layer.module, "bias", None) is not None:
                 raise TargetError(
-                    f"This layer has a bias, which PEFT changes together with its weight in {family.name or family!r}, "
+                    f"This layer has a bias, which PEFT changes together with its weight in {family.title}, "
                     "and the fit does not see it. Leave such layers out of the targets, or take another family."
                 )
 

@@ -12,6 +12,7 @@ from torch import nn
 from quailora import GPTQ, NF4, Initializer, Optimal
 from quailora.adapters.lora import LoraScaling
 from quailora.errors import ConfigurationError, DoesNotFitError, ModelError, TargetError
+from quailora.families import find_family
 from quailora.methods.method import Method
 from quailora.models.layers import Layer
 from quailora.pipeline.estimate import Estimate, bits_of
@@ -60,6 +61,20 @@ def test_sizes_are_those_of_the_adapter(family, tmp_path, tokenizer):
     assert found.model_bytes == sum(parameter.nbytes for parameter in model.parameters())
     assert found.streamed < found.in_memory
     assert found.seconds > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("vera", "float32"), ("randlora", "float32"), ("shira", "float32"), ("shira", "bfloat16"), ("miss", "bfloat16")],
+)
+def test_sizes_of_other_families_are_those_of_their_files(family, dtype, tiny_llama, tmp_path):
+    """Tensors that layers share are counted once, and indices keep their four bytes."""
+    options = {"family": find_family(family)(), "factors_dtype": dtype, "recipe": "lorc"}
+    found = dry(tiny_llama, tmp_path, **options)
+    init(str(tiny_llama), out=str(tmp_path / "out"), **SETTINGS, **options)
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.adapter_bytes == sum(tensor.nbytes for tensor in adapter.values())
 
 
 def test_time_counts_rounds_and_training(tiny_llama, tmp_path, monkeypatch):

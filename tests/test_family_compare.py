@@ -7,6 +7,7 @@ import json
 import pytest
 
 from quailora.comparison.sizes import ComparedFamilies, of_size, total
+from quailora.comparison.table import Row
 from quailora.errors import ConfigurationError
 from quailora.families import FAMILIES, Lora
 from quailora.models.layers import linear_layers
@@ -54,7 +55,7 @@ def test_families_of_defaults_and_unknown_ones(layers):
 
 def test_rows_of_families(run, tiny_llama, tmp_path):
     """LoRA is always among them, and the rows join those in the folder, where they are found again."""
-    fast = (
+    fast = [
         "--samples",
         "4",
         "--sequence-length",
@@ -65,14 +66,13 @@ def test_rows_of_families(run, tiny_llama, tmp_path):
         "32",
         "--baselines",
         "int8",
-    )
-    fast = (*fast, "--baselines", "int8")
+    ]
     arguments = ("compare", tiny_llama, "--out", tmp_path / "out", "--recipes", "qera-exact", "--ranks", "4", *fast)
     status, shown, errors = run(*arguments, "--families", "dora", "beft")
     assert status == 0, errors
     assert "qera-exact r4 dora 3" in shown
     assert "qera-exact r4 beft" in shown
-    status, again, _ = run(*arguments, "--families", "miss")
+    status, again, _ = run(*arguments, "--families", "miss", "shira", "vera")
     assert status == 0
     for name in ("dora 3", "beft", "miss"):
         assert f"qera-exact r4 {name}" in again
@@ -80,6 +80,12 @@ def test_rows_of_families(run, tiny_llama, tmp_path):
     assert rows["qera-exact r4 dora 3"]["family"]["class_path"] == "dora"
     assert rows["qera-exact r4"]["family"] is None
     assert rows["qera-exact r4 dora 3"]["size"] == 3
+    # An entry of SHiRA has 16 bits, and 32 for each of its two indices; both projections of VeRA are there once.
+    shira, vera = (
+        Row.from_dict(next(row for name, row in rows.items() if f" {family} " in name)) for family in ("shira", "vera")
+    )
+    assert shira.adapter_bytes == 10 * sum(layer.numbers for layer in shira.layers) / 3
+    assert vera.adapter_bytes == 2 * (sum(layer.numbers for layer in vera.layers) + vera.size * (96 + 96))
     for row in rows.values():
         for layer in row["layers"]:
             assert layer["error"] <= layer["error_none"] * 1.001

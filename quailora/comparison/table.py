@@ -40,6 +40,7 @@ class Row:
         tasks: accuracy by name of the task.
         family: description of the family of adapters, see `describe`; None for LoRA and bases alone.
         size: rank of the adapter itself, or what its family has in place of one.
+        shared: numbers of the adapter that all layers share.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Row:
     tasks: Mapping[str, float] = field(default_factory=dict)
     family: Mapping[str, Any] | None = None
     size: int = 0
+    shared: int = 0
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Row:
@@ -76,8 +78,14 @@ class Row:
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of the adapter with numbers of 16 bits."""
-        return sum(_ADAPTER_BYTES * layer.numbers for layer in self.layers) if self.recipe else 0
+        """Bytes of the adapter with numbers of 16 bits, but for those that training leaves as they are: 32 bits."""
+        untrained = sum(layer.untrained for layer in self.layers)
+        return _ADAPTER_BYTES * (self.adapter_numbers - untrained) + 4 * untrained
+
+    @property
+    def adapter_numbers(self) -> int:
+        """Numbers in the file of the adapter; 0 without an adapter."""
+        return sum(layer.numbers for layer in self.layers) + self.shared if self.recipe else 0
 
     @property
     def bits_per_weight(self) -> float:
@@ -163,7 +171,7 @@ class Comparison:
                     "rank": row.rank,
                     "family": "lora" if row.family is None else row.family["class_path"],
                     "size": row.size,
-                    "adapter_numbers": sum(layer.numbers for layer in row.layers) if row.recipe else 0,
+                    "adapter_numbers": row.adapter_numbers,
                     "changes_base": row.changes_base,
                     "text": text,
                     "perplexity": row.scores[text].perplexity,

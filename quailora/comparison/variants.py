@@ -148,6 +148,8 @@ class VariantResult:
             seconds: what calibration and initialization took.
         """
         variant = self.variant
+        family, rank = variant.method.family, variant.method.scaling.rank
+        records = [layer.record for layer in self.layers.values() if layer.record]
         return Row(
             variant.name,
             scores,
@@ -155,10 +157,11 @@ class VariantResult:
             recipe=variant.recipe,
             rank=variant.rank,
             family=describe(variant.method.initializer.family),
-            size=variant.method.scaling.rank if variant.recipe else 0,
+            size=rank if variant.recipe else 0,
+            shared=family.shared_numbers({record.name: record.shape for record in records}, rank),
             changes_base=variant.method.changes_base,
             seconds=round(seconds, 2),
-            layers=[layer.record for layer in self.layers.values() if layer.record],
+            layers=records,
             spectrum=self.spectrum,
             method=variant.definition,
         )

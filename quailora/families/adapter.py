@@ -163,6 +163,17 @@ class PeftAdapter(ABC):
         """Return how many numbers of a layer are in the file, each of four bytes."""
         return sum(math.prod(size) for size in self.shapes(shape, rank).values())
 
+    def layer_bytes(self, shape: tuple[int, int], rank: int, number_bytes: int = 4) -> int:
+        """Return the bytes of a layer in the file; tensors that are not trained, such as indices, keep four a number.
+
+        Args:
+            shape: `(out_features, in_features)` of the layer.
+            rank: size of the adapter.
+            number_bytes: bytes of a number that is trained.
+        """
+        trained = self.count(shape, rank)
+        return number_bytes * trained + 4 * (self.numbers(shape, rank) - trained)
+
 
 @final
 @dataclass(frozen=True, eq=False)

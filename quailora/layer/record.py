@@ -38,6 +38,7 @@ class LayerRecord:
         asymmetry: for asymmetric inputs, where the target lies between `W` (0) and the ridge estimate of `W*` (1).
         base: tells the quantized weight that the correction belongs to from others.
         parameters: numbers in the adapter of the layer; None in files of earlier versions, which had LoRA only.
+        untrained: those of them that training leaves as they are, such as the places of entries.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LayerRecord:
     asymmetry: float | None = None
     base: BaseIdentity | None = None
     parameters: int | None = None
+    untrained: int = 0
 
     @property
     def numbers(self) -> int:
@@ -73,6 +75,7 @@ class LayerRecord:
         asymmetry: float | None = None,
     ) -> LayerRecord:
         """Return the entry of an initialized layer with the full-precision weight `weight` and a rank."""
+        numbers = {end: tensor.numel() for end, tensor in layer.correction.parameters.items()}
         return cls(
             name=name,
             shape=layer.quantized.shape,
@@ -88,7 +91,8 @@ class LayerRecord:
             seconds=round(seconds, 4),
             asymmetry=asymmetry,
             base=BaseIdentity.of(layer.quantized, weight),
-            parameters=sum(tensor.numel() for tensor in layer.correction.parameters.values()),
+            parameters=sum(numbers.values()),
+            untrained=sum(numbers[end] for end in layer.correction.family.untrained),
         )
 
     @classmethod

@@ -125,7 +125,10 @@ def estimate(
         (what, len(same), shape, rank, len(same) * method.family.numbers(shape, rank))
         for (what, shape, rank), same in groups.items()
     ]
-    parameters = sum(row[-1] for row in rows)
+    shared = method.family.shared_numbers({name: layer.shape for name, layer in layers.items()}, scaling.rank)
+    adapter_bytes = number_bytes * shared + sum(
+        len(same) * method.family.layer_bytes(shape, rank, number_bytes) for (_, shape, rank), same in groups.items()
+    )
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
     stored = sum(len(same) * math.prod(same[0].shape) * bits_of(method, same[0]) for same in groups.values())
 
@@ -148,20 +151,20 @@ def estimate(
     largest = max(layers.values(), key=lambda layer: layer.shape[0] * layer.shape[1])
     widest = max(layer.shape[1] for layer in layers.values())
     working = (16 if paired else 4) * widest**2 + 24 * largest.shape[0] * largest.shape[1]
-    shared = _FIXED[device] + grams + captured_bytes + working
+    fixed = _FIXED[device] + grams + captured_bytes + working
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     hidden = tokens * largest_hidden(model) * element * width
     return Estimate(
         model=name,
         rows=rows,
-        adapter_bytes=number_bytes * parameters,
+        adapter_bytes=adapter_bytes,
         bits_per_weight=stored / weights,
         model_bytes=total,
         device=device,
-        in_memory=shared + total,
-        streamed=shared + largest_block(model),
+        in_memory=fixed + total,
+        streamed=fixed + largest_block(model),
         available=available,
-        disk=4 * parameters + 2 * hidden,
+        disk=adapter_bytes + 2 * hidden,
         seconds=seconds_for(
             layers,
             inputs,

@@ -4,6 +4,8 @@
         --baselines int8 --calibration wikitext2_valid.txt --text wikitext2_raw_test.txt c4_300.jsonl \
         --windows 8 --window-length 1024
     python benchmarks/family_table.py COMPARISON
+
+The same command with `--equal bytes --families shira randlora` adds the families whose numbers are not their bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from statistics import fmean
 import numpy as np
 
 from quailora.evaluation.scores import perplexity_of
+from quailora.families import Family, Lora
+from quailora.support.settings import build
 from quailora.support.tables import markdown_table
 
 _RESAMPLES = 4000
@@ -29,10 +33,8 @@ def main() -> None:
     base = by_name["base alone"]
     lines = [
         [
-            "NF4 alone, the stock start",
-            "",
-            "",
-            "",
+            "NF4 alone",
+            *[""] * 4,
             *(
                 cell
                 for text in texts
@@ -52,20 +54,25 @@ def main() -> None:
             for layer in layers
             if not layer["error"] <= layer["error_uncalibrated"] * 1.001 <= layer["error_none"] * 1.002
         ]
-        title = " ".join(row["name"].split()[2:]) or "lora 16"
-        cells = [title + f" ({len(worse)} layers break the law)" * bool(worse), f"{numbers(row):,}"]
+        title = " ".join(row["name"].split()[2:]) or f"lora {row['rank']}"
+        trained, size = sizes(row)
+        cells = [title + f" ({len(worse)} layers break the law)" * bool(worse), f"{trained:,}", f"{size / 1e6:.1f}"]
         cells += [f"{share:.1%}" for share in closed]
         for text in texts:
             cells += [f"{perplexity(row, text):.2f}", f"{divergence(row, text):.4f}", cut(row, base, text)]
         lines.append(cells)
-    head = ["family", "numbers", "error closed, without inputs", "calibrated"]
+    head = ["family", "trained", "MB", "error closed, without inputs", "calibrated"]
     head += [f"{what} on {text}" for text in texts for what in ("perplexity", "KL", "KL cut")]
     print(markdown_table(head, lines))
 
 
-def numbers(row: dict) -> int:
-    """Return how many numbers the files of an adapter have."""
-    return sum(layer["parameters"] for layer in row["layers"])
+def sizes(row: dict) -> tuple[int, int]:
+    """Return how many numbers of an adapter are trained, and how many bytes its file has in float32."""
+    family = Lora() if row["family"] is None else build(Family, row["family"])
+    shapes = {layer["name"]: tuple(layer["shape"]) for layer in row["layers"]}
+    trained = sum(family.count(shape, row["size"]) for shape in shapes.values())
+    numbers = sum(family.numbers(shape, row["size"]) for shape in shapes.values())
+    return trained, 4 * (numbers + family.shared_numbers(shapes, row["size"]))
 
 
 def perplexity(row: dict, text: str) -> float:

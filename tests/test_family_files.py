@@ -41,7 +41,7 @@ def made(folder, name, out=None, recipe="quailora", base=None):
     )
 
 
-SIZES = {"c3a": {"block_size": 8}, "fourierft": {"n_frequency": 200}, "waveft": {"n_frequency": 200}}
+SIZES = {"c3a": {"block_size": 32}, "fourierft": {"n_frequency": 200}, "waveft": {"n_frequency": 200}}
 SIZES["road"] = {"group_size": 16}
 
 

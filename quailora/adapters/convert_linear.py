@@ -36,7 +36,7 @@ def linear_family(saved: SavedAdapter) -> Family:
     if not family.linear:
         raise ModelError(
             f"Expected a LoRA adapter in {saved.folder}, or one whose change is linear in its tensors, such as miss, "
-            f"shira or c3a, got {family.name or kind}. What training adds to it is no adapter of its kind."
+            f"shira or c3a, got {family.title}. What training adds to it is no adapter of its kind."
         )
     return family
 
@@ -48,12 +48,12 @@ def linear_change(trained: SavedAdapter, before: SavedAdapter) -> dict[str, Tens
         ConfigurationError: if training did not start from the other adapter, as far as the files tell.
     """
     family = linear_family(before)
-    own = {key for key in before.tensors if key.startswith("base_model.") and ".modules_to_save" not in key}
+    own = adapter_keys(before)
     shapes = [{key: tensor.shape for key, tensor in saved.tensors.items() if key in own} for saved in (trained, before)]
     if shapes[0] != shapes[1]:
         raise ConfigurationError(started_elsewhere(trained.folder, before.folder, "their layers or shapes differ"))
     origin = read_provenance(trained.folder).origin
-    digest = digest_of({key: before.tensors[key] for key in adapter_keys(before, family)})
+    digest = digest_of({key: before.tensors[key] for key in own})
     if origin is not None and origin.initial and origin.initial != digest:
         reason = f"it notes that training started from tensors with the hash {origin.initial}, and theirs is {digest}"
         raise ConfigurationError(started_elsewhere(trained.folder, before.folder, reason))
@@ -61,15 +61,15 @@ def linear_change(trained: SavedAdapter, before: SavedAdapter) -> dict[str, Tens
     for key in own:
         if fixed and key.endswith(fixed) and not torch.equal(trained.tensors[key], before.tensors[key]):
             raise ConfigurationError(started_elsewhere(trained.folder, before.folder, f"{key} differs"))
-    trained_keys = [key for key in adapter_keys(before, family) if not (fixed and key.endswith(fixed))]
+    trained_keys = [key for key in own if not (fixed and key.endswith(fixed))]
     changed = {key: trained.tensors[key].float() - before.tensors[key].float() for key in trained_keys}
     return dict(trained.tensors) | changed
 
 
-def adapter_keys(saved: SavedAdapter, family: Family) -> list[str]:
+def adapter_keys(saved: SavedAdapter) -> list[str]:
     """Return the names of the tensors of an adapter, without those of modules that are trained whole."""
-    ends = tuple(f".{end}" for end in family.shapes((5040, 5040), family.default_rank or 1))
-    return [key for key in saved.tensors if key.endswith(ends)]
+    whole = saved.config.get("modules_to_save") or ()
+    return [key for key in saved.tensors if not any(f".{name}." in key for name in whole)]
 
 
 def started_elsewhere(trained: Path, before: Path, reason: str) -> str:

@@ -117,6 +117,37 @@ def test_a_model_in_memory_gets_the_same(folder, name):
             torch.testing.assert_close(tensor.detach(), expected[end], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_and_alphas_of_a_model_in_memory(folder):
+    """The tensors are those of a run with the same ranks and alphas, and the scales are those of PEFT."""
+    scaling = LoraScaling(4, 8.0, rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"down_proj": 3.0})
+    targets, family = ["q_proj", "v_proj", "down_proj"], FAMILIES["dora"]()
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[family.peft_type](
+        **family.config(scaling.as_config()), target_modules=targets, task_type="CAUSAL_LM"
+    )
+    stock = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**NF4().stock_config()), dtype=torch.float32
+    )
+    model = get_peft_model(stock, config)
+    initialize(model, [{"input_ids": IDS}])
+    wanted = initialize_model(
+        str(folder), "quailora", [{"input_ids": IDS}], family=family, scaling=scaling, targets=targets
+    )
+    layers, found, _ = adapter_of(model, "default")
+    assert {found.rank_of(layer) for layer in layers} == {2, 4}
+    for layer, correction in wanted.corrections.items():
+        expected = stored_parameters(layer, correction, scaling)
+        for end, tensor in tensors_of(layers[layer]).items():
+            torch.testing.assert_close(tensor.detach(), expected[end], rtol=1e-3, atol=1e-5)
+        assert layers[layer].scale == layers[layer].module.scaling["default"]
+
+
+@pytest.mark.parametrize("name", ["adalora", "loha"])
+def test_rank_stabilised_scaling_is_refused_where_peft_has_none(folder, name):
+    with pytest.raises(ConfigurationError, match=f"no rank-stabilised scaling for {name}. Leave out rslora"):
+        initialize_model(str(folder), "quailora", CALIBRATION, family=name, scaling=LoraScaling(4, rslora=True))
+
+
 def test_a_run_names_its_family(folder, tmp_path):
     result = made(folder, "dora", tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
+from peft import HiraConfig, get_peft_model
 from regressions import least_error
+from torch import nn
 
+from quailora import LoraScaling, initialize_model
 from quailora.core.metrics import gram
 from quailora.core.objective import Objective
 from quailora.errors import ConfigurationError, TargetError
@@ -46,6 +50,15 @@ def test_weights_of_zero_and_no_error_leave_a_start_that_can_be_trained():
     fit = Hira().fit(replace(objective, base=lambda: base), 4)
     assert fit.error < objective.value_at_zero
     assert all(tensor.isfinite().all() for tensor in fit.correction.parameters.values())
+
+
+def test_stock_peft_ignores_ranks_of_single_layers(tiny_llama):
+    """If this fails, that is over: `has_patterns` can be true."""
+    with pytest.raises(ConfigurationError, match="PEFT has one rank for all layers of hira"):
+        initialize_model(str(tiny_llama), "lorc", family="hira", scaling=LoraScaling(4, rank_pattern={"v_proj": 2}))
+    config = HiraConfig(r=4, rank_pattern={"up": 2}, target_modules=["up"])
+    model = get_peft_model(nn.Sequential(OrderedDict(up=nn.Linear(8, 8))), config)
+    assert model.base_model.model.up.hira_A["default"].shape == (4, 8)
 
 
 def test_refusals():

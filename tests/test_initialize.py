@@ -476,7 +476,6 @@ def test_factors_that_wait_for_their_values_are_made(folder, loader):
         ({}, {"recipe": "loftq"}, ConfigurationError, "chooses a base of its own, but this model has one already"),
         ({}, {"recipe": "nothing"}, ConfigurationError, "Unknown recipe"),
         ({}, {"adapter_name": "nothing"}, ConfigurationError, "got 'nothing'. It has default"),
-        ({"use_dora": True, "use_rslora": True}, {}, ConfigurationError, "use_rslora=False and this adapter True"),
         ({"init_lora_weights": "olora"}, {}, ConfigurationError, "got init_lora_weights='olora'"),
         ({"target_modules": ["embed_tokens"]}, {}, TargetError, "there are none"),
         ({}, {"dataloader": []}, ValueError, "dataloader is empty"),

@@ -28,9 +28,8 @@ def linear_family(saved: SavedAdapter) -> Family:
     """
     from peft import PeftConfig
 
-    kind = str(saved.config.get("peft_type"))
     try:
-        family, _, _ = family_of(PeftConfig.from_pretrained(str(saved.folder)))
+        family, _ = family_of(PeftConfig.from_pretrained(str(saved.folder)))
     except ConfigurationError as error:
         raise ModelError(f"Expected an adapter of a family that quailora knows in {saved.folder}: {error}") from error
     if not family.linear:

@@ -17,6 +17,8 @@ from .wrapped import WrappedLayer, config_of, lora_config_of, scaling_of, wrappe
 _MARKS: dict[str, Any] = {"r": 7919, "lora_alpha": 7907, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 """Sizes that are found again in the configuration of a family, by which the names of its fields are known."""
 
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -99,14 +101,13 @@ def tuned_layers(model: Any, adapter: str) -> dict[str, TunedLayer]:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    family, rank, alpha = family_of(config_of(model, adapter))
-    scale = LoraScaling(rank, alpha).scale_of("", family)
+    family, scaling = family_of(config_of(model, adapter))
     found: dict[str, TunedLayer] = {}
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, BaseTunerLayer) or not hasattr(module.get_base_layer(), "out_features"):
             continue
-        layer = TunedLayer(name, module, adapter, family, rank, scale)
-        first = next(iter(family.shapes(layer.shape, rank))).partition(".")[0]
+        layer = TunedLayer(name, module, adapter, family, scaling.rank_of(name), scaling.scale_of(name, family))
+        first = next(iter(family.shapes(layer.shape, layer.rank))).partition(".")[0]
         if adapter not in getattr(module, first, ()):
             continue
         if module.merged:
@@ -120,8 +121,8 @@ def tuned_layers(model: Any, adapter: str) -> dict[str, TunedLayer]:
     return found
 
 
-def family_of(config: Any) -> tuple[Family, int, float | None]:
-    """Return the family that a configuration of PEFT describes, its rank, and its `lora_alpha`.
+def family_of(config: Any) -> tuple[Family, LoraScaling]:
+    """Return the family that a configuration of PEFT describes, its ranks and alphas.
 
     A family of quailora is meant if its own configuration says the same as this one in everything that it says.
     Families of other packages are not looked at, since they may say less than what makes an adapter theirs.
@@ -136,17 +137,25 @@ def family_of(config: Any) -> tuple[Family, int, float | None]:
             continue
         own = {field.name: getattr(config, field.name) for field in fields(cls) if hasattr(config, field.name)}  # type: ignore[arg-type] # a dataclass
         family = cls(**own)
-        names = {value: name for name, value in family.config(_MARKS).items() if isinstance(value, int) and value > 1}
+        written = family.config(_MARKS)
+        names = {value: name for name, value in written.items() if isinstance(value, int) and value > 1}
         rank = int(getattr(config, names[_MARKS["r"]])) if _MARKS["r"] in names else 0
         alpha = float(getattr(config, names[_MARKS["lora_alpha"]])) if _MARKS["lora_alpha"] in names else None
-        sizes = _MARKS | {"r": rank, "lora_alpha": alpha}
+        ranks, alphas = (getattr(config, name) or {} if family.has_patterns else {} for name in _PATTERNS)
+        scaling = LoraScaling(
+            rank or family.default_rank or LoraScaling().rank,
+            alpha,
+            family.has_rslora and bool(config.use_rslora),
+            dict(ranks),
+            {key: float(value) for key, value in alphas.items()},
+        )
         other = {
             name: (value, getattr(config, name, None))
-            for name, value in family.config(sizes).items()
+            for name, value in family.config(scaling.as_config()).items()
             if (value or None) != (getattr(config, name, None) or None)
         }
         if not other:
-            return family, rank or (family.default_rank or LoraScaling().rank), alpha
+            return family, scaling
         name, (value, given) = next(iter(other.items()))
         differences.append(f"{cls.name or cls.__name__} has {name}={value!r} and this adapter {given!r}")
     reason = "; ".join(differences) or REFUSED.get(kind.lower(), "PEFT's method is not known here")
@@ -196,5 +205,5 @@ def adapter_of(peft_model: Any, adapter: str) -> tuple[AdaptedLayers, LoraScalin
     if kind == "LORA" and not (config.use_dora or config.lora_bias):
         layers = wrapped_layers(peft_model, adapter)
         return {**layers}, scaling_of(layers, lora_config_of(peft_model, adapter)), None
-    family, rank, alpha = family_of(config)
-    return {**tuned_layers(peft_model, adapter)}, LoraScaling(rank, alpha), family
+    family, scaling = family_of(config)
+    return {**tuned_layers(peft_model, adapter)}, scaling, family

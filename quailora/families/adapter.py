@@ -46,6 +46,8 @@ class PeftAdapter(ABC):
     """PEFT's default of the size that `rank` means for this family; None if it has no such size."""
     scales: ClassVar[bool] = False
     """Whether PEFT multiplies the change of the weight by a factor that follows from `lora_alpha`."""
+    has_rslora: ClassVar[bool] = False
+    """Whether PEFT can divide the scaling by the root of the rank in place of the rank."""
     has_patterns: ClassVar[bool] = False
     """Whether PEFT takes another rank for single layers."""
     needs_base: ClassVar[bool] = False

@@ -41,6 +41,7 @@ class Dora(Family):
     peft_type: ClassVar[str] = "LORA"
     default_rank: ClassVar[int | None] = 16
     scales: ClassVar[bool] = True
+    has_rslora: ClassVar[bool] = True
     has_patterns: ClassVar[bool] = True
     needs_base: ClassVar[bool] = True
 

@@ -39,7 +39,6 @@ class Hira(Family):
     name: ClassVar[str] = "hira"
     peft_type: ClassVar[str] = "HIRA"
     default_rank: ClassVar[int | None] = 32
-    has_patterns: ClassVar[bool] = True
     needs_base: ClassVar[bool] = True
 
     @override
@@ -80,7 +79,7 @@ class Hira(Family):
 
     @override
     def config(self, sizes: Mapping[str, Any]) -> dict[str, Any]:
-        return {"r": sizes["r"], "rank_pattern": sizes["rank_pattern"]}
+        return {"r": sizes["r"]}  # PEFT's configuration has a rank_pattern, which its layers ignore
 
 
 @final

@@ -37,6 +37,7 @@ class Lora(Family):
     scales: ClassVar[bool] = True
     nested: ClassVar[bool] = True
     stationary: ClassVar[bool] = True
+    has_rslora: ClassVar[bool] = True
     has_patterns: ClassVar[bool] = True
     bases: ClassVar[frozenset[str]] = EVERY_BASE
 

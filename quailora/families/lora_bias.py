@@ -35,6 +35,7 @@ class LoraBias(Family):
     scales: ClassVar[bool] = True
     nested: ClassVar[bool] = True
     stationary: ClassVar[bool] = True
+    has_rslora: ClassVar[bool] = True
     has_patterns: ClassVar[bool] = True
     needs_mean: ClassVar[bool] = True
 

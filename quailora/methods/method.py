@@ -134,8 +134,10 @@ def check_family(method: Method) -> None:
         raise ConfigurationError(
             f"Only directions of LoRA can be frozen, got the family {title}. Leave out `frozen_rank`."
         )
-    if (scaling.alpha is not None or scaling.rslora or scaling.alpha_pattern) and not family.scales:
-        raise ConfigurationError(f"PEFT has no lora_alpha for {title}. Leave out alpha, rslora and alpha_pattern.")
+    if (scaling.alpha is not None or scaling.alpha_pattern) and not family.scales:
+        raise ConfigurationError(f"PEFT has no lora_alpha for {title}. Leave out alpha and alpha_pattern.")
+    if scaling.rslora and not family.has_rslora:
+        raise ConfigurationError(f"PEFT has no rank-stabilised scaling for {title}. Leave out rslora.")
     if (scaling.rank_pattern or scaling.alpha_pattern) and not family.has_patterns:
         raise ConfigurationError(
             f"PEFT has one rank for all layers of {title}. Leave out rank_pattern and alpha_pattern."

@@ -180,7 +180,7 @@ def evaluate(
 
     Args:
         model: hub name, folder, .gguf file, or "demo".
-        adapter: hub name or folder of a LoRA adapter, trained or not.
+        adapter: hub name or folder of an adapter, trained or not.
         base: a quantizer, or a checkpoint to measure on; by default what stands beside the adapter or what the adapter
             was made for, or NF4 without adapter.
         texts: one text to measure on.

@@ -40,7 +40,7 @@ def evaluate(
         quantizer: quantizes the base; by default the one the adapter was made for, or NF4 without adapter.
         base: a checkpoint to measure on, in place of a quantizer; by default the one that stands beside the adapter, or
             that it was made for.
-        adapter: hub name or folder of a LoRA adapter, trained or not.
+        adapter: hub name or folder of an adapter, trained or not.
         any_base: measure the adapter on another base than the one it was made for, too.
         calibration: calibration text for a quantizer that needs it; needed if the adapter was made with a text of
             its own.

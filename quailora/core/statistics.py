@@ -130,15 +130,17 @@ class InputStatistics:
             self.add(product, len(chunk), chunk.abs().sum(0, dtype=torch.float64), total)
 
     def _keep_samples(self, inputs: Tensor, mask: Tensor | None) -> None:
-        if len(self._sample_means) == SAMPLES:
+        room = SAMPLES - len(self._sample_means)
+        if not room or not inputs.numel():
             return
         samples = inputs.flatten(0, -3) if inputs.ndim > 2 else inputs.reshape(1, -1, self.in_features)
-        counted = torch.ones(samples.shape[:2], dtype=torch.bool) if mask is None else mask.reshape(samples.shape[:2])
-        counted = counted.to(samples.device)
-        sizes = counted.sum(1)
-        seen = (sizes > 0).nonzero()[: SAMPLES - len(self._sample_means), 0]
-        totals = torch.where(counted[seen, :, None], samples[seen], 0).sum(1, dtype=torch.float32)
-        means = totals / sizes[seen, None]
+        if mask is None:
+            means = samples[:room].mean(1, dtype=torch.float32)
+        else:
+            counted = mask.reshape(samples.shape[:2]).to(samples.device)
+            seen = counted.any(1).nonzero()[:room, 0]
+            totals = torch.where(counted[seen, :, None], samples[seen], 0).sum(1, dtype=torch.float32)
+            means = totals / counted[seen].sum(1, keepdim=True)
         self._sample_means = torch.cat([self._sample_means, means.to(self._sample_means.device)])
 
     def add(

@@ -1,4 +1,4 @@
-"""The table of docs/families.md, from the folder of a comparison of families.
+"""The table of docs/families.md, from the folder of a comparison of families, in the order of their KL.
 
     quailora compare demo --out COMPARISON --recipes qera-exact --families all --ranks 16 --against qera-exact \
         --baselines int8 --calibration wikitext2_valid.txt --text wikitext2_raw_test.txt c4_300.jsonl \
@@ -42,9 +42,7 @@ def main() -> None:
             ),
         ]
     ]
-    for row in rows:
-        if not row["recipe"]:
-            continue
+    for row in sorted((row for row in rows if row["recipe"]), key=lambda row: divergence(row, texts[0])):
         layers = row["layers"]
         closed = [
             fmean(1 - layer[part] / layer["error_none"] for layer in layers) for part in ("error_uncalibrated", "error")

@@ -8,7 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 from families import save_llama
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    C3AConfig,
+    FourierFTConfig,
+    HiraConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    PeftModel,
+    WaveFTConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -140,6 +152,38 @@ def test_ranks_and_alphas_of_a_model_in_memory(folder):
         for end, tensor in tensors_of(layers[layer]).items():
             torch.testing.assert_close(tensor.detach(), expected[end], rtol=1e-3, atol=1e-5)
         assert layers[layer].scale == layers[layer].module.scaling["default"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "config",
+    [
+        C3AConfig(block_size=32),
+        FourierFTConfig(n_frequency=200),
+        WaveFTConfig(n_frequency=200),
+        LoHaConfig(r=4),
+        LoKrConfig(r=4, init_weights="lycoris"),
+        HiraConfig(r=4, init_weights="gaussian"),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_starts_of_peft_are_replaced_whatever_they_are(folder, config):
+    """Those of C3A and FourierFT are random by default."""
+    config.target_modules = ["q_proj", "down_proj"]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    report = initialize(model, [{"input_ids": IDS}], weights=str(folder), quantizer=NF4())
+    assert report["mean_error_share"]["error"] < 1
+
+
+def test_forms_and_starts_that_are_not_known_are_refused(folder):
+    def adapted(config):
+        return get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+
+    with pytest.raises(ConfigurationError, match="miss has init_weights=True and this adapter 'bat'"):
+        initialize(adapted(MissConfig(r=4, init_weights="bat", target_modules=["q_proj"])), [{"input_ids": IDS}])
+    changed = LoraConfig(r=4, use_dora=True, init_lora_weights="olora", target_modules=["q_proj"])
+    with pytest.raises(ConfigurationError, match="got init_lora_weights='olora'"):
+        initialize(adapted(changed), [{"input_ids": IDS}])
 
 
 @pytest.mark.parametrize("name", ["adalora", "loha"])

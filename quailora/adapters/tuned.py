@@ -101,7 +101,7 @@ def tuned_layers(model: Any, adapter: str) -> dict[str, TunedLayer]:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    family, scaling = family_of(config_of(model, adapter))
+    family, scaling = family_of(checked_config(model, adapter))
     found: dict[str, TunedLayer] = {}
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, BaseTunerLayer) or not hasattr(module.get_base_layer(), "out_features"):
@@ -119,6 +119,14 @@ def tuned_layers(model: Any, adapter: str) -> dict[str, TunedLayer]:
     if not found:
         raise TargetError(f"Expected linear layers with the adapter {adapter!r}, and there are none.")
     return found
+
+
+def checked_config(model: Any, adapter: str) -> Any:
+    """Return PEFT's configuration of an adapter; raises as `lora_config_of` does for LoRA and what is made of it."""
+    from peft import LoraConfig
+
+    config = config_of(model, adapter)
+    return lora_config_of(model, adapter) if isinstance(config, LoraConfig) else config
 
 
 def family_of(config: Any) -> tuple[Family, LoraScaling]:
@@ -152,7 +160,7 @@ def family_of(config: Any) -> tuple[Family, LoraScaling]:
         other = {
             name: (value, getattr(config, name, None))
             for name, value in family.config(scaling.as_config()).items()
-            if (value or None) != (getattr(config, name, None) or None)
+            if name not in family.start_fields and (value or None) != (getattr(config, name, None) or None)
         }
         if not other:
             return family, scaling
@@ -200,7 +208,7 @@ def adapter_of(peft_model: Any, adapter: str) -> tuple[AdaptedLayers, LoraScalin
     Raises:
         QuailoraError: if the adapter is merged, of a family that has no start here, or in no linear layer.
     """
-    config = config_of(peft_model, adapter)
+    config = checked_config(peft_model, adapter)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind == "LORA" and not (config.use_dora or config.lora_bias):
         layers = wrapped_layers(peft_model, adapter)

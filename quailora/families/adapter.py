@@ -67,6 +67,8 @@ class PeftAdapter(ABC):
     """Whether PEFT also changes a bias that the layer itself has, which no fit here sees; such layers are refused."""
     untrained: ClassVar[frozenset[str]] = frozenset()
     """Tensors in the file that training leaves as they are, such as indices."""
+    start_fields: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    """Fields of PEFT's configuration that say how an adapter starts, and nothing of what it computes."""
     bases: ClassVar[frozenset[str]] = frozenset({"float", "nf4", "int8"})
     """The bases that stock PEFT computes this family on, of float, nf4, int8, gptq, awq, hqq and torchao."""
 

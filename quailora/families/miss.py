@@ -32,6 +32,7 @@ class Miss(Family):
     """
 
     name: ClassVar[str] = "miss"
+    start_fields: ClassVar[frozenset[str]] = frozenset()  # init_weights chooses between PEFT's three forms
     peft_type: ClassVar[str] = "MISS"
     default_rank: ClassVar[int | None] = 64
     stationary: ClassVar[bool] = True

@@ -74,13 +74,14 @@ def measure(asked: argparse.Namespace, names: list[str]) -> None:
             if uncalibrated is None:
                 uncalibrated = sized.family.uncalibrated(objective, sized.rank).error
             other = Objective(objective.error, gram(moments), mean=moments.mean, base=objective.base)
-            rows[layer_name] = {
+            errors = {
                 "none": objective.value_at_zero,
                 "uncalibrated": uncalibrated,
                 "error": fit.error,
                 "other none": other.value_at_zero,
                 "other error": sized.family.error(other, fit.correction),
             }
+            rows[layer_name] = {what: float(f"{error:.5e}") for what, error in errors.items()}
         result = {
             "title": sized.title,
             "numbers": sum(sized.family.count(layer.shape, sized.rank) for layer in layers.values()),
@@ -88,7 +89,7 @@ def measure(asked: argparse.Namespace, names: list[str]) -> None:
             "layers": rows,
         }
         with FileLock(f"{asked.out}.lock"):
-            asked.out.write_text(json.dumps(read(asked.out) | {name: result}, indent=0), encoding="utf-8")
+            asked.out.write_text(json.dumps(read(asked.out) | {name: result}) + "\n", encoding="utf-8")
 
 
 def table(results: dict[str, dict[str, object]]) -> str:

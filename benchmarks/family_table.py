@@ -3,15 +3,16 @@
     quailora compare demo --out COMPARISON --recipes qera-exact --families all --ranks 16 --against qera-exact \
         --baselines int8 --calibration wikitext2_valid.txt --text wikitext2_raw_test.txt c4_300.jsonl \
         --windows 8 --window-length 1024
-    python benchmarks/family_table.py COMPARISON
+    python benchmarks/family_table.py COMPARISON --keep experiments/results/families.json
+    python benchmarks/family_table.py experiments/results/families.json
 
 The same command with `--equal bytes --families shira randlora` adds the families whose numbers are not their bytes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -27,7 +28,14 @@ _RESAMPLES = 4000
 
 def main() -> None:
     """Print the table."""
-    rows = json.loads((Path(sys.argv[1]) / "results.json").read_text(encoding="utf-8"))["rows"]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("comparison", type=Path, help="folder of a comparison, or a file that was kept of one")
+    parser.add_argument("--keep", type=Path, help="file to keep what the table needs")
+    asked = parser.parse_args()
+    file = asked.comparison / "results.json" if asked.comparison.is_dir() else asked.comparison
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    if asked.keep is not None:
+        asked.keep.write_text(json.dumps({"rows": [kept(row) for row in rows]}) + "\n", encoding="utf-8")
     by_name = {row["name"]: row for row in rows}
     texts = list(by_name["base alone"]["scores"])
     base = by_name["base alone"]
@@ -62,6 +70,24 @@ def main() -> None:
     head = ["family", "trained", "MB", "error closed, without inputs", "calibrated"]
     head += [f"{what} on {text}" for text in texts for what in ("perplexity", "KL", "KL cut")]
     print(markdown_table(head, lines))
+
+
+def kept(row: dict) -> dict:
+    """Return what the table needs of a row, with numbers of six digits."""
+    errors = ("error_none", "error_uncalibrated", "error")
+    layers = [
+        {"name": layer["name"], "shape": layer["shape"]} | {error: float(f"{layer[error]:.5e}") for error in errors}
+        for layer in row["layers"]
+        if row["recipe"]
+    ]
+    scores = {
+        text: {what: [float(f"{value:.5e}") for value in values] for what, values in score.items()}
+        for text, score in row["scores"].items()
+    }
+    return {name: row[name] for name in ("name", "recipe", "rank", "family", "size")} | {
+        "scores": scores,
+        "layers": layers,
+    }
 
 
 def sizes(row: dict) -> tuple[int, int]:

@@ -248,7 +248,7 @@ def test_an_input_takes_five_moments(quantizer, schedule, most, monkeypatch):
     """Statistics and fit together, in float64, at any time; error feedback factors one more."""
     width = 320
     monkeypatch.setattr(module, "_ROWS", 8)
-    monkeypatch.setattr("quailora.core.statistics._ROWS", 8)
+    monkeypatch.setattr("quailora.core.linalg._ROWS", 8)
     monkeypatch.setattr("quailora.core.metrics._EXACT_WIDTH", 0)
     _, full, quantized = problem(8, 480, 2, width)
     full, quantized, weight = full.float(), quantized.float(), torch.randn(2, width)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import problems
 
-from quailora import FAMILIES, NF4, SVD, Family, Initializer, Optimal, Uniform, Zero
+from quailora import FAMILIES, NF4, SVD, Family, Initializer, InputStatistics, Optimal, Uniform, Zero
 from quailora.core.metrics import gram
 from quailora.core.objective import Objective
-from quailora.core.weightings import GramWeighting, ShrunkWeighting
+from quailora.core.weightings import FirstTokenWeighting, GramWeighting, ShrunkWeighting
 from quailora.errors import CalibrationError, ConfigurationError, TargetError
 from quailora.families import Change, Dora, Lora, LoraBias, Shira
 from quailora.families.lora import divided_factors
@@ -64,6 +64,19 @@ def test_solvers_compose_with_low_rank_families(family):
     none = Initializer(NF4(), Optimal(), 4, family=family)(problem.weight, problem.statistics).error_none
     assert errors["Optimal"] < 0.9 * errors["SVD"] < 0.9 * errors["Zero"]
     assert errors["Zero"] == pytest.approx(none, rel=1e-4)
+
+
+def test_a_bias_is_fitted_about_the_mean_of_its_metric():
+    """As statistics of tokens of which some are there more than once would have it."""
+    inputs = torch.randn(4, 16, 24, generator=torch.Generator().manual_seed(0)) + torch.linspace(-1, 1, 24)
+    weight, firsts = torch.randn(12, 24, generator=torch.Generator().manual_seed(1)), inputs[:, :1]
+    found = Initializer(NF4(), Optimal(), 3, FirstTokenWeighting(0.5), family=LoraBias())(
+        weight, InputStatistics.from_inputs(inputs)
+    )
+    twice = InputStatistics.from_inputs(torch.cat([inputs, firsts.expand(-1, 16, -1)], 1))
+    expected = Initializer(NF4(), Optimal(), 3, family=LoraBias())(weight, twice)
+    for end, tensor in expected.correction.parameters.items():
+        torch.testing.assert_close(found.correction.parameters[end], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("weighting", [GramWeighting(), ShrunkWeighting()], ids=["same metric", "another metric"])

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from quailora import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, SVD, AlternatingLeastSquares, Optimal, Uniform
+from quailora.core.weightings import FirstTokenWeighting
 from quailora.errors import ConfigurationError
 from quailora.families import Shira
 from quailora.methods.distillation import Distillation
@@ -43,6 +44,7 @@ from quailora.schedules import Alternate, HeldOut, MagR, Once, ProjQ
         (ProjQ, {"rounds": 0}, "at least 1 round"),
         (MagR, {"alpha": math.nan}, "an alpha of at least 0"),
         (HeldOut, {"schedule": Once(), "dampings": (-1.0,)}, "damping of at least 0"),
+        (FirstTokenWeighting, {"share": 1.0}, "shrinkage from 0 to below 1"),
         (Shira, {"support": "random"}, "a support of pursuit, adaalloc, got 'random'"),
         (Distillation, {"learning_rate": math.nan}, "learning rate above 0"),
         (Distillation, {"target": "texts"}, "a target of full precision, text"),

@@ -79,9 +79,10 @@ def test_pooling_is_merging_over_processes(counts):
             )
         ),
     ]
-    first.pool(lambda tensor: tensor.add_(others.pop(0)), lambda means: [means, second.quantized.sample_means])
+    more = [second.quantized.samples.means, second.quantized.samples.firsts]
+    first.pool(lambda tensor: tensor.add_(others.pop(0)), lambda tensor: [tensor, more.pop(0)])
     assert_same(first, whole)
-    torch.testing.assert_close(first.quantized.sample_means, whole.quantized.sample_means)
+    torch.testing.assert_close(first.quantized.samples.means, whole.quantized.samples.means)
 
 
 def test_bad_inputs_are_refused():

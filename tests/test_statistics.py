@@ -8,7 +8,7 @@ import torch
 from quailora import InputStatistics
 from quailora.core.linalg import safe_cholesky, self_product, triangular_inverse
 from quailora.core.metrics import gram
-from quailora.core.weightings import TokenMeansWeighting
+from quailora.core.weightings import FirstTokenWeighting, TokenMeansWeighting
 from quailora.errors import CalibrationError, NumericalError, NumericalWarning
 
 
@@ -48,30 +48,43 @@ def test_save_and_load(tmp_path, generator):
     torch.testing.assert_close(loaded.mean, statistics.mean, rtol=0, atol=0)
 
 
-def test_means_of_samples(tmp_path, generator):
+def test_samples(tmp_path, generator):
     """A sample is a row of a batch; padding does not count, and the first 128 samples are kept."""
     inputs = torch.randn(5, 6, 8, generator=generator)
     mask = torch.arange(6) < torch.tensor([6, 3, 0, 1, 2])[:, None]
     padded = inputs.masked_fill(~mask[..., None], torch.nan)
     expected = torch.stack([inputs[row][mask[row]].mean(0) for row in (0, 1, 3, 4)])
     statistics = InputStatistics.from_inputs(padded, mask)
-    torch.testing.assert_close(statistics.sample_means, expected)
-    torch.testing.assert_close(InputStatistics.from_inputs(inputs[0]).sample_means, inputs[0].mean(0, keepdim=True))
+    torch.testing.assert_close(statistics.samples.means, expected)
+    shifted = InputStatistics.from_inputs(padded.flip(1), mask.flip(1)).samples.firsts
+    torch.testing.assert_close(shifted, torch.stack([inputs[0, 5], inputs[1, 2], inputs[3, 0], inputs[4, 1]]))
+    torch.testing.assert_close(InputStatistics.from_inputs(inputs[0]).samples.means, inputs[0].mean(0, keepdim=True))
     many = InputStatistics.from_inputs(torch.randn(100, 2, 8, generator=generator))
     merged = statistics.merge(many).merge(many)
-    torch.testing.assert_close(merged.sample_means[:4], expected)
-    assert merged.sample_means.shape == (128, 8)
+    torch.testing.assert_close(merged.samples.means[:4], expected)
+    assert merged.samples.means.shape == (128, 8)
     merged.save(tmp_path / "statistics.safetensors")
     loaded = InputStatistics.load(tmp_path / "statistics.safetensors")
-    torch.testing.assert_close(loaded.sample_means, merged.sample_means, rtol=0, atol=0)
-    assert not len(merged.without(statistics).sample_means)
+    torch.testing.assert_close(loaded.samples.means, merged.samples.means, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.samples.firsts, merged.samples.firsts, rtol=0, atol=0)
+    assert not len(merged.without(statistics).samples)
 
 
-def test_sums_have_no_means_of_samples():
+def test_sums_have_no_samples():
     statistics = InputStatistics(4)
     statistics.add(torch.eye(4) * 9, 9)
-    with pytest.raises(CalibrationError, match=r"token-means needs the means of samples.*Collect them again"):
-        TokenMeansWeighting().metric(statistics)
+    for weighting in (TokenMeansWeighting(), FirstTokenWeighting()):
+        with pytest.raises(CalibrationError, match=f"{weighting.name} needs single samples.*Collect them again"):
+            weighting.metric(statistics)
+
+
+def test_the_first_token_counts_for_its_share(generator):
+    inputs = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
+    statistics = InputStatistics.from_inputs(inputs)
+    first = inputs[:, 0].T @ inputs[:, 0] / 3
+    expected = 0.8 * statistics.second_moment + 0.2 * first
+    found = FirstTokenWeighting(0.2).metric(statistics).second_moment
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_the_mean_is_unknown_where_a_part_is(tmp_path, generator):

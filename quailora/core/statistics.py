@@ -1,4 +1,4 @@
-"""What calibration keeps of a layer's inputs: their second moment, mean and mean magnitude, and means of samples."""
+"""What calibration keeps of a layer's inputs: their second moment, mean and mean magnitude, and single samples."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from torch import Tensor
 
 from ..errors import CalibrationError, NumericalError
 from .linalg import blend, same_device, self_product
+from .samples import Samples
 
 CHUNK_TOKENS = 8192
 """Tokens per float32 product; keeps its rounding error near 1e-7 of the largest entry."""
-
-SAMPLES = 128
-"""How many samples the means of are kept, as in NNCF."""
 
 _NORMAL = 2 / math.pi  # square of the mean magnitude of a standard normal number
 
@@ -35,7 +33,7 @@ class InputStatistics:
     What depends on `H` alone (a working copy in float32, a Cholesky factor) is computed once and shared by all layers,
     ranks and quantizers that ask; see `cached`.
 
-    Laws: merging partial statistics in any order equals accumulating all tokens at once, but for `sample_means`; masked
+    Laws: merging partial statistics in any order equals accumulating all tokens at once, but for `samples`; masked
     tokens have no effect.
 
     Attributes:
@@ -48,7 +46,7 @@ class InputStatistics:
         self._mean = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self._magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._average: Tensor | None = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self._sample_means = torch.zeros(0, in_features, device=device)
+        self._samples = Samples.none(in_features, device)
         self._derived: dict[Hashable, Any] = {}
         self.tokens = 0
 
@@ -93,12 +91,9 @@ class InputStatistics:
         return self._average
 
     @property
-    def sample_means(self) -> Float[Tensor, "samples in_features"]:
-        """`mean(x)` of each of the first 128 samples, float32; none of samples of which only sums are known.
-
-        A sample is a row of a batch. A batch whose tokens are in one dimension, and one with padding, is one sample.
-        """
-        return self._sample_means
+    def samples(self) -> Samples:
+        """What is kept of the first 128 samples; none of those of which only sums are known."""
+        return self._samples
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of inputs.
@@ -117,7 +112,7 @@ class InputStatistics:
             expected = tuple(inputs.shape[:-1])
             raise ValueError(f"Expected a bool mask of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}.")
         inputs = inputs.detach()
-        self._keep_samples(inputs, mask)
+        self._samples = self._samples.with_batch(inputs, mask)
         tokens = inputs.reshape(-1, self.in_features) if mask is None else inputs[mask.to(inputs.device)]
         working = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         for chunk in torch.split(tokens, CHUNK_TOKENS):
@@ -128,20 +123,6 @@ class InputStatistics:
                 )
             total = chunk.sum(0, dtype=torch.float64)
             self.add(product, len(chunk), chunk.abs().sum(0, dtype=torch.float64), total)
-
-    def _keep_samples(self, inputs: Tensor, mask: Tensor | None) -> None:
-        room = SAMPLES - len(self._sample_means)
-        if not room or not inputs.numel():
-            return
-        samples = inputs.flatten(0, -3) if inputs.ndim > 2 else inputs.reshape(1, -1, self.in_features)
-        if mask is None:
-            means = samples[:room].mean(1, dtype=torch.float32)
-        else:
-            counted = mask.reshape(samples.shape[:2]).to(samples.device)
-            seen = counted.any(1).nonzero()[:room, 0]
-            totals = torch.where(counted[seen, :, None], samples[seen], 0).sum(1, dtype=torch.float32)
-            means = totals / counted[seen].sum(1, keepdim=True)
-        self._sample_means = torch.cat([self._sample_means, means.to(self._sample_means.device)])
 
     def add(
         self,
@@ -217,12 +198,11 @@ class InputStatistics:
             blend(self._mean, other._mean, share, share)
             blend(self._magnitude, other._magnitude, share, share)
             self._blend_average(other._average, share, share)
-            means = torch.cat([self._sample_means, other._sample_means.to(self._sample_means.device)])
-            self._sample_means = means[:SAMPLES]
+            self._samples = self._samples.joined(other._samples)
             self.clear_cache()
 
     def without(self, other: InputStatistics) -> InputStatistics:
-        """Return the statistics of these tokens without some that are among them, and fewer; without means of samples.
+        """Return the statistics of these tokens without some that are among them, and fewer; without samples.
 
         Raises:
             ValueError: if the other statistics have as many tokens or more.
@@ -237,7 +217,7 @@ class InputStatistics:
         blend(left._mean, other._mean, share, share)
         blend(left._magnitude, other._magnitude, share, share)
         left._blend_average(other._average, share, share)
-        left._sample_means = left._sample_means[:0]
+        left._samples = Samples.none(self.in_features, self._mean.device)
         left.tokens = tokens
         return left
 
@@ -252,7 +232,7 @@ class InputStatistics:
         tokens = int(add_up(torch.tensor(self.tokens, device=self._mean.device)))
         for mean in (self._mean, self._magnitude, *([] if self._average is None else [self._average])):
             add_up(mean.mul_(self.tokens / max(1, tokens)))
-        self._sample_means = torch.cat(gather(self._sample_means.cpu()))[:SAMPLES].to(self._mean.device)
+        self._samples = self._samples.gathered(gather)
         self.tokens = tokens
         self.clear_cache()
 
@@ -271,7 +251,8 @@ class InputStatistics:
         tensors = {
             "second_moment": self._mean,
             "mean_magnitude": self._magnitude,
-            "sample_means": self._sample_means,
+            "sample_means": self._samples.means,
+            "sample_firsts": self._samples.firsts,
             "tokens": torch.tensor(self.tokens),
         }
         if self._average is not None:
@@ -288,13 +269,16 @@ class InputStatistics:
         from safetensors.torch import load_file
 
         tensors = load_file(path, device=str(device))
-        average, means = tensors.pop("mean", None), tensors.pop("sample_means", None)  # earlier versions have none
+        # Files of earlier versions have no mean and no samples.
+        average, means, firsts = (tensors.pop(name, None) for name in ("mean", "sample_means", "sample_firsts"))
         expected = ["mean_magnitude", "second_moment", "tokens"]
         if sorted(tensors) != expected:
             raise CalibrationError(f"Expected the tensors {', '.join(expected)} in {path}, got {sorted(tensors)}.")
         statistics = cls(0, device)
         statistics._mean, statistics._magnitude = tensors["second_moment"], tensors["mean_magnitude"]
         statistics._average = average
-        statistics._sample_means = torch.zeros(0, statistics.in_features, device=device) if means is None else means
+        statistics._samples = Samples.none(statistics.in_features, device)
+        if means is not None and firsts is not None:
+            statistics._samples = Samples(means, firsts)
         statistics.tokens = int(tensors["tokens"])
         return statistics

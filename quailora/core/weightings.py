@@ -14,6 +14,7 @@ from typing_extensions import override
 from ..errors import CalibrationError
 from .metrics import SHRINKAGE, Diagonal, Gram, Identity, Metric, check_shrinkage, gram, shrunk
 from .objective import Objective
+from .samples import Samples
 from .statistics import InputStatistics
 
 _FLOOR = 1e-6  # least weight of a row as a share of the mean: every row is divided by the root of its weight
@@ -169,27 +170,56 @@ class ShrunkWeighting(Weighting):
 class TokenMeansWeighting(Weighting):
     """Errors of weights, and errors of the output for the mean input of each sample, added up (NNCF).
 
-    `H = I + sum_s m_s m_s^T` with the means `m_s` of `InputStatistics.sample_means`, at most 128, in their own units.
+    `H = I + sum_s m_s m_s^T` with the means `m_s` of `InputStatistics.samples`, at most 128, in their own units.
     """
 
     name: ClassVar[str] = "token-means"
 
     @override
     def metric(self, statistics: InputStatistics) -> Metric:
-        means = statistics.sample_means
-        if not len(means):
-            raise CalibrationError(
-                "The metric token-means needs the means of samples, and these statistics have none: they are of an "
-                "earlier version, or were made from sums. Collect them again with InputStatistics.update."
-            )
-
         def moment() -> Gram:
-            samples = means.double()
-            summed = samples.T @ samples
+            means = samples_of(statistics, self.name).means.double()
+            summed = means.T @ means
             summed.diagonal().add_(1)
             return Gram(summed)
 
         return statistics.cached(self.name, moment)
+
+
+@final
+@dataclass(frozen=True)
+class FirstTokenWeighting(Weighting):
+    """The output error, with more weight on the first token of each sample, to which all others attend.
+
+    `H = (1 - share) E[x x^T] + share E[f f^T]` with the inputs `f` of the first tokens of `InputStatistics.samples`.
+
+    Attributes:
+        share: weight of first tokens, from 0 to below 1; they have one over the length of a sample without it.
+    """
+
+    name: ClassVar[str] = "first-token"
+
+    share: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_shrinkage(self.share)
+
+    @override
+    def metric(self, statistics: InputStatistics) -> Metric:
+        def moment() -> Gram:
+            firsts = samples_of(statistics, self.name).firsts.double()
+            return Gram(torch.lerp(statistics.second_moment, firsts.T @ firsts / len(firsts), self.share))
+
+        return statistics.cached((self.name, self.share), moment)
+
+    @override
+    def objective(
+        self, gram_objective: Objective, statistics: InputStatistics | None, sensitivity: Sensitivity | None
+    ) -> Objective:
+        weighted, mean = super().objective(gram_objective, statistics, sensitivity), gram_objective.mean
+        if statistics is None or mean is None:
+            return weighted
+        return replace(weighted, mean=torch.lerp(mean, statistics.samples.firsts.mean(0).to(mean), self.share))
 
 
 @final
@@ -228,6 +258,20 @@ class FisherWeighting(Weighting):
         return Objective(scale * error, Diagonal(sensitivity.columns.to(error.device)), scale)
 
 
+def samples_of(statistics: InputStatistics, metric: str) -> Samples:
+    """Return the samples of statistics.
+
+    Raises:
+        CalibrationError: if there are none.
+    """
+    if not len(statistics.samples):
+        raise CalibrationError(
+            f"The metric {metric} needs single samples, and these statistics have none: they are of an earlier "
+            "version, or were made from sums. Collect them again with InputStatistics.update."
+        )
+    return statistics.samples
+
+
 WEIGHTINGS: dict[str, type[Weighting]] = {
     cls.name: cls
     for cls in (
@@ -237,6 +281,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
         MagnitudeWeighting,
         IdentityWeighting,
         TokenMeansWeighting,
+        FirstTokenWeighting,
         FisherWeighting,
     )
 }

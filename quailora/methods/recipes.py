@@ -13,6 +13,7 @@ from ..bases import ExistingBase
 from ..calibration.walk import InputsOf
 from ..core.weightings import (
     DiagonalWeighting,
+    FirstTokenWeighting,
     FisherWeighting,
     GramWeighting,
     IdentityWeighting,
@@ -194,6 +195,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Compositions that no paper has.
     "shrunk": Recipe("quailora, the optimum with less weight on correlations", Optimal(), weighting=ShrunkWeighting()),
+    "first-token": Recipe(
+        "quailora, the optimum with more weight on the first token", Optimal(), weighting=FirstTokenWeighting()
+    ),
     "asymmetric-half": Recipe("quailora, half the step of asymmetric", Optimal(), inputs="asymmetric"),
     "asymmetric-half-srr": Recipe(
         "quailora, asymmetric-half with a base of its own: srr, rounded as held-out tokens choose",

@@ -16,12 +16,14 @@ from torch import Tensor
 from ..core.metrics import gram
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
-from ..core.weightings import WEIGHTINGS, Sensitivity, Weighting
+from ..core.weightings import WEIGHTINGS, FirstTokenWeighting, Sensitivity, TokenMeansWeighting, Weighting
 from ..quantizers import Quantizer
 from ..solvers import SVD, LowRank, Solver
 
 InputKind = Literal["generic", "decaying", "rank-deficient", "single token", "dead channels", "massive channel"]
 INPUT_KINDS: tuple[InputKind, ...] = get_args(InputKind)
+
+_ALIKE = (TokenMeansWeighting, FirstTokenWeighting)  # Gram metrics of other tokens, which say nothing new of a solver
 
 
 @final
@@ -177,12 +179,13 @@ def check_solver(
         solver: the solver.
         problem: one case; the standard cases if it is missing.
         quantizer: makes the error; the weight itself is taken for the error if it is missing.
-        weighting: chooses the metric that the solver works in; each of `WEIGHTINGS` in turn if None.
+        weighting: chooses the metric that the solver works in; if None each of `WEIGHTINGS` in turn, but for those that
+            are the Gram metric of other tokens.
 
     Raises:
         AssertionError: naming the law and the case.
     """
-    weightings = [cls() for cls in WEIGHTINGS.values()] if weighting is None else [weighting]
+    weightings = [cls() for cls in WEIGHTINGS.values() if cls not in _ALIKE] if weighting is None else [weighting]
     for case in [problem] if problem else standard_problems():
         error, statistics = case.weight, case.statistics
         if quantizer is not None:

@@ -164,7 +164,7 @@ def estimate(
         in_memory=fixed + total,
         streamed=fixed + largest_block(model),
         available=available,
-        disk=adapter_bytes + 2 * hidden,
+        disk=4 * sum(row[-1] for row in rows) + 2 * hidden,
         seconds=seconds_for(
             layers,
             inputs,

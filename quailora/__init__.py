@@ -1,8 +1,8 @@
 """Quantization-aware initialization of low-rank adapters.
 
 Whole models: `initialize` for a `PeftModel` in place, `initialize_model` for a model by name, folder or object,
-`replace_lora_weights` with the arguments of PEFT's function for LoftQ, `load` for a base with its adapter. One layer:
-`Initializer`.
+`replace_lora_weights` with the arguments of PEFT's function for LoftQ, `load` for a base with its adapter. After
+training: `convert`, `merge`, `merge_full`, `rebase` and `combine`. One layer: `Initializer`.
 
 Names are imported when they are first used, so that the command line's help does not wait for PyTorch.
 """
@@ -12,6 +12,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.combine import combine
+    from .adapters.convert import convert
     from .adapters.frozen import freeze
     from .adapters.lora import LoraScaling
     from .bases import ExistingBase, StoredBase
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from .evaluation.load import load
     from .families import FAMILIES, Correction, Family
     from .layer.initializer import Initializer, LayerInitialization
+    from .merging.full import merge_full
+    from .merging.merge import merge
+    from .merging.rebase import rebase
     from .methods.method import Method
     from .methods.recipes import RECIPES, Recipe
     from .pipeline.initialize import initialize
@@ -45,6 +50,8 @@ if TYPE_CHECKING:
     from .training.recalibrate import RecalibrationCallback
 
 _HOMES = {
+    "adapters.combine": ("combine",),
+    "adapters.convert": ("convert",),
     "adapters.frozen": ("freeze",),
     "adapters.lora": ("LoraScaling",),
     "bases": ("ExistingBase", "StoredBase"),
@@ -60,6 +67,9 @@ _HOMES = {
     "evaluation.load": ("load",),
     "families": ("FAMILIES", "Correction", "Family"),
     "layer.initializer": ("Initializer", "LayerInitialization"),
+    "merging.full": ("merge_full",),
+    "merging.merge": ("merge",),
+    "merging.rebase": ("rebase",),
     "methods.method": ("Method",),
     "methods.recipes": ("RECIPES", "Recipe"),
     "pipeline.initialize": ("initialize",),
@@ -125,12 +135,17 @@ __all__ = [
     "Uniform",
     "Weighting",
     "Zero",
+    "combine",
+    "convert",
     "factors_of",
     "finish",
     "freeze",
     "initialize",
     "initialize_model",
     "load",
+    "merge",
+    "merge_full",
+    "rebase",
     "replace_lora_weights",
 ]
 

@@ -66,6 +66,10 @@ class ResumeError(QuailoraError, RuntimeError):
     """A folder holds the state of another run, or of one that is still going on."""
 
 
+class QualityError(QuailoraError, RuntimeError):
+    """A result is worse than was asked for, so that it is not written."""
+
+
 class DoesNotFitError(QuailoraError, MemoryError):
     """A run needs more memory than it may use."""
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
+import pytest
 from helpers import init
+
+from quailora.support.files import write_tensors
 
 SMALL = {"rank": 4, "samples": 8, "sequence_length": 32}
 
@@ -19,3 +24,21 @@ def small_run(model, out, **options):
 def content(out):
     """Return the bytes of the files that make an adapter."""
     return b"".join((out / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
+@contextmanager
+def killed_after(writes, monkeypatch):
+    """Let a run end after so many files of its state."""
+    left = [writes]
+
+    def counted(*arguments):
+        write_tensors(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        for module in ("pipeline.checkpoint", "calibration.activations"):
+            patch.setattr(f"quailora.{module}.write_tensors", counted)
+        with pytest.raises(Killed):
+            yield

@@ -21,7 +21,7 @@ FLOORS = (
     {"methods"},
     {"pipeline"},
     {"evaluation", "training"},
-    {"comparison"},
+    {"comparison", "merging"},
     {"cli", "testing", "__init__"},
     {"__main__"},
 )

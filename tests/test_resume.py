@@ -10,13 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from helpers import init
-from runs import SMALL, Killed, content, small_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,29 +22,11 @@ from quailora import GPTQ, NF4, AlternatingLeastSquares
 from quailora.calibration.text import shipped_text
 from quailora.errors import NumericalError, OutputExistsError, ResumeError, StorageError
 from quailora.pipeline.checkpoint import Checkpoint
-from quailora.support.files import write_tensors
+from runs import SMALL, content, killed_after, small_run
 
 
 def state(out):
     return out.with_name(f"{out.name}.partial")
-
-
-@contextmanager
-def killed_after(writes, monkeypatch):
-    """Let a run end after so many files of its state."""
-    left = [writes]
-
-    def counted(*arguments):
-        write_tensors(*arguments)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        for module in ("pipeline.checkpoint", "calibration.activations"):
-            patch.setattr(f"quailora.{module}.write_tensors", counted)
-        with pytest.raises(Killed):
-            yield
 
 
 @pytest.mark.parametrize(

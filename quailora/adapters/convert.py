@@ -17,10 +17,9 @@ from ..support.tables import print_table
 from .convert_linear import is_plain_lora, linear_change
 from .hub import adapter_folder
 from .lora import LoraScaling
+from .pairs import check_pair, check_started_from, check_without_earlier, initial_of
 from .provenance import read_provenance
-from .saved import SCALING, A, B, SavedAdapter
-
-_RELATED = 0.8  # of the rows of lora_A point to the same side before and after training
+from .saved import A, B, SavedAdapter
 
 
 @final
@@ -47,7 +46,12 @@ class Conversion:
 
 
 def convert(
-    adapter: StrPath, *, initial: StrPath, out: StrPath, model: StrPath | None = None, overwrite: bool = False
+    adapter: StrPath,
+    *,
+    out: StrPath,
+    initial: StrPath | None = None,
+    model: StrPath | None = None,
+    overwrite: bool = False,
 ) -> Conversion:
     """Write what training changed as an adapter for the full-precision model.
 
@@ -58,15 +62,23 @@ def convert(
 
     Args:
         adapter: folder of the trained adapter, as PEFT saved it.
-        initial: folder that `init` wrote, from which the training started.
         out: folder for the new adapter.
+        initial: folder that `init` wrote, from which the training started; it is looked for around the trained adapter
+            if None, by the hash that training keeps.
         model: the full-precision model, as the new adapter shall name it; by default what `init` was given.
         overwrite: replace a result that is in the folder.
 
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    trained, before = SavedAdapter.read(adapter_folder(adapter)), SavedAdapter.read(adapter_folder(initial))
+    trained = SavedAdapter.read(adapter_folder(adapter))
+    before = initial_of(trained, initial)
+    if before is None:
+        raise ConfigurationError(
+            f"{trained.folder} added nothing before its training, so it can be used on the full-precision model as it "
+            "is. `quailora convert --merge` writes that model with it."
+        )
+    check_without_earlier(before)
     if is_plain_lora(before):
         tensors, sizes = doubled_lora(trained, before)
     else:
@@ -102,52 +114,6 @@ def doubled_lora(trained: SavedAdapter, before: SavedAdapter) -> tuple[dict[str,
         rank = scaling.rank_of(before.layer(stem))
         tensors[stem + B], tensors[stem + A] = change(trained.factors(stem), before.factors(stem), rank)
     return tensors, double_rank(scaling).as_config() | {"init_lora_weights": True}
-
-
-def check_pair(trained: SavedAdapter, before: SavedAdapter) -> None:
-    """Raise a `ConfigurationError` unless training can have started from the other adapter."""
-    differences = [
-        f"{name} is {trained.config.get(name)!r} in one and {before.config.get(name)!r} in the other"
-        for name in SCALING
-        if (trained.config.get(name) or None) != (before.config.get(name) or None)
-    ]
-    if not differences and trained.shapes != before.shapes:
-        differences = ["their layers or shapes differ"]
-    if differences:
-        raise ConfigurationError(
-            f"{trained.folder} was not trained from {before.folder}: {'; '.join(differences)}. Pass the folder that "
-            "init wrote as `initial`."
-        )
-
-
-def check_started_from(trained: SavedAdapter, before: SavedAdapter) -> None:
-    """Raise a `ConfigurationError` if the factors say that training started from another adapter.
-
-    An adapter of `init` notes a hash of its factors, which training keeps. Where there is none, the share of directions
-    (rows of `lora_A`, of all layers) that point to the same side before and after decides: nearly all do after
-    training, however far it went, and about half in runs of `init` on other text or another base, whose signs are
-    arbitrary.
-    """
-    origin = read_provenance(trained.folder).origin
-    if origin is not None and origin.initial:
-        if origin.initial != before.digest:
-            raise ConfigurationError(
-                f"{trained.folder} was not trained from {before.folder}: it notes that training started from factors "
-                f"with the hash {origin.initial}, and the hash of those is {before.digest}. Pass the folder that init "
-                "wrote as `initial`."
-            )
-        return
-    # Signs of singular vectors are arbitrary: two independent runs agree in half of them. Training turns rows by less
-    # than a right angle as a rule, however long it takes.
-    pairs = ((trained.factors(stem).lora_A, before.factors(stem).lora_A) for stem in before.stems)
-    same_side = torch.cat([(after * start).sum(1) >= 0 for after, start in pairs])
-    share = same_side.float().mean().item()
-    if share < _RELATED:
-        raise ConfigurationError(
-            f"{trained.folder} was hardly trained from {before.folder}: only {share:.0%} of the rows of lora_A point "
-            "to the same side, as in two adapters that have nothing to do with each other. Pass the folder that init "
-            "wrote as `initial`."
-        )
 
 
 def change(trained: Factors, before: Factors, rank: int) -> Factors:

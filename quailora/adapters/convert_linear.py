@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError, ModelError
 from ..families import Family
-from .provenance import digest_of, read_provenance
+from .pairs import adapter_keys, check_trained_from
 from .saved import SavedAdapter
 from .tuned import family_of
 
@@ -47,30 +44,8 @@ def linear_change(trained: SavedAdapter, before: SavedAdapter) -> dict[str, Tens
         ConfigurationError: if training did not start from the other adapter, as far as the files tell.
     """
     family = linear_family(before)
-    own = adapter_keys(before)
-    shapes = [{key: tensor.shape for key, tensor in saved.tensors.items() if key in own} for saved in (trained, before)]
-    if shapes[0] != shapes[1]:
-        raise ConfigurationError(started_elsewhere(trained.folder, before.folder, "their layers or shapes differ"))
-    origin = read_provenance(trained.folder).origin
-    digest = digest_of({key: before.tensors[key] for key in own})
-    if origin is not None and origin.initial and origin.initial != digest:
-        reason = f"it notes that training started from tensors with the hash {origin.initial}, and theirs is {digest}"
-        raise ConfigurationError(started_elsewhere(trained.folder, before.folder, reason))
-    fixed = tuple(family.untrained)
-    for key in own:
-        if fixed and key.endswith(fixed) and not torch.equal(trained.tensors[key], before.tensors[key]):
-            raise ConfigurationError(started_elsewhere(trained.folder, before.folder, f"{key} differs"))
+    check_trained_from(family, trained, before)
+    own, fixed = adapter_keys(before), tuple(family.untrained)
     trained_keys = [key for key in own if not (fixed and key.endswith(fixed))]
     changed = {key: trained.tensors[key].float() - before.tensors[key].float() for key in trained_keys}
     return dict(trained.tensors) | changed
-
-
-def adapter_keys(saved: SavedAdapter) -> list[str]:
-    """Return the names of the tensors of an adapter, without those of modules that are trained whole."""
-    whole = saved.config.get("modules_to_save") or ()
-    return [key for key in saved.tensors if not any(f".{name}." in key for name in whole)]
-
-
-def started_elsewhere(trained: Path, before: Path, reason: str) -> str:
-    """Return what to say of an adapter that was not trained from another one."""
-    return f"{trained} was not trained from {before}: {reason}. Pass the folder that it started from as `initial`."

@@ -39,6 +39,8 @@ class Origin:
         base: identity of all these layers of the base together.
         initial: hash of the factors before training; empty in files of earlier versions.
         frozen_rank: number of directions that are the correction and stay as they are; None if all are trained.
+        holds: hash of the trained adapter whose change the factors hold besides the correction, as `rebase` writes
+            them; empty for starts. The folder `change` beside them has this change alone.
     """
 
     version: str
@@ -50,6 +52,7 @@ class Origin:
     base: BaseIdentity
     initial: str
     frozen_rank: int | None = None
+    holds: str = ""
 
     def as_config(self) -> dict[str, Any]:
         """Return what `adapter_config.json` holds."""
@@ -105,8 +108,13 @@ class Origin:
             raise ModelError(
                 f"Expected a number of directions as frozen_rank in {file}, got {frozen!r}. It is damaged."
             )
+        holds = found.get("holds", "")
+        if not isinstance(holds, str):
+            raise ModelError(
+                f"Expected the hash of a trained adapter as holds in {file}, got {holds!r}. It is damaged."
+            )
         read = {name: found[name] for name in expected}
-        return cls(**read | {"base": BaseIdentity.read(found["base"]), "frozen_rank": frozen})
+        return cls(**read | {"base": BaseIdentity.read(found["base"]), "frozen_rank": frozen, "holds": holds})
 
 
 def earlier_provenance(content: Mapping[str, Any], sidecar: Path) -> Provenance:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import final
 
 import torch
@@ -23,7 +24,7 @@ class ExistingBase(ABC):
 
     @property
     @abstractmethod
-    def layers(self) -> Collection[str]:
+    def layers(self) -> AbstractSet[str]:
         """Names of the quantized layers.
 
         Raises:
@@ -52,6 +53,11 @@ class ExistingBase(ABC):
     def quantizer(self) -> Quantizer | None:
         """The quantizer that makes the same base of the full-precision model while it loads; None if unknown."""
         return None
+
+    @property
+    def writable(self) -> bool:
+        """Whether a run may write the base, because it is not there as a checkpoint."""
+        return False
 
     @final
     def among(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:

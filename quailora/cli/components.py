@@ -62,7 +62,7 @@ def interfaces() -> dict[str, type[Any]]:
     from ..quantizers import Quantizer
     from ..solvers import Solver
 
-    return {"quantizer": Quantizer, "solver": Solver, "metric": Weighting, "family": Family}
+    return {"quantizer": Quantizer, "into": Quantizer, "solver": Solver, "metric": Weighting, "family": Family}
 
 
 def class_of(option: str, name: str) -> type[Any]:

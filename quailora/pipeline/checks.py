@@ -28,15 +28,20 @@ def check_seed(seed: int) -> None:
         raise ConfigurationError(f"Expected a seed from 0 to {_SEEDS - 1}, got {seed}. Try `seed=0`.")
 
 
-def output_folder(out: StrPath, *, overwrite: bool) -> Path:
+def output_folder(out: StrPath, *, overwrite: bool, model: bool = False) -> Path:
     """Return the folder that results go to.
+
+    Args:
+        out: the folder as the caller names it.
+        overwrite: whether a result that is there may be replaced.
+        model: whether a model is written, see `check_output`.
 
     Raises:
         ConfigurationError, StorageError, OutputExistsError: if it cannot be made or must stay as it is.
     """
     folder = folder_of(out)
     check_writable(folder)
-    check_output(folder, overwrite)
+    check_output(folder, overwrite, model=model)
     return folder
 
 
@@ -88,7 +93,7 @@ def check_quantized(layers: Mapping[str, Layer], method: Method, save_base: bool
         save_base: whether the base is to be written.
     """
     if method.base is not None:
-        if save_base:
+        if save_base and not method.base.writable:
             raise ConfigurationError(
                 "With `base` the base is there already. Leave out `save_base`, or take a recipe that keeps the base."
             )

@@ -24,7 +24,9 @@ def options_of(plan: RunPlan) -> dict[str, Any] | None:
     # distillation comes by a recipe on the command line; a method with one of its own has no options.
     by_hand = method.recipe is None and (method.initializer.schedule != Once() or method.distillation is not None)
     can_be_named = method.base is None or method.base.checkpoint is not None
-    if not isinstance(plan.model, str) or not isinstance(source, TextCalibration) or by_hand or not can_be_named:
+    if plan.fine_tuned is not None or not isinstance(plan.model, str):
+        return None
+    if not isinstance(source, TextCalibration) or by_hand or not can_be_named:
         return None
     calibration, scaling, resources = source.calibration, method.scaling, plan.resources
     composed = {
@@ -113,6 +115,8 @@ def depends_on(plan: RunPlan) -> dict[str, Any]:
         "dtype": plan.resources.dtype,
         "save_base": plan.save_base,
     }
+    if plan.fine_tuned is not None:
+        settings["trained change"] = plan.fine_tuned.digest
     if isinstance(plan.source, TextCalibration):
         calibration = plan.source.calibration
         settings |= {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -173,6 +173,20 @@ def initialize_model(
 @within_memory(_ADVICE)
 def carry_out(plan: RunPlan) -> InitializedModel:
     """Do what was planned, from where an unfinished run with the same output has ended."""
+    with finished_run(plan) as output:
+        result = InitializedModel(None, None, None) if output is None else handed_over(output)
+    if result.folder is not None and plan.output is not None:
+        upload(result.folder, plan.output.push_to_hub)
+    return result
+
+
+@contextmanager
+def finished_run(plan: RunPlan) -> Iterator[AdapterOutput | None]:
+    """Do what was planned, and yield what has come of it, for a `with` statement, in which it is written.
+
+    Of several processes that write a folder, the first one gets it; the others get None. The state of the run is there
+    until the body has ended without error, so that a process which is killed while it writes goes on from there.
+    """
     check_plan(plan)
     phases = Phases()
     on_disk = plan.on_disk
@@ -184,7 +198,11 @@ def carry_out(plan: RunPlan) -> InitializedModel:
         # A result in memory needs no state that outlives the process. With an output folder the state lies beside it.
         store: Store = MemoryStore()
         with phases.measure("load"):
-            loaded = loaded_model(plan, (work or store.folder_for("weights")) if on_disk else None)
+            spill = work or store.folder_for("weights")
+            loaded = loaded_model(plan, spill if on_disk else None)
+            if plan.fine_tuned is not None:
+                place = spill / f"changed-{distributed.rank()}"
+                held.enter_context(plan.fine_tuned.within(loaded, place, for_good=isinstance(plan.model, str)))
             held.callback(loaded.model.train, loaded.model.training)
             loaded.model.eval()
             layers = plan.adapter.of(all_layers(loaded.model))
@@ -200,14 +218,10 @@ def carry_out(plan: RunPlan) -> InitializedModel:
             run.finish()
             run.distil("", plan.method.distillation, plan.source, loaded.tokenizer)
         output = AdapterOutput(plan, phases, loaded, layers, tokens.tokens, run)
-        here = plan.output is None or distributed.rank() == 0
-        result = handed_over(output) if here else InitializedModel(None, None, None)
+        yield output if plan.output is None or distributed.rank() == 0 else None
         distributed.barrier()
         if plan.output is not None:
             store.remove()
-    if result.folder is not None and plan.output is not None:
-        upload(result.folder, plan.output.push_to_hub)
-    return result
 
 
 def handed_over(output: AdapterOutput) -> InitializedModel:

@@ -48,6 +48,7 @@ class Output:
             more of the error. PEFT makes float32 of it when it loads it.
         modules_to_save: modules that training shall change as a whole beside the adapter, as in PEFT.
         push_to_hub: name on the hub to upload the result to; a new repository is private.
+        model: whether the folder is to hold a model without an adapter.
     """
 
     folder: StrPath
@@ -58,3 +59,4 @@ class Output:
     factors_dtype: FactorsDtype = "float32"
     modules_to_save: tuple[str, ...] = ()
     push_to_hub: str | None = None
+    model: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import Any, final
 import torch
 import yaml
 
+from ..adapters.change import EARLIER
 from ..adapters.files import write_adapter
 from ..adapters.frozen import with_fresh
 from ..adapters.lora import expert_stacks
 from ..adapters.modules import find_modules, tensors_to_save
 from ..adapters.provenance import Origin, read_provenance
+from ..adapters.stacked import adapter_of_change
 from ..adapters.written import check_files
 from ..bases.writer import savable, save_packed
 from ..families import Correction
@@ -27,7 +29,7 @@ from ..models.load import LoadedModel, save_model
 from ..models.weights import replace_for_good
 from ..quantizers.identity import BaseIdentity
 from ..support.choices import BaseFormat
-from ..support.files import write_json
+from ..support.files import write_json, write_tensors
 from ..support.phases import Phases
 from ..support.settings import describe
 from .card import BESIDE, model_card
@@ -100,7 +102,8 @@ class AdapterOutput:
             base = {record.name: record.base for record in self.records if record.base is not None}
             self._write_adapter(folder, self._origin(base))
             if base_format is not None:
-                self._write_base(folder / "base", base_format)
+                self.write_base(folder / "base", base_format)
+            self._write_change(folder / EARLIER)
         report = self.report()
         self._write_provenance(folder, report, base)
         card = model_card(
@@ -149,8 +152,22 @@ class AdapterOutput:
         )
         check_files(folder, self.plan.empty, self.layers, corrections, self.plan.method.family, scaling, modules, dtype)
 
-    def _write_base(self, folder: Path, base_format: BaseFormat) -> None:
-        """Write the base: packed, where transformers reads its format, else dequantized."""
+    def _write_change(self, folder: Path) -> None:
+        """Write what the factors hold besides the correction as an adapter of its own, which later steps need."""
+        fine_tuned = self.plan.fine_tuned
+        if fine_tuned is None:
+            return
+        (change,) = fine_tuned.changes
+        adapter = adapter_of_change(change)
+        if adapter is None:
+            return
+        tensors, config = adapter
+        folder.mkdir()
+        write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": self.loaded.name})
+        write_tensors(folder / "adapter_model.safetensors", tensors)
+
+    def write_base(self, folder: Path, base_format: BaseFormat) -> None:
+        """Write the quantized model: packed, where transformers reads its format, else dequantized."""
         layers = self.run.layers
         packed = {name: stored.packed for name, stored in self.finished.items()}
         if base_format == "auto" and savable(layers, packed):
@@ -162,7 +179,8 @@ class AdapterOutput:
 
     def _origin(self, base: Mapping[str, BaseIdentity]) -> Origin:
         """Return what the adapter is made from; the hash of its factors is still missing."""
-        return origin_of(self.plan.method, self.loaded.name, base)
+        holds = "" if self.plan.fine_tuned is None else self.plan.fine_tuned.digest
+        return replace(origin_of(self.plan.method, self.loaded.name, base), holds=holds)
 
     def _write_provenance(self, folder: Path, report: Mapping[str, Any], base: Mapping[str, BaseIdentity]) -> None:
         method, options = self.plan.method, options_of(self.plan)

@@ -36,6 +36,7 @@ from .checks import (
     output_folder,
 )
 from .estimate import Estimate, estimate, example_of
+from .fine_tuned import FineTuned
 from .options import Output, Resources
 from .targets import AdapterPlan, plan_adapter
 
@@ -63,6 +64,7 @@ class RunPlan:
         output: the folder to write to and what is written; None for a result in memory.
         resources: what of the machine the run may use.
         estimate: memory and time that the run will take.
+        fine_tuned: what trainings have changed in the model, which is added to its weights; None for the model itself.
     """
 
     model: Any
@@ -74,6 +76,7 @@ class RunPlan:
     output: Output | None
     resources: Resources
     estimate: Estimate
+    fine_tuned: FineTuned | None = None
 
     @property
     def save_base(self) -> bool:
@@ -104,6 +107,7 @@ def plan_run(
     resources: Resources,
     *,
     wrapped: bool = False,
+    fine_tuned: FineTuned | None = None,
 ) -> RunPlan:
     """Return the plan of a run; only configurations and shapes are read.
 
@@ -115,13 +119,14 @@ def plan_run(
         output: what to write; None for a result in memory.
         resources: what may be used.
         wrapped: whether PEFT has put an adapter into these layers already, so that it need not be asked whether it can.
+        fine_tuned: what trainings have changed in the model.
 
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     model = str(model) if isinstance(model, Path) else model
     if output is not None:
-        output = replace(output, folder=output_folder(output.folder, overwrite=output.overwrite))
+        output = replace(output, folder=output_folder(output.folder, overwrite=output.overwrite, model=output.model))
     # The cheap checks come first: paths, the first record of a text, the seed and the parts of the method. Then the
     # configuration of the model is read, and then the model runs without its weights, which are not read at all.
     device = resolve_device(resources.device)
@@ -133,6 +138,8 @@ def plan_run(
         empty = empty_model(model, resources.dtype, trust_remote_code=resources.trust_remote_code)
     else:
         empty = empty_copy(model)
+    if fine_tuned is not None:
+        fine_tuned.check(empty)
     adapter = plan_adapter(
         empty, targets, method.scaling, method.base, family=method.family, stock=not save_base, wrapped=wrapped
     )
@@ -154,7 +161,7 @@ def plan_run(
         available=memory_available(resources.memory_limit, device),
         number_bytes=2 if output is not None and output.factors_dtype == "bfloat16" else 4,
     )
-    return RunPlan(model, empty, method, adapter, source, tuple(targets), output, resources, needed)
+    return RunPlan(model, empty, method, adapter, source, tuple(targets), output, resources, needed, fine_tuned)
 
 
 def check_written_base(method: Method, adapter: AdapterPlan, *, dequantized: bool) -> None:

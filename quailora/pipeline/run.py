@@ -134,7 +134,7 @@ class ModelRun:
         if not self.silent or distributed.rank() != 0:
             return
         for method_name, method in self.methods.items():
-            quantizer = method.quantizer
+            quantizer = method.quantizer if method.base is None else method.base.quantizer
             if quantizer is None or quantizer.needs_calibration:
                 logger.warning(
                     "The base keeps %d layers that text never reaches in full precision: %r needs their inputs.",
@@ -145,7 +145,7 @@ class ModelRun:
             for name, layer in self.silent.items():
                 if not self.store.has(key(method_name, name)):
                     with resident(layer.module):
-                        stored = quantizer.quantize(layer.weight)
+                        stored = method.quantized(layer) or quantizer.quantize(layer.weight)
                     self.store.save(key(method_name, name), StoredLayer(None, None, *self._kept(stored)))
 
     def finished(self, method_name: str, distillation: Distillation | None = None) -> dict[str, StoredLayer]:

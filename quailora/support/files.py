@@ -19,12 +19,16 @@ RESULTS = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "base",
+    "change",
     "config.yaml",
     "quailora.json",
     "README.md",
     "report.json",
 )
 """Everything that `init` writes."""
+
+MODEL_MARK = "merge.json"
+"""Says that the folder of a model was written by quailora, so that it may be overwritten on request."""
 
 _UNFINISHED = ".quailora-unfinished"  # in a folder that is being filled
 
@@ -63,10 +67,22 @@ def check_writable(folder: Path) -> None:
             raise StorageError(f"Expected a place to write to, but {written} is read-only. Choose another folder.")
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raise an `OutputExistsError` if it is a file or a model's folder, or holds a result that must stay."""
+def check_output(out: Path, overwrite: bool, *, model: bool = False) -> None:
+    """Raise an `OutputExistsError` if it is a file or a model's folder, or holds a result that must stay.
+
+    Args:
+        out: the folder.
+        overwrite: whether a result that is there may be replaced.
+        model: whether a model is written, in place of an adapter. It replaces no other files than those of a model that
+            quailora has written.
+    """
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"Expected a folder to write to, but {out} is a file.")
+    if model:
+        if out.is_dir() and any(out.iterdir()) and not (overwrite and (out / MODEL_MARK).is_file()):
+            advice = " or pass `overwrite=True`" if (out / MODEL_MARK).is_file() else ""
+            raise OutputExistsError(f"{out} already holds files. Choose another folder{advice}.")
+        return
     if holds_model(out):
         raise OutputExistsError(
             f"{out} is the folder of a model, and an adapter in it would be loaded along with the model. Choose "
@@ -88,7 +104,7 @@ def holds_model(folder: Path) -> bool:
 
 
 @contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool, *, model: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `out` whose content becomes that of `out` when the body ends without error.
 
     The new folder takes the place of the old one as a whole, so at any moment one of them is complete. If the body
@@ -100,6 +116,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     Args:
         out: the folder to make or fill.
         overwrite: replace the results that are there.
+        model: whether a model is written, see `check_output`; the folder is replaced as a whole.
 
     Raises:
         OutputExistsError: if `out` holds a result and `overwrite` is False.
@@ -108,19 +125,21 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     # Checked twice: before hours of work, and at the end, since another run may have finished in the same folder
     # meanwhile.
     sweep(out)
-    check_output(out, overwrite)
+    check_output(out, overwrite, model=model)
     partial = _beside(out, "new")
     try:
         with storing(out):
             partial.mkdir(parents=True)
         yield partial
-        check_output(out, overwrite)
+        check_output(out, overwrite, model=model)
         with storing(out):
             for file in partial.rglob("*"):
                 restore_permissions(file)
                 flush(file)
-            if not out.exists() or is_replaceable(out):
+            if not out.exists() or is_replaceable(out, model=model):
                 exchange(partial, out)
+            elif model:
+                raise OSError("the folder is in use or mounted, and cannot be replaced as a whole")
             else:
                 fill(out, partial)
     finally:
@@ -138,12 +157,11 @@ def sweep(out: Path) -> None:
                 shutil.rmtree(left)
 
 
-def is_replaceable(out: Path) -> bool:
+def is_replaceable(out: Path, *, model: bool = False) -> bool:
     """Return whether a folder may be replaced as a whole: it holds only results, and is neither mounted nor in use."""
     here = Path.cwd()
-    return (
-        not out.is_mount() and out not in (here, *here.parents) and all(file.name in RESULTS for file in out.iterdir())
-    )
+    free = not out.is_mount() and out not in (here, *here.parents)
+    return free and (model or all(file.name in RESULTS for file in out.iterdir()))
 
 
 def exchange(new: Path, out: Path) -> None:

@@ -15,6 +15,8 @@ from .demo import demo
 from .evaluate import evaluate
 from .init import init
 from .list import list_components
+from .merge import merge
+from .rebase import rebase
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "init": init,
@@ -22,6 +24,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "check": check,
     "convert": convert,
+    "merge": merge,
+    "rebase": rebase,
     "demo": demo,
     "list": list_components,
 }

@@ -1,0 +1,121 @@
+"""Several trained adapters of one start in one adapter, in which the start counts once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from ..errors import ConfigurationError
+from ..support.files import StrPath, as_str, check_writable, folder_of, new_folder, write_json, write_tensors
+from .change import EARLIER, TrainedChange
+from .convert import Conversion, original_model
+from .convert_linear import is_plain_lora
+from .provenance import digest_of, read_provenance
+from .saved import SavedAdapter
+from .stacked import Part, parts_of, stacked
+
+
+def combine(
+    adapters: Sequence[StrPath],
+    factors: Sequence[float] = (),
+    *,
+    out: StrPath,
+    on: Literal["quantized base", "full precision"] = "quantized base",
+    initial: StrPath | None = None,
+    model: StrPath | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Write one LoRA adapter that adds `sum_i c_i change_i`, and on the quantized base the common start once.
+
+    Adapters that were trained from one start of `init` all hold the correction of their base. PEFT's
+    `add_weighted_adapter` adds it as often as the factors say: 1.4 times with two factors of 0.7. That is wrong unless
+    the factors add up to 1. Here it counts once on the quantized base, and not at all in full precision.
+
+    Args:
+        adapters: hub names or folders of the trained adapters, all of them by LoRA.
+        factors: the factor `c_i` of each; 1 for each if empty. A negative one takes away what a training has added.
+        out: folder for the new adapter.
+        on: what the new adapter is for: the "quantized base" of the others, or the model in "full precision".
+        initial: the adapter that all trainings started from, "zero" if it added nothing; looked for if None.
+        model: the full-precision model, as an adapter for it shall name it; by default what `init` was given.
+        overwrite: replace a result that is in the folder.
+
+    Raises:
+        ConfigurationError: if adapters are not by LoRA, were trained from different starts, or a factor is missing.
+    """
+    changes = [TrainedChange.read(adapter, initial) for adapter in adapters]
+    weights = tuple(factors) or (1.0,) * len(changes)
+    before = common_start(changes)
+    if len(weights) != len(changes):
+        raise ConfigurationError(f"Expected a factor for each of {len(changes)} adapters, got {len(weights)}.")
+    parts = [part for change, weight in zip(changes, weights, strict=True) for part in parts_of(change, weight)]
+    tensors, sizes = stacked(summed(parts))
+    target = folder_of(out)
+    check_writable(target)
+    config = {**changes[0].trained.config, "auto_mapping": None, "init_lora_weights": True}
+    with new_folder(target, overwrite) as folder:
+        change_folder = folder
+        if on == "quantized base":
+            change_folder = folder / EARLIER
+            change_folder.mkdir()
+        name = as_str(model) or (original_model(before) if before is not None else config["base_model_name_or_path"])
+        write_json(change_folder / "adapter_config.json", config | sizes | {"base_model_name_or_path": name})
+        write_tensors(change_folder / "adapter_model.safetensors", tensors)
+        if on == "quantized base":
+            start = [] if before is None else [(before, 1.0)]
+            whole, whole_sizes = stacked(summed([*parts, *start]))
+            origin = read_provenance(before.folder).origin if before is not None else None
+            noted = (
+                {}
+                if origin is None
+                else replace(origin, initial=digest_of(whole), holds=digest_of(tensors)).as_config()
+            )
+            write_json(folder / "adapter_config.json", config | whole_sizes | noted)
+            write_tensors(folder / "adapter_model.safetensors", whole)
+            sizes, tensors = whole_sizes, whole
+    return Conversion(target, int(sizes["r"]), len(tensors) // 2)
+
+
+def common_start(changes: Sequence[TrainedChange]) -> SavedAdapter | None:
+    """Return the start of all changes; None if none of them added anything at first.
+
+    Raises:
+        ConfigurationError: if there are no adapters, one is not by LoRA, or they have different starts.
+    """
+    if not changes:
+        raise ConfigurationError("Expected at least one trained adapter, got none.")
+    for change in changes:
+        if not is_plain_lora(change.trained) or change.modules:
+            raise ConfigurationError(
+                f"Expected plain LoRA without modules that were trained whole, got {change.trained.folder}. "
+                "`quailora convert --merge` writes the merged model of a single adapter of any family."
+            )
+        if len(changes) > 1:
+            check_alone(change)
+    digests = {None if change.before is None else change.before.digest for change in changes}
+    if len(digests) > 1:
+        raise ConfigurationError(
+            "Expected adapters that were trained from one start, got several starts. Convert each of them by itself: "
+            "the results are adapters for the full-precision model, which PEFT can add up."
+        )
+    return changes[0].before
+
+
+def check_alone(change: TrainedChange) -> None:
+    """Raise a `ConfigurationError` if the start of an adapter holds the change of an earlier training."""
+    if change.earlier is not None:
+        raise ConfigurationError(
+            f"The start of {change.trained.folder} holds the change of an earlier training besides its correction, "
+            "which would count once for each adapter. Write the merged model of this adapter alone."
+        )
+
+
+def summed(parts: Sequence[Part]) -> list[Part]:
+    """Return parts in which each adapter comes once, with the sum of its factors, and none with the factor 0."""
+    found: dict[str, Part] = {}
+    for saved, factor in parts:
+        before = found.get(saved.digest, (saved, 0.0))[1]
+        found[saved.digest] = saved, before + factor
+    kept = [part for part in found.values() if part[1] != 0]
+    return kept or list(found.values())[:1]

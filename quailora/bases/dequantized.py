@@ -1,0 +1,91 @@
+"""A base that is there in dequantized form: quantized weights, stored as floating-point numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from ..errors import ModelError
+from ..models.layers import linear_layers
+from ..models.load import empty_model
+from ..models.locate import resolve
+from ..models.single import LayerFiles
+from ..quantizers import QuantizedWeight
+from .existing import ExistingBase
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FloatWeight(QuantizedWeight):
+    """A quantized weight of which the values are kept, and not the codes.
+
+    Attributes:
+        values: `Q`.
+    """
+
+    values: Float[Tensor, "out_features in_features"]
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return (self.values.shape[0], self.values.shape[1])
+
+    @override
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"weight": self.values}
+
+    @override
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:
+        return self.values
+
+
+@final
+@dataclass(frozen=True)
+class DequantizedBase(ExistingBase):
+    """A checkpoint of quantized weights in floating point, as `init` writes formats that transformers does not load.
+
+    Attributes:
+        name: hub name or folder.
+    """
+
+    name: str
+
+    @property
+    @override
+    def title(self) -> str:
+        return self.name
+
+    @property
+    @override
+    def checkpoint(self) -> str:
+        return self.name
+
+    @cached_property
+    def _model(self) -> Any:
+        return empty_model(self.name)
+
+    @cached_property
+    def _files(self) -> LayerFiles:
+        return LayerFiles(resolve(self.name), self._model)
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(linear_layers(self._model))
+
+    @property
+    @override
+    def layers(self) -> frozenset[str]:
+        return self._names
+
+    @override
+    def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:
+        if layer not in self.layers:
+            raise ModelError(f"Expected a linear layer {layer} in {self.name!r}, and there is none.")
+        return FloatWeight(self._files.weight(layer).to(device, dtype))

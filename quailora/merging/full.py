@@ -1,0 +1,131 @@
+"""The full-precision model with what trainings have changed, as a checkpoint of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from ..adapters.change import TrainedChange
+from ..adapters.combine import check_alone
+from ..errors import ConfigurationError
+from ..models.load import load_model, save_model
+from ..pipeline.checks import output_folder
+from ..pipeline.fine_tuned import FineTuned
+from ..pipeline.options import Resources
+from ..quantizers import Quantizer
+from ..support.files import MODEL_MARK, StrPath, new_folder, write_json
+from ..support.machine import within_memory
+from ..support.tables import print_table
+from .trained_on import base_trained_on, model_of
+
+
+@final
+@dataclass(frozen=True)
+class FullModel:
+    """What `merge_full` returns.
+
+    Attributes:
+        folder: folder of the model.
+        layers: number of layers that were changed.
+        dtype: dtype of its weights.
+    """
+
+    folder: Path
+    layers: int
+    dtype: str
+
+    def show(self) -> None:
+        """Print a line."""
+        rows = [["changed layers", str(self.layers)], ["dtype", self.dtype]]
+        print_table(f"{self.folder}: the full-precision model with what was trained", ("what", "value"), rows)
+
+
+@within_memory("`device='cpu'`")
+def merge_full(
+    adapters: Sequence[StrPath],
+    *,
+    out: StrPath,
+    factors: Sequence[float] = (),
+    initial: StrPath | None = None,
+    model: StrPath | None = None,
+    trained_on: Quantizer | StrPath | None = None,
+    overwrite: bool = False,
+    resources: Resources = Resources(),  # noqa: B008 # frozen
+) -> FullModel:
+    """Write the full-precision model with `W + sum_i c_i s (B_i A_i - B0 A0)` in place of its weights.
+
+    The correction for the quantized base is subtracted, once from each adapter, so that it is not added to weights that
+    have no error. The weights stay on disk, and one shard is in memory at a time.
+
+    Args:
+        adapters: hub names or folders of the trained adapters.
+        out: folder for the model.
+        factors: the factor `c_i` of each adapter; 1 for each if empty.
+        initial: the adapter that the trainings started from, "zero" if it added nothing; looked for if None.
+        model: the full-precision model; by default what the first adapter notes.
+        trained_on: the base that the adapters were trained on, for families whose change depends on it, such as DoRA;
+            by default what the first adapter notes.
+        overwrite: replace a merged model that is in the folder.
+        resources: dtype of the model that is written; the dtype of the checkpoint by default.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    changes = tuple(TrainedChange.read(adapter, initial) for adapter in adapters)
+    weights = tuple(factors) or (1.0,) * len(changes)
+    check_factors(changes, weights)
+    folder = output_folder(out, overwrite=overwrite, model=True)
+    name = model_of(changes[0], model)
+    needs_base = any(change.needs_base for change in changes)
+    base = base_trained_on(changes[0], name, trained_on) if needs_base else None
+    fine_tuned = FineTuned(changes, weights, base)
+    offload = folder.with_name(f".{folder.name}.offload")
+    try:
+        loaded = load_model(
+            name,
+            resources.dtype,
+            "cpu",
+            offload=offload,
+            allow_pickle=resources.allow_pickle,
+            trust_remote_code=resources.trust_remote_code,
+        )
+        layers = fine_tuned.check(loaded.model)
+        with (
+            fine_tuned.within(loaded, offload / "changed", for_good=True),
+            new_folder(folder, overwrite, model=True) as partial,
+        ):
+            save_model(partial, loaded)
+            content = {
+                "model": loaded.name,
+                "adapters": [str(change.trained.folder) for change in changes],
+                "factors": list(weights),
+                "change": fine_tuned.digest,
+            }
+            write_json(partial / MODEL_MARK, content)
+        return FullModel(folder, len(layers), str(loaded.model.dtype).removeprefix("torch."))
+    finally:
+        shutil.rmtree(offload, ignore_errors=True)
+
+
+def check_factors(changes: Sequence[TrainedChange], factors: Sequence[float]) -> None:
+    """Raise a `ConfigurationError` unless there is one finite factor for each change, and at most one trained module.
+
+    Args:
+        changes: what trainings have changed.
+        factors: how much each of them counts.
+    """
+    if not changes:
+        raise ConfigurationError("Expected at least one trained adapter, got none.")
+    if len(changes) != len(factors):
+        raise ConfigurationError(f"Expected a factor for each of {len(changes)} adapters, got {len(factors)}.")
+    for change in changes if len(changes) > 1 or factors[0] != 1 else ():
+        check_alone(change)
+    whole = [change for change in changes if change.modules]
+    if whole and (len(changes) > 1 or factors[0] != 1):
+        raise ConfigurationError(
+            f"{whole[0].trained.folder} has trained {next(iter(whole[0].modules))} as a whole, which has no start to "
+            "subtract, so that it cannot be weighed or added to others. Merge this adapter alone."
+        )

@@ -1,0 +1,176 @@
+"""Merge a trained adapter into a quantized checkpoint that needs no adapter."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+from ..adapters.change import TrainedChange
+from ..adapters.lora import LoraScaling
+from ..errors import ConfigurationError
+from ..evaluation.texts import EvaluationTexts
+from ..layer.initializer import Initializer
+from ..methods.method import Method
+from ..pipeline.fine_tuned import FineTuned, Target
+from ..pipeline.initialize_model import finished_run
+from ..pipeline.options import Output, Resources
+from ..pipeline.output import AdapterOutput
+from ..pipeline.plan import CalibrationGiven, plan_run, source_of
+from ..pipeline.report import versions
+from ..quantizers import GPTQ, NF4, NF4GPTQ, NF4MSE, Quantizer, Uniform
+from ..schedules import HeldOut, Once
+from ..solvers import Zero
+from ..support.files import MODEL_MARK, StrPath, new_folder, write_json
+from ..support.machine import within_memory
+from ..support.settings import describe
+from .card import merged_card
+from .certificate import Certificate, certify
+from .trained_on import base_trained_on, model_of
+
+logger = logging.getLogger("quailora")
+
+TEXTS = EvaluationTexts(windows=8, window_length=512)
+"""What a merged model is measured on, if nothing else is asked for."""
+
+
+@final
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` returns.
+
+    Attributes:
+        folder: folder of the merged model.
+        bits_per_weight: stored bits of its quantized weights, everything counted.
+        certificate: how far it is from the unmerged model; None if that was not measured.
+    """
+
+    folder: Path
+    bits_per_weight: float
+    certificate: Certificate | None
+
+    def show(self) -> None:
+        """Print the certificate."""
+        if self.certificate is not None:
+            self.certificate.show()
+
+
+@within_memory("fewer or shorter windows, or none (`windows=0`), and `device='cpu'`")
+def merge(
+    adapter: StrPath,
+    into: Quantizer,
+    *,
+    out: Output | StrPath,
+    initial: StrPath | None = None,
+    model: StrPath | None = None,
+    trained_on: Quantizer | StrPath | None = None,
+    target: Target = "trained",
+    calibration: CalibrationGiven = None,
+    texts: EvaluationTexts = TEXTS,
+    max_kl: float | None = None,
+    resources: Resources = Resources(),  # noqa: B008 # frozen
+) -> Merged:
+    """Write the trained model as a quantized checkpoint, without an adapter.
+
+    The weights are quantized again with what quailora knows: layer after layer on the inputs that the quantized network
+    gives, towards the outputs of the trained model, with the rounding that does best on held-out tokens. Rounding to
+    nearest, as PEFT's `merge_and_unload` does, loses what is smaller than a step of the codes.
+
+    Args:
+        adapter: hub name or folder of the trained adapter.
+        into: the format: NF4 or FP4 and Int8 of bitsandbytes, or GPTQ for AutoGPTQ's.
+        out: folder for the model, or `Output` for more choices.
+        initial: the adapter that the training started from, "zero" if it added nothing; looked for if None.
+        model: the full-precision model; by default what the adapter notes.
+        trained_on: the quantized base that the adapter was trained on; by default what the adapter notes.
+        target: what the merged model comes close to: "trained", the base with the adapter; or "full", the
+            full-precision weights with what training has changed, `W + s (B A - B0 A0)`.
+        calibration: text or batches of the task, see `initialize_model`.
+        texts: what the merged model is measured on beside the unmerged one; without windows it is not measured.
+        max_kl: largest divergence from the unmerged model, nats a token, with which the model is written.
+        resources: device, memory and dtype, see `initialize_model`.
+
+    Raises:
+        QualityError: if the divergence is above `max_kl`; nothing is written.
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    output = replace(out if isinstance(out, Output) else Output(out), save_base=True, model=True)
+    measured = texts.windows > 0
+    if max_kl is not None and not measured:
+        raise ConfigurationError("Expected windows to measure the divergence on, got none. Leave `max_kl` out.")
+    method = merging_method(into)
+    change = TrainedChange.read(adapter, initial)
+    name = model_of(change, model)
+    needed = measured or target == "trained" or change.needs_base
+    base = base_trained_on(change, name, trained_on) if needed else None
+    fine_tuned = FineTuned((change,), trained_on=base, target=target)
+    if measured:
+        texts.check()
+    plan = plan_run(name, method, source_of(calibration), ["all-linear"], output, resources, fine_tuned=fine_tuned)
+    folder = Path(plan.output.folder if plan.output else output.folder)
+    with finished_run(plan) as finished:
+        if finished is None:  # in all but the first of several processes
+            return Merged(folder, 0.0, None)
+        certificate = None
+        with new_folder(folder, output.overwrite, model=True) as partial:
+            finished.write_base(partial, output.base_format)
+            if measured:
+                merged = {key: one.dequantized for key, one in finished.finished.items() if one.dequantized is not None}
+                certificate = certify(fine_tuned, name, merged, nearest_of(into), texts, resources)
+                certificate.check(max_kl)
+            bits = write_notes(partial, finished, change, certificate, into)
+    return Merged(folder, bits, certificate)
+
+
+def merging_method(into: Quantizer) -> Method:
+    """Return how the layers of a merged model are quantized: by the best rounding to the format that there is.
+
+    Raises:
+        ConfigurationError: if no stock package loads what the quantizer makes.
+    """
+    careful = careful_of(into)
+    if careful is None:
+        return Method(Initializer(into, Zero(), rank=1), LoraScaling(1))
+    schedule = HeldOut(Once())
+    schedule.check(careful)
+    return Method(Initializer(careful, Zero(), rank=1, schedule=schedule), LoraScaling(1), "asymmetric", step=1.0)
+
+
+def careful_of(into: Quantizer) -> Quantizer | None:
+    """Return the quantizer with error feedback and shrinkage for a format; None where there is none."""
+    if isinstance(into, (NF4, NF4MSE)):
+        return NF4GPTQ(into.block_size, into.double_quantization)
+    if isinstance(into, Uniform):
+        return GPTQ(into.bits, into.group_size, into.symmetric)
+    return into if isinstance(into, (NF4GPTQ, GPTQ)) else None
+
+
+def nearest_of(into: Quantizer) -> Quantizer:
+    """Return the quantizer that rounds to the nearest level of the same format."""
+    if isinstance(into, (NF4GPTQ, NF4MSE)):
+        return NF4(into.block_size, into.double_quantization)
+    return Uniform(into.bits, into.group_size, into.symmetric) if isinstance(into, GPTQ) else into
+
+
+def write_notes(
+    folder: Path, finished: AdapterOutput, change: TrainedChange, certificate: Certificate | None, into: Quantizer
+) -> float:
+    """Write what was merged and how good it is beside a merged model; return its bits per weight."""
+    report = finished.report()
+    content: dict[str, Any] = {
+        "model": finished.loaded.name,
+        "adapter": str(change.trained.folder),
+        "change": change.digest,
+        "format": describe(into),
+        "calibration": finished.plan.source.described(),
+        "versions": versions(),
+        "certificate": None if certificate is None else certificate.as_dict(),
+        "layers": {record.name: record.relative_error for record in finished.records},
+    }
+    write_json(folder / MODEL_MARK, json.loads(json.dumps(content, default=str)))
+    card = merged_card(content, certificate, report["bits_per_weight"])
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    bits: float = report["bits_per_weight"]
+    return bits

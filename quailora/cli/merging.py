@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..adapters.combine import combine
@@ -13,6 +14,7 @@ from ..evaluation.texts import EvaluationTexts
 from ..merging.full import FullModel, merge_full
 from ..merging.merge import Merged, merge
 from ..merging.rebase import Rebased, rebase
+from ..merging.scales import ScaleTraining
 from ..pipeline.options import Output, Resources
 from ..quantizers import QUANTIZERS, Quantizer
 from ..support.files import StrPath, as_str
@@ -28,21 +30,36 @@ def run_convert(options: Mapping[str, Any]) -> Conversion | FullModel:
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    adapters = [options["adapter"], *options["add"]]
+    adapters, factors = [options["adapter"], *options["add"]], numbers_of(options["factors"])
     shared = {name: options[name] for name in ("out", "initial", "model", "overwrite")}
     if options["merge"]:
         return merge_full(
             adapters,
-            factors=tuple(options["factors"]),
+            factors=factors,
             trained_on=base_named(options["trained_on"]),
             resources=Resources(options["dtype"], trust_remote_code=options["trust_remote_code"]),
             **shared,
         )
     if options["dtype"] != "auto":
         raise ConfigurationError(f"Expected `merge` with dtype={options['dtype']!r}: an adapter is in float32.")
-    if options["add"] or options["factors"]:
-        return combine(adapters, tuple(options["factors"]), on="full precision", **shared)
+    if options["add"] or factors:
+        return combine(adapters, factors, on="full precision", **shared)
     return convert(options["adapter"], **shared)
+
+
+def numbers_of(words: Sequence[str]) -> tuple[float, ...]:
+    """Return words as numbers.
+
+    Raises:
+        ConfigurationError: if one is none, or not finite.
+    """
+    try:
+        found = tuple(map(float, words))
+    except ValueError as error:
+        raise ConfigurationError(f"Expected numbers as `factors`, got {' '.join(words)}.") from error
+    if not all(map(math.isfinite, found)):
+        raise ConfigurationError(f"Expected finite numbers as `factors`, got {' '.join(words)}.")
+    return found
 
 
 def run_merge(options: Mapping[str, Any]) -> Merged:
@@ -77,6 +94,7 @@ def run_merge(options: Mapping[str, Any]) -> Merged:
         calibration=TextCalibration(calibration_of(options)),
         texts=texts,
         max_kl=options["max_kl"],
+        training=ScaleTraining(options["steps"]),
         resources=resources_of(options),
     )
 

@@ -14,20 +14,24 @@ from ..errors import ConfigurationError
 from ..evaluation.texts import EvaluationTexts
 from ..layer.initializer import Initializer
 from ..methods.method import Method
+from ..models.limits import check_token_ids
+from ..models.weights import is_offloaded
 from ..pipeline.fine_tuned import FineTuned, Target
+from ..pipeline.fingerprint import digest
 from ..pipeline.initialize_model import finished_run
 from ..pipeline.options import Output, Resources
 from ..pipeline.output import AdapterOutput
 from ..pipeline.plan import CalibrationGiven, plan_run, source_of
 from ..pipeline.report import versions
+from ..pipeline.store import StoredLayer
 from ..quantizers import GPTQ, NF4, NF4GPTQ, NF4MSE, Quantizer, Uniform
-from ..schedules import HeldOut, Once
 from ..solvers import Zero
 from ..support.files import MODEL_MARK, StrPath, new_folder, write_json
 from ..support.machine import within_memory
 from ..support.settings import describe
 from .card import merged_card
 from .certificate import Certificate, certify
+from .scales import ScaleTraining, unpacked
 from .trained_on import base_trained_on, model_of
 
 logger = logging.getLogger("quailora")
@@ -70,6 +74,7 @@ def merge(
     calibration: CalibrationGiven = None,
     texts: EvaluationTexts = TEXTS,
     max_kl: float | None = None,
+    training: ScaleTraining = ScaleTraining(),  # noqa: B008 # frozen
     resources: Resources = Resources(),  # noqa: B008 # frozen
 ) -> Merged:
     """Write the trained model as a quantized checkpoint, without an adapter.
@@ -90,6 +95,7 @@ def merge(
         calibration: text or batches of the task, see `initialize_model`.
         texts: what the merged model is measured on beside the unmerged one; without windows it is not measured.
         max_kl: largest divergence from the unmerged model, nats a token, with which the model is written.
+        training: of the scales, which follows; the model has to be in memory for it. None with `steps` of 0.
         resources: device, memory and dtype, see `initialize_model`.
 
     Raises:
@@ -115,9 +121,10 @@ def merge(
             return Merged(folder, 0.0, None)
         certificate = None
         with new_folder(folder, output.overwrite, model=True) as partial:
-            finished.write_base(partial, output.base_format)
+            layers = with_trained_scales(finished, training)
+            finished.write_base(partial, output.base_format, layers)
             if measured:
-                merged = {key: one.dequantized for key, one in finished.finished.items() if one.dequantized is not None}
+                merged = {key: one.dequantized for key, one in layers.items() if one.dequantized is not None}
                 certificate = certify(fine_tuned, name, merged, nearest_of(into), texts, resources)
                 certificate.check(max_kl)
             bits = write_notes(partial, finished, change, certificate, into)
@@ -125,17 +132,8 @@ def merge(
 
 
 def merging_method(into: Quantizer) -> Method:
-    """Return how the layers of a merged model are quantized: by the best rounding to the format that there is.
-
-    Raises:
-        ConfigurationError: if no stock package loads what the quantizer makes.
-    """
-    careful = careful_of(into)
-    if careful is None:
-        return Method(Initializer(into, Zero(), rank=1), LoraScaling(1))
-    schedule = HeldOut(Once())
-    schedule.check(careful)
-    return Method(Initializer(careful, Zero(), rank=1, schedule=schedule), LoraScaling(1), "asymmetric", step=1.0)
+    """Return how the layers of a merged model are quantized: with error feedback, where the format has it."""
+    return Method(Initializer(careful_of(into) or into, Zero(), rank=1), LoraScaling(1))
 
 
 def careful_of(into: Quantizer) -> Quantizer | None:
@@ -152,6 +150,30 @@ def nearest_of(into: Quantizer) -> Quantizer:
     if isinstance(into, (NF4GPTQ, NF4MSE)):
         return NF4(into.block_size, into.double_quantization)
     return Uniform(into.bits, into.group_size, into.symmetric) if isinstance(into, GPTQ) else into
+
+
+def with_trained_scales(finished: AdapterOutput, training: ScaleTraining) -> dict[str, StoredLayer]:
+    """Return the layers of a finished run with trained scales; those of an earlier, killed run if they are there.
+
+    They stay as they are, with a warning, where weights wait on disk or the format has no scales to train.
+    """
+    layers, model, store = finished.finished, finished.loaded.model, finished.run.store
+    scaled = {name: one for name, one in layers.items() if one.packed}
+    if not training.steps or not scaled:
+        return layers
+    if is_offloaded(model):
+        logger.warning("Scales are not trained, because the weights of the model are on disk.")
+        return layers
+    keys = {name: f"scales-{digest([repr(training)])}/{name}" for name in scaled}
+    if not all(map(store.has, keys.values())):
+        source, tokenizer = finished.plan.source, finished.loaded.tokenizer
+        dtypes = {name: one.dequantized.dtype for name, one in scaled.items() if one.dequantized is not None}
+        weights = {name: unpacked(one.packed, dtypes[name]) for name, one in scaled.items()}
+        windows = check_token_ids(model, training.windows(source, tokenizer))
+        trained = training.train(model, finished.run.layers, weights, windows, source.dtype)
+        for name, weight in trained.items():
+            store.save(keys[name], StoredLayer(None, None, weight.dequantize(), weight.packed()))
+    return layers | {name: store.load(key) for name, key in keys.items()}
 
 
 def write_notes(

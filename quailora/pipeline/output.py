@@ -166,14 +166,22 @@ class AdapterOutput:
         write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": self.loaded.name})
         write_tensors(folder / "adapter_model.safetensors", tensors)
 
-    def write_base(self, folder: Path, base_format: BaseFormat) -> None:
-        """Write the quantized model: packed, where transformers reads its format, else dequantized."""
-        layers = self.run.layers
-        packed = {name: stored.packed for name, stored in self.finished.items()}
+    def write_base(
+        self, folder: Path, base_format: BaseFormat, finished: Mapping[str, StoredLayer] | None = None
+    ) -> None:
+        """Write the quantized model: packed, where transformers reads its format, else dequantized.
+
+        Args:
+            folder: the folder to write to.
+            base_format: its format.
+            finished: the layers; those of the run if None.
+        """
+        layers, finished = self.run.layers, self.finished if finished is None else finished
+        packed = {name: stored.packed for name, stored in finished.items()}
         if base_format == "auto" and savable(layers, packed):
             save_packed(folder, self.loaded, packed)
             return
-        weights = {name: stored.dequantized for name, stored in self.finished.items() if stored.dequantized is not None}
+        weights = {name: stored.dequantized for name, stored in finished.items() if stored.dequantized is not None}
         replace_for_good(layers, weights, self.run.store.folder_for("base"))
         save_model(folder, self.loaded)
 

@@ -14,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.statistics import InputStatistics
-from ..errors import CalibrationError, NumericalError
+from ..errors import CalibrationError, ConfigurationError, NumericalError
 
 
 class QuantizedWeight(ABC):
     """A weight as it is stored: codes, scales and whatever else the format keeps.
 
-    Laws: `dequantize` has the shape and dtype of the weight that was quantized; `nbytes` is the size of `tensors`.
+    Laws: `dequantize` has the shape and dtype of the weight that was quantized; `nbytes` is the size of `tensors`; and
+    `rescaled(f).dequantize()` is `dequantize() * spread(f)`, up to the rounding of stored scales.
     """
 
     layout: ClassVar[str] = "float"
@@ -53,6 +54,35 @@ class QuantizedWeight(ABC):
         Names are those inside the layer, such as `qweight`, or `weight.absmax`.
         """
         return {}
+
+    @property
+    def scale_count(self) -> int:
+        """How many scales the weight has that may take other values; 0 where none may."""
+        return 0
+
+    def spread(self, factors: Float[Tensor, " scales"]) -> Float[Tensor, "out_features in_features"]:
+        """Return the number of its scale for each weight; differentiable.
+
+        Args:
+            factors: a number for each scale, in the order that `rescaled` takes.
+
+        Raises:
+            ConfigurationError: if there are no such scales.
+        """
+        del factors
+        raise ConfigurationError(f"The scales of {type(self).__name__} stay as they are.")
+
+    def rescaled(self, factors: Float[Tensor, " scales"]) -> QuantizedWeight:
+        """Return the weight with the same codes and each scale multiplied by a factor, stored as the format has it.
+
+        Args:
+            factors: a factor for each scale.
+
+        Raises:
+            ConfigurationError: if there are no such scales.
+        """
+        del factors
+        raise ConfigurationError(f"The scales of {type(self).__name__} stay as they are.")
 
     @final
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, final, get_args
 
@@ -57,6 +58,22 @@ class FourBitWeight(QuantizedWeight):
         rows, columns = self.state.shape
         return rows, columns
 
+    @property
+    @override
+    def scale_count(self) -> int:
+        rows, columns = self.shape
+        size: int = self.state.blocksize
+        return -(-rows * columns // size)
+
+    @override
+    def spread(self, factors: Float[Tensor, " scales"]) -> Float[Tensor, "out_features in_features"]:
+        rows, columns = self.shape
+        return factors.repeat_interleave(self.state.blocksize)[: rows * columns].view(rows, columns)
+
+    @override
+    def rescaled(self, factors: Float[Tensor, " scales"]) -> FourBitWeight:
+        return with_scales(self, scales_of(self).flatten()[:: self.state.blocksize] * factors)
+
     @override
     def tensors(self) -> Mapping[str, Tensor]:
         stored = {"codes": self.codes, "absmax": self.state.absmax}
@@ -81,7 +98,14 @@ class FourBitWeight(QuantizedWeight):
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight: Tensor = dequantize_4bit(self.codes, self.state)
+        # Blocks run on from one row to the next where they do not divide it. The kernel of bitsandbytes 0.50.2 for CPUs
+        # begins a block with each row there, which decodes most weights with the scale of another block. It decodes the
+        # same numbers rightly as one long row, as its kernel for GPUs does in any shape.
+        state, (rows, columns) = self.state, self.shape
+        if columns % state.blocksize:
+            state = copy(state)
+            state.shape = torch.Size((1, rows * columns))
+        weight: Tensor = dequantize_4bit(self.codes, state)
         # bitsandbytes takes codes of one byte for a transposed matrix and returns them as a column.
         return weight.reshape(self.shape).to(self.dtype)
 

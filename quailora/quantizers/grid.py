@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -194,6 +194,22 @@ class GridWeight(QuantizedWeight):
     @override
     def shape(self) -> tuple[int, int]:
         return len(self.scale), self.columns
+
+    @property
+    @override
+    def scale_count(self) -> int:
+        return self.scale.numel()
+
+    @override
+    def spread(self, factors: Float[Tensor, " scales"]) -> Float[Tensor, "out_features in_features"]:
+        index = self.group_index
+        if index is None:
+            index = consecutive_groups(self.columns, self.group_size, factors.device)
+        return factors.view(self.scale.shape)[:, index.long().to(factors.device)]
+
+    @override
+    def rescaled(self, factors: Float[Tensor, " scales"]) -> GridWeight:
+        return replace(self, scale=(self.scale.float() * factors.view(self.scale.shape)).half())
 
     @override
     def tensors(self) -> Mapping[str, Tensor]:

@@ -16,7 +16,7 @@ def convert(
     model: StrPath | None = None,
     merge: bool = False,
     add: Sequence[str] = (),
-    factors: Sequence[float] = (),
+    factors: Sequence[str] = (),
     trained_on: StrPath | None = None,
     dtype: DtypeName = "auto",
     trust_remote_code: bool = False,

@@ -31,6 +31,7 @@ def merge(
     windows: int = 8,
     window_length: int | None = 512,
     max_kl: float | None = None,
+    steps: int = 100,
     calibration: StrPath | None = None,
     calibration_fields: Sequence[str] = (),
     calibration_split: str = "train",
@@ -70,6 +71,8 @@ def merge(
         windows: windows of each text at most; 0 measures nothing.
         window_length: tokens in such a window.
         max_kl: write nothing if the divergence from the unmerged model is larger, in nats a token.
+        steps: updates of a training of the scales, which follows: the codes stay, and the predictions come closer to
+            those of the trained model. The model has to be in memory for it; 0 trains nothing.
         calibration: text of the task: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such
             files, or the hub name of a data set; the shipped text by default.
         calibration_fields: fields of a record that are the text, see `quailora init --help`.

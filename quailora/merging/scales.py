@@ -1,0 +1,194 @@
+"""Train the scales of a quantized model, so that its predictions come close to those of the model it was made from."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from ..bases.reader import READERS
+from ..bases.writer import quantization_config
+from ..calibration.capture import arithmetic
+from ..calibration.sources import CalibrationSource
+from ..calibration.windows import CalibrationDtype
+from ..errors import ConfigurationError, NumericalError
+from ..methods.distillation import divergence
+from ..models.layers import Layer
+from ..quantizers import QuantizedWeight
+from ..support.progress import track
+
+logger = logging.getLogger("quailora")
+
+_HELD_OUT = 4  # batches that tell whether the training has helped
+
+
+@final
+@dataclass(frozen=True)
+class ScaleTraining:
+    """Settings of a training of scales; codes stay as they are, so that the format and its size do.
+
+    Each scale is multiplied by a factor, which starts at 1. AdamW trains the factors to lower the divergence of the
+    predictions of the quantized model from those of the model that it was made from, with a learning rate that falls to
+    zero. The text is that of the calibration.
+
+    Attributes:
+        steps: updates; 0 trains nothing.
+        batch: windows in a step.
+        sequence_length: tokens in a window.
+        learning_rate: learning rate of the first step, relative to a scale.
+    """
+
+    steps: int = 100
+    batch: int = 2
+    sequence_length: int = 512
+    learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch < 1 or self.sequence_length < 2 or not 0 < self.learning_rate < math.inf:
+            raise ConfigurationError(
+                f"Expected steps of at least one window of two tokens and a positive learning rate, got {self!r}."
+            )
+
+    def windows(self, source: CalibrationSource, tokenizer: Any) -> Int[Tensor, "samples sequence_length"]:
+        """Return the windows to train on, and after them those that are held out."""
+        return source.training_windows(tokenizer, (self.steps + _HELD_OUT) * self.batch, self.sequence_length)
+
+    def train(
+        self,
+        model: Any,
+        layers: Mapping[str, Layer],
+        weights: Mapping[str, QuantizedWeight],
+        windows: Int[Tensor, "samples sequence_length"],
+        dtype: CalibrationDtype = "auto",
+    ) -> dict[str, QuantizedWeight]:
+        """Return the weights with trained scales; with their own scales if that is no better on held-out windows.
+
+        Args:
+            model: a transformers causal language model in memory, whose predictions are the aim; left as it was.
+            layers: its linear layers.
+            weights: the quantized weight of each layer.
+            windows: token ids, see `windows`.
+            dtype: arithmetic, see `Calibration`.
+
+        Raises:
+            NumericalError: if the loss is NaN or infinite.
+        """
+        device = next(model.parameters()).device
+        scaled = {name: weight for name, weight in weights.items() if weight.scale_count}
+        if not scaled or not self.steps:
+            return dict(weights)
+        changes = {
+            name: torch.zeros(one.scale_count, device=device, requires_grad=True) for name, one in scaled.items()
+        }
+        values = {name: weight.dequantize().to(device) for name, weight in weights.items()}
+        optimizer = torch.optim.AdamW(changes.values(), self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
+        batches = torch.split(windows.to(device), self.batch)
+        trained, held_out = batches[: self.steps], batches[self.steps :]
+
+        def loss_of(ids: Tensor) -> Tensor:
+            with torch.no_grad(), arithmetic(model, dtype):
+                expected = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+            with quantized(layers, scaled, values, changes), arithmetic(model, dtype):
+                logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+            return divergence(expected, logits)
+
+        def held_out_loss() -> float:
+            with torch.no_grad():
+                return sum(loss_of(ids).item() for ids in held_out) / max(1, len(held_out))
+
+        requiring = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in requiring:
+            parameter.requires_grad_(False)
+        try:
+            before = held_out_loss()
+            for ids in track(trained, "Training scales", total=len(trained)):
+                with torch.enable_grad():
+                    loss = loss_of(ids)
+                    torch.autograd.backward(loss)
+                if not math.isfinite(loss.item()):
+                    raise NumericalError(
+                        f"The loss of the training of scales is {loss.item()}. Lower its learning rate."
+                    )
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                rate.step()
+            after = held_out_loss()
+        finally:
+            for parameter in requiring:
+                parameter.requires_grad_(True)
+        logger.info("Divergence on held-out calibration text: %.4f nats a token before, %.4f after.", before, after)
+        if not after < before:
+            return dict(weights)
+        new = {name: weight.rescaled(1 + changes[name].detach().to("cpu")) for name, weight in scaled.items()}
+        return {**weights, **new}
+
+
+@contextmanager
+def quantized(
+    layers: Mapping[str, Layer],
+    weights: Mapping[str, QuantizedWeight],
+    values: Mapping[str, Tensor],
+    changes: Mapping[str, Tensor],
+) -> Iterator[None]:
+    """Let linear layers compute with rescaled weights inside a `with` statement; differentiable in the scales.
+
+    Args:
+        layers: the layers.
+        weights: quantized weights of those whose scales change.
+        values: the dequantized weight of each layer.
+        changes: what is added to the factor 1 of each scale.
+    """
+    modules = {name: layers[name].module for name in values}
+    before = {name: vars(module).get("forward") for name, module in modules.items()}  # accelerate puts one there
+    try:
+        for name, module in modules.items():
+            module.forward = Rescaled(module, weights.get(name), values[name], changes.get(name))
+        yield
+    finally:
+        for name, module in modules.items():
+            del module.forward
+            kept: Any = before[name]
+            if kept is not None:
+                module.forward = kept
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaled:
+    """The forward pass of a linear layer with rescaled weights, which are made again for the backward pass."""
+
+    module: nn.Module
+    weight: QuantizedWeight | None
+    values: Tensor
+    change: Tensor | None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the outputs."""
+        if self.change is None:
+            return self._linear(inputs, None)
+        found: Tensor = checkpoint(self._linear, inputs, self.change, use_reentrant=False)
+        return found
+
+    def _linear(self, inputs: Tensor, change: Tensor | None) -> Tensor:
+        values = self.values
+        if change is not None and self.weight is not None:
+            values = values + values * self.weight.spread(change).to(values.dtype)
+        bias: Any = getattr(self.module, "bias", None)
+        return functional.linear(inputs, values.to(inputs.dtype), bias)
+
+
+def unpacked(packed: Mapping[str, Tensor], dtype: torch.dtype) -> QuantizedWeight:
+    """Return the quantized weight that the tensors of a checkpoint hold, as `QuantizedWeight.packed` returns them."""
+    config = quantization_config({"": packed})
+    if "qweight" in packed:
+        config["checkpoint_format"] = "gptq_v2"  # zero points as they are
+    return READERS[config["quant_method"]](packed, config, dtype)

@@ -1,0 +1,225 @@
+"""A trained adapter merged into a quantized checkpoint that needs no adapter."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from families import save_llama
+from helpers import init
+from peft import PeftModel
+from safetensors.torch import load_file
+from trainings import train
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from quailora import GPTQ, NF4, Calibration, Int8, Optimal, Output, Quantizer, Uniform, merge
+from quailora.adapters.change import TrainedChange
+from quailora.bases import StoredBase
+from quailora.errors import ConfigurationError, ModelError, OutputExistsError, QualityError
+from quailora.evaluation.scores import Scores
+from quailora.evaluation.texts import EvaluationTexts
+from quailora.merging.certificate import FULL, MERGED, ROUNDED, Certificate
+from quailora.merging.merge import careful_of, nearest_of
+from quailora.merging.scales import ScaleTraining, unpacked
+from quailora.models.layers import all_layers
+from runs import killed_after
+
+CALIBRATION = Calibration(samples=8, sequence_length=64)
+TEXTS = EvaluationTexts(windows=3, window_length=64)
+FAST = {"calibration": CALIBRATION, "texts": EvaluationTexts(windows=0), "training": ScaleTraining(0)}
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, tokenizer):
+    """A model, a start by LoRA, and what training has made of it."""
+    place = tmp_path_factory.mktemp("merge")
+    model = save_llama(place / "model", tokenizer)
+    init(str(model), out=str(place / "start"), rank=8, samples=4, sequence_length=64, solver=Optimal())
+    train(place / "start", place / "trained", by=1.0)
+    return place
+
+
+def weights_in(folder):
+    base = StoredBase(str(folder))
+    return {name: base.weight(name, torch.float32).dequantize() for name in base.layers}
+
+
+@pytest.mark.parametrize("into", [NF4(), GPTQ(group_size=32), GPTQ(3, group_size=32), Int8()], ids=repr)
+def test_the_checkpoint_is_nearer_to_the_trained_model_than_rounding(lora, tmp_path, into):
+    result = merge(lora / "trained", into, out=tmp_path / "out", calibration=CALIBRATION, texts=TEXTS)
+    scores = result.certificate.texts["shipped text"]
+    slack = 1e-6 if isinstance(into, Int8) else 0.0  # the same rounding
+    assert scores[MERGED].divergence <= scores[ROUNDED].divergence + slack
+    assert scores[FULL].divergence > 0
+    assert result.bits_per_weight == pytest.approx(
+        {"Int8": 8.4, "NF4": 4.1}.get(type(into).__name__, into.__dict__.get("bits", 0) + 0.6), abs=0.15
+    )
+    if not isinstance(into, GPTQ):  # which needs gptqmodel
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        kind = "Linear4bit" if isinstance(into, NF4) else "Linear8bitLt"
+        assert {
+            type(layer).__name__
+            for layer in (stock.model.layers[0].mlp.up_proj, stock.model.layers[1].self_attn.q_proj)
+        } == {kind}
+    content = json.loads((tmp_path / "out" / "merge.json").read_text(encoding="utf-8"))
+    assert content["certificate"]["texts"]["shipped text"][MERGED]["divergences"] == pytest.approx(
+        scores[MERGED].divergences
+    )
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"| {MERGED} | {scores[MERGED].divergence:.4f} |" in card
+
+
+def test_rounding_is_what_merge_and_unload_does(lora):
+    """PEFT adds the adapter to the dequantized weight of bitsandbytes, and rounds the sum."""
+    nf4 = BitsAndBytesConfig(**NF4().stock_config())
+    base = AutoModelForCausalLM.from_pretrained(lora / "model", quantization_config=nf4, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, str(lora / "trained")).merge_and_unload()
+    change = TrainedChange.read(lora / "trained")
+    layers = change.layers(all_layers(AutoModelForCausalLM.from_pretrained(lora / "model")))
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, layer in layers.items():
+        weight = merged.get_submodule(name).weight
+        found = dequantize_4bit(weight.data, weight.quant_state).float()
+        quantized = NF4().quantize(layer.weight).dequantize()
+        expected = NF4().quantize(change.effective(layer, layers, quantized)).dequantize()
+        differing = (found - expected).abs() > 1e-3 * expected.abs().max()
+        assert differing.float().mean() < 0.01  # PEFT's sum is rounded in another order, so that a tie falls otherwise
+
+
+@pytest.mark.parametrize("target", ["trained", "full"])
+def test_both_targets_are_approached(lora, tmp_path, target):
+    merge(lora / "trained", GPTQ(8, group_size=32), out=tmp_path / "out", target=target, **FAST)
+    change = TrainedChange.read(lora / "trained")
+    layers = change.layers(all_layers(AutoModelForCausalLM.from_pretrained(lora / "model")))
+    found = weights_in(tmp_path / "out")
+    for name, layer in layers.items():
+        quantized = NF4().quantize(layer.weight).dequantize()
+        ends = {"full": layer.weight + change.of(layer, layers), "trained": change.effective(layer, layers, quantized)}
+        near, far = ((found[name] - ends[one]).norm() for one in (target, "full" if target == "trained" else "trained"))
+        assert near < 0.5 * far
+
+
+def test_nothing_is_written_above_the_largest_divergence(lora, tmp_path):
+    options = {"calibration": CALIBRATION, "texts": TEXTS, "training": ScaleTraining(0)}
+    with pytest.raises(
+        QualityError, match=r"at most 1e-09 nats a token, got .* on shipped text, so nothing was written"
+    ):
+        merge(lora / "trained", GPTQ(2, group_size=32), out=tmp_path / "out", max_kl=1e-9, **options)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["out.partial"])  # the state, for another limit
+    merge(lora / "trained", GPTQ(2, group_size=32), out=tmp_path / "out", max_kl=1.0, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ConfigurationError, match="Expected windows to measure the divergence on"):
+        merge(lora / "trained", NF4(), out=tmp_path / "other", max_kl=1.0, **FAST)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [NF4(), NF4(double_quantization=False), GPTQ(group_size=32), Uniform(3, group_size=16), Uniform(2, None)],
+    ids=repr,
+)
+def test_rescaled_weights_are_their_weights_times_their_factors(weight, generator):
+    values = torch.randn(64, 96, generator=generator)
+    nearest = nearest_of(weight)
+    stored = nearest.quantize(values)
+    factors = 1 + 0.1 * torch.rand(stored.scale_count, generator=generator)
+    expected = stored.dequantize() * stored.spread(factors)
+    size = expected.abs().max().item()
+    torch.testing.assert_close(stored.rescaled(factors).dequantize(), expected, rtol=0, atol=0.02 * size)
+    if stored.packed():
+        torch.testing.assert_close(unpacked(stored.packed(), torch.float32).dequantize(), stored.dequantize())
+
+
+def test_scales_that_cannot_change_say_so():
+    stored = Int8().quantize(torch.randn(4, 8))
+    assert stored.scale_count == 0
+    with pytest.raises(ConfigurationError, match="The scales of Int8Weight stay as they are"):
+        stored.rescaled(torch.ones(4))
+
+
+def test_trained_scales_bring_predictions_closer(lora, tmp_path):
+    """On the text of the training they are never worse, and the codes stay."""
+    results = {}
+    for steps in (0, 30):
+        training = ScaleTraining(steps, 2, 64, 5e-3)
+        results[steps] = merge(
+            lora / "trained", GPTQ(3, group_size=32), out=tmp_path / str(steps), calibration=CALIBRATION, texts=TEXTS,
+            training=training,
+        )  # fmt: skip
+    before, after = (results[steps].certificate.divergence for steps in (0, 30))
+    assert after < before
+    first, second = (load_file(tmp_path / str(steps) / "model.safetensors") for steps in (0, 30))
+    differing = {name for name in first if not torch.equal(first[name], second[name])}
+    assert differing
+    assert all(name.endswith(".scales") for name in differing)
+
+
+@pytest.mark.parametrize("writes", [3, 9, 14, 15, 20, 28])
+def test_a_killed_merge_goes_on_to_the_same_bytes(lora, tmp_path, monkeypatch, writes):
+    options = {
+        "calibration": CALIBRATION,
+        "texts": EvaluationTexts(windows=1, window_length=32),
+        "training": ScaleTraining(3, 2, 32),
+    }
+    merge(lora / "trained", GPTQ(group_size=32), out=tmp_path / "alone", **options)
+    with killed_after(writes, monkeypatch):
+        merge(lora / "trained", GPTQ(group_size=32), out=tmp_path / "killed", **options)
+    assert not (tmp_path / "killed").exists()
+    merge(lora / "trained", GPTQ(group_size=32), out=tmp_path / "killed", **options)
+    alone, killed = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("alone", "killed")
+    )
+    assert alone == killed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "killed"]
+
+
+def test_another_base_than_the_one_that_was_trained_on_is_refused(lora, tmp_path, tokenizer):
+    with pytest.raises(ModelError, match="was not made for"):
+        merge(lora / "trained", NF4(), out=tmp_path / "out", trained_on=Uniform(2), **FAST)
+    other = save_llama(tmp_path / "other", tokenizer, initializer_range=0.3)
+    with pytest.raises(ModelError, match="was not made for"):
+        merge(lora / "trained", NF4(), out=tmp_path / "out", model=other, **FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(lora, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept", encoding="utf-8")
+    with pytest.raises(OutputExistsError, match="already holds files"):
+        merge(lora / "trained", NF4(), out=Output(tmp_path / "out", overwrite=True), **FAST)
+
+
+def test_the_command_line_prints_the_certificate(lora, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(lora)
+    options = ["--samples", "4", "--sequence-length", "64", "--windows", "2", "--window-length", "64", "--steps", "2"]
+    out = tmp_path / "out"
+    status, shown, logged = run("merge", "trained", "--into", "gptq", "--into.group-size", "32", "--out", out, *options)
+    assert status == 0, logged
+    assert MERGED in shown
+    assert "2 windows of 64 tokens" in shown
+    status, _, logged = run("merge", "trained", "--initial", "zero", "--out", out, *options)
+    assert status == 1
+    assert "Leave --initial out" in " ".join(logged.split())
+
+
+def test_a_certificate_takes_the_worst_text():
+    scores = [{MERGED: Scores((1.0, 1.0), (kl, kl))} for kl in (0.1, 0.3)]
+    certificate = Certificate(dict(zip("ab", scores, strict=True)), {"a": (1.0, 1.0), "b": (1.0, 1.0)}, 8)
+    certificate.check(0.3)
+    with pytest.raises(QualityError, match=r"got 0\.3000 on b"):
+        certificate.check(0.29)
+
+
+def test_formats_have_their_careful_and_their_nearest_rounding():
+    for into in (NF4(), GPTQ(3), Uniform(3), Int8()):
+        nearest, careful = nearest_of(into), careful_of(into) or into
+        assert isinstance(nearest, Quantizer)
+        assert not nearest.needs_calibration
+        weight = torch.randn(8, 64)
+        from quailora import InputStatistics
+
+        seen = InputStatistics.from_inputs(torch.randn(100, 64))
+        assert nearest.quantize(weight).nbytes == careful.quantize(weight, seen).nbytes

@@ -41,12 +41,14 @@ from quailora.bases import ExistingBase
 from quailora.bases.fresh import FreshBase
 from quailora.calibration.walk import collect_statistics
 from quailora.evaluation.texts import EvaluationTexts
+from quailora.merging.scales import ScaleTraining
 from quailora.merging.trained_on import base_at
 from quailora.models.layers import Layer, linear_layers
 from quailora.models.load import load_model
 from quailora.models.locate import resolve
 from quailora.models.weights import replaced
 
+from .after_tables import draw
 from .arms import ARMS, Arm
 from .data import Data, load_data
 from .protocol import PROTOCOLS, Protocol, Run
@@ -66,6 +68,10 @@ BASES: dict[str, Quantizer] = {"gptq4": GPTQ(), "gptq3": GPTQ(bits=3), "hqq4": H
 """What adapters are moved to."""
 
 RANKS = (16, 32)
+
+TUNED = (("gptq", 100, 5e-3), ("gptq", 300, 3e-3), ("nf4", 100, 5e-3))
+"""Other trainings of scales than the default, to see whether they are better: format, steps and rate."""
+
 _ROWS = 8  # sequences whose predictions are kept at a time
 
 Weights = Mapping[str, Tensor]
@@ -119,6 +125,14 @@ class After:
         """Print the jobs that are left."""
         print("\n".join(job for job in jobs() if job not in {row["key"] for row in self._store.rows()}))
 
+    def draw(self, page: Path = Path("docs/after.md")) -> None:
+        """Write the tables into the documentation.
+
+        Args:
+            page: the page.
+        """
+        draw(self._store.rows(), page)
+
     def run(self, only: str = "", seconds: float = 1e9) -> None:
         """Carry out the jobs that are left, except for those that another process is at.
 
@@ -157,7 +171,10 @@ class After:
         if kind == "reference":
             return self._reference(self._adapter(*parts))
         if kind == "merge":
-            return self._merged(self._adapter(*parts[:2]), parts[2], parts[3])
+            return self._merged(self._adapter(*parts[:2]), parts[2], parts[3], ScaleTraining())
+        if kind == "tune":
+            training = ScaleTraining(int(parts[3]), learning_rate=float(parts[4]))
+            return self._merged(self._adapter(*parts[:2]), parts[2], "trained", training)
         if kind == "start":
             return self._started(parts[0])
         if kind == "rebase":
@@ -184,8 +201,11 @@ class After:
         variants["full, GPTQ"] = {key: published.quantize(one, seen[key]).dequantize() for key, one in full.items()}
         return {"scores": scorer.scores(unmerged, variants)}
 
-    def _merged(self, adapter: Adapter, name: str, target: str) -> dict[str, Any]:
-        scorer, out = self._scorer(), self._work / f"merge-{adapter.arm}-{adapter.seed}-{name}-{target}"
+    def _merged(self, adapter: Adapter, name: str, target: str, training: ScaleTraining) -> dict[str, Any]:
+        scorer = self._scorer()
+        out = (
+            self._work / f"merge-{adapter.arm}-{adapter.seed}-{name}-{target}-{training.steps}-{training.learning_rate}"
+        )
         began = time.monotonic()
         merge(
             adapter.folder,
@@ -197,6 +217,7 @@ class After:
             target="trained" if target == "trained" else "full",
             calibration=scorer.batches,
             texts=EvaluationTexts(windows=0),
+            training=training,
             resources=self._resources(),
         )
         seconds = time.monotonic() - began
@@ -395,11 +416,12 @@ def jobs() -> list[str]:
     adapters = [f"{arm}/{seed}" for seed in seeds for arm in reversed(STARTS)]
     merges = [f"merge/{one}/{name}/trained" for one in adapters for name in FORMATS]
     return [
-        *(f"reference/{one}" for one in adapters),
+        *(f"tune/best/0/{name}/{steps}/{rate}" for name, steps, rate in TUNED),
         *merges,
         *(f"start/{name}" for name in BASES),
         *(f"again/{name}/{seed}" for seed in seeds for name in BASES),
         *(f"rebase/best/{seed}/{name}/{rank}" for seed in seeds for rank in RANKS for name in BASES),
+        *(f"reference/{one}" for one in adapters),
         *(f"merge/{one}/nf4/full" for one in adapters),
         *(f"rebase/{arm}/{seed}/{name}/32" for seed in seeds for arm in ("qlora", "quailora") for name in BASES),
     ]

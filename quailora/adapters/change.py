@@ -106,6 +106,7 @@ class TrainedChange:
         Raises:
             ConfigurationError: if the adapter has tensors for layers that the model does not have, or of other shapes.
         """
+        # Every tensor of the adapter has to find its layer: one that is left over is a change that would be lost.
         chosen = {name: layer for name, layer in layers.items() if self._has(layer)}
         known = {*self._parameters(self.trained, chosen).keys}
         shapes = {name: layer.shape for name, layer in chosen.items()}
@@ -146,6 +147,7 @@ class TrainedChange:
             base: the quantized weight that it was trained on, for families that need it.
         """
         with named(layer.name):
+            # Families that do not multiply the base read its shape at most.
             shape = torch.empty(layer.shape) if base is None else base.float().cpu()
             after = self._effective(self.trained, layer, layers, shape)
             if self.before is not None:

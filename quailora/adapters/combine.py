@@ -55,6 +55,8 @@ def combine(
     check_writable(target)
     config = {**changes[0].trained.config, "auto_mapping": None, "init_lora_weights": True}
     with new_folder(target, overwrite) as folder:
+        # On the base the change alone lies in a folder of its own, as `rebase` leaves it, so that the combined adapter
+        # can be merged or moved like any other one.
         change_folder = folder
         if on == "quantized base":
             change_folder = folder / EARLIER
@@ -113,6 +115,8 @@ def check_alone(change: TrainedChange) -> None:
 
 def summed(parts: Sequence[Part]) -> list[Part]:
     """Return parts in which each adapter comes once, with the sum of its factors, and none with the factor 0."""
+    # The start comes with the factor -c from each change and with 1 on the base: one part in place of several keeps the
+    # rank low, and a sum of zero leaves it out.
     found: dict[str, Part] = {}
     for saved, factor in parts:
         before = found.get(saved.digest, (saved, 0.0))[1]

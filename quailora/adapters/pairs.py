@@ -57,6 +57,7 @@ def find_initial(trained: SavedAdapter) -> Path:
             f"{trained.folder} does not say which adapter its training started from. Pass the folder of that adapter "
             f"as `initial`, or `initial='{ZERO}'` if it added nothing before its training, as plain LoRA does."
         )
+    # Checkpoints of a trainer lie one or two folders below the run, and starts beside it; nothing is searched further.
     places = [trained.folder.resolve(), *trained.folder.resolve().parents[:_DEPTH], Path.cwd()]
     for folder in adapters_around(places):
         if noted_digest(folder) == origin.initial and digest_of_adapter(SavedAdapter.read(folder)) == origin.initial:
@@ -105,6 +106,7 @@ def check_added_nothing(trained: SavedAdapter) -> None:
             f"from factors with the hash {origin.initial or 'of an earlier version'}. Leave `initial` out, or pass the "
             "folder that it started from."
         )
+    # Families other than LoRA have no such entry: where they start from noise of their own, all of it counts as trained.
     start = trained.config.get("init_lora_weights")
     if start not in _ADD_NOTHING:
         raise ConfigurationError(

@@ -57,6 +57,7 @@ def stacked(parts: Sequence[Part]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     fused = {tuple(saved.config.get("target_parameters") or ()) for saved, _ in parts}
     if len(fused) > 1:
         raise ModelError("Expected adapters of the same fused experts, got others. Merge them one after the other.")
+    # Adapters may have other layers than each other; a layer gets the directions of those that it is in.
     stems = sorted({stem for saved, _ in parts for stem in saved.stems})
     tensors: dict[str, Tensor] = {
         key: tensor

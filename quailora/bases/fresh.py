@@ -79,6 +79,7 @@ class FreshBase(ExistingBase):
     def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:
         if layer not in self.layers:
             raise ModelError(f"Expected a layer {layer} that {self.made_by!r} quantizes, and there is none.")
+        # From the file and not from the model, whose layers hold other weights by now.
         return self.made_by.quantize(self._files.weight(layer).to(device, dtype))
 
 

@@ -69,7 +69,8 @@ def imported_rows() -> list[Rows]:
 
     found: list[Rows] = []
     own: tuple[Mapping[str, type[Any]], ...] = (QUANTIZERS, SOLVERS, WEIGHTINGS, FAMILIES)
-    for interface, table in zip(interfaces().values(), own, strict=True):
+    shown = [interfaces()[option] for option in ("quantizer", "solver", "metric", "family")]
+    for interface, table in zip(shown, own, strict=True):
         classes = [*table.values(), *(cls for cls in subclasses(interface) if not is_own(cls))]
         found.append([(cls.name or written_name(cls), f"{cls.__doc__ or ''}".partition("\n")[0]) for cls in classes])
     own_base = {name for name, recipe in RECIPES.items() if recipe.changes_base}

@@ -30,6 +30,7 @@ def run_convert(options: Mapping[str, Any]) -> Conversion | FullModel:
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
+    # One command for three results: the merged model, the sum of several changes, and the change of one adapter.
     adapters, factors = [options["adapter"], *options["add"]], numbers_of(options["factors"])
     shared = {name: options[name] for name in ("out", "initial", "model", "overwrite")}
     if options["merge"]:

@@ -119,6 +119,8 @@ def certify(
     losses: dict[str, tuple[float, ...]] = {}
     given = given_tokens(loaded.tokenizer, texts.bos)
     length = 0
+    # The unmerged model stands in the place of the model itself, which `measure` compares variants with. Weights that
+    # are rounded are read from the layers, which hold those of the unmerged model by then.
     with replaced(every, unmerged), replaced(modules, change.modules):
         variants: dict[str, Mapping[str, Tensor]] = {
             MERGED: merged,
@@ -136,6 +138,7 @@ def certify(
 
 def unmerged_weight(fine_tuned: FineTuned, layer: Layer, own: dict[str, Layer]) -> Tensor:
     """Return what a layer of the unmerged model computes with: `Q + C`, or `Q` without an adapter."""
+    # A layer that the base has in full precision carries the adapter on its own weight.
     assert fine_tuned.trained_on is not None
     if layer.name not in fine_tuned.trained_on.layers:
         return changed_weight(fine_tuned, layer, own)

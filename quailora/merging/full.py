@@ -82,6 +82,8 @@ def merge_full(
     needs_base = any(change.needs_base for change in changes)
     base = base_trained_on(changes[0], name, trained_on) if needs_base else None
     fine_tuned = FineTuned(changes, weights, base)
+    # The weights stay on disk while the model is changed and written, whatever its size: each changed layer is a file
+    # that takes the place of the layer in the map of the loaded checkpoint.
     offload = folder.with_name(f".{folder.name}.offload")
     try:
         loaded = load_model(

@@ -116,6 +116,8 @@ def merge(
         texts.check()
     plan = plan_run(name, method, source_of(calibration), ["all-linear"], output, resources, fine_tuned=fine_tuned)
     folder = Path(plan.output.folder if plan.output else output.folder)
+    # Everything that can fail is done inside the folder that is not there yet: a model that is worse than asked for, or
+    # a process that is killed, leaves the state of the run and no model.
     with finished_run(plan) as finished:
         if finished is None:  # in all but the first of several processes
             return Merged(folder, 0.0, None)
@@ -157,6 +159,7 @@ def with_trained_scales(finished: AdapterOutput, training: ScaleTraining) -> dic
 
     They stay as they are, with a warning, where weights wait on disk or the format has no scales to train.
     """
+    # Results are kept in the store of the run like layers, so that a killed process does not train again.
     layers, model, store = finished.finished, finished.loaded.model, finished.run.store
     scaled = {name: one for name, one in layers.items() if one.packed}
     if not training.steps or not scaled:

@@ -108,6 +108,8 @@ def rebase(
             f"The recipe {recipe!r} chooses a base of its own, and rebase moves an adapter onto a given one. Take "
             "another recipe, such as best."
         )
+    # The layers that the adapter is in are named one by one, so that one which the other base does not have is refused
+    # and not left out: the change in it would be lost.
     empty = empty_model(name, trust_remote_code=resources.trust_remote_code)
     targets = sorted({layer.group for layer in change.layers(all_layers(empty)).values()})
     whole = tuple(sorted({key.rpartition(".")[0] for key in change.modules}))
@@ -125,6 +127,7 @@ def rebase(
 
 def scaling_of(change: TrainedChange, rank: int | None) -> LoraScaling:
     """Return the ranks and alphas of the adapter for the other base: those of the trained one, or one rank for all."""
+    # The factor that PEFT multiplies the product with stays the same, so that learning rates keep their meaning.
     own = change.scaling
     if rank is None or rank == own.rank:
         return own
@@ -147,6 +150,8 @@ def other_base(
     written = replace(output, save_base=output.save_base or quantizer.stock_config() is None)
     if not quantizer.needs_calibration:
         return FreshBase(model, quantizer, resources.trust_remote_code), written, None
+    # A base that was calibrated is made in a run of its own on the full-precision model. The folder is named by all
+    # that it depends on, so that a killed run finds it again and another one makes its own.
     target = folder_of(output.folder)
     made_of = [json.dumps(describe(quantizer)), weights_of(resolve(model)), json.dumps(source.described(), default=str)]
     staged = target.with_name(f".{target.name}.base-{digest([*made_of, resources.dtype])}")

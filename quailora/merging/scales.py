@@ -24,11 +24,12 @@ from ..errors import ConfigurationError, NumericalError
 from ..methods.distillation import divergence
 from ..models.layers import Layer
 from ..quantizers import QuantizedWeight
-from ..support.progress import track
+from ..support.progress import console, track
 
 logger = logging.getLogger("quailora")
 
 _HELD_OUT = 4  # batches that tell whether the training has helped
+_LOGGED = 20  # steps from one line of the log to the next
 
 
 @final
@@ -82,6 +83,8 @@ class ScaleTraining:
         Raises:
             NumericalError: if the loss is NaN or infinite.
         """
+        # Only the scales are trained: they are one number in 64, and what is stored of them has room for any value,
+        # while codes have 16. The model itself computes the aim, so its weights stay where they are.
         device = next(model.parameters()).device
         scaled = {name: weight for name, weight in weights.items() if weight.scale_count}
         if not scaled or not self.steps:
@@ -106,6 +109,7 @@ class ScaleTraining:
             with torch.no_grad():
                 return sum(loss_of(ids).item() for ids in held_out) / max(1, len(held_out))
 
+        # The layers of the model hold parameters that would collect gradients, as large as the model, for nothing.
         requiring = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in requiring:
             parameter.requires_grad_(False)
@@ -122,6 +126,8 @@ class ScaleTraining:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 rate.step()
+                if not console.is_terminal and rate.last_epoch % _LOGGED == 0:  # where nobody sees a progress bar
+                    logger.info("Training scales: step %d of %d.", rate.last_epoch, self.steps)
             after = held_out_loss()
         finally:
             for parameter in requiring:
@@ -175,6 +181,8 @@ class Rescaled:
         """Return the outputs."""
         if self.change is None:
             return self._linear(inputs, None)
+        # The product of values and factors is as large as the weight. It is not kept for the backward pass but made
+        # again there, so that all layers together need the memory of one.
         found: Tensor = checkpoint(self._linear, inputs, self.change, use_reentrant=False)
         return found
 
@@ -188,6 +196,7 @@ class Rescaled:
 
 def unpacked(packed: Mapping[str, Tensor], dtype: torch.dtype) -> QuantizedWeight:
     """Return the quantized weight that the tensors of a checkpoint hold, as `QuantizedWeight.packed` returns them."""
+    # What a reader takes from the configuration of a checkpoint follows from the tensors of one layer.
     config = quantization_config({"": packed})
     if "qweight" in packed:
         config["checkpoint_format"] = "gptq_v2"  # zero points as they are

@@ -81,6 +81,7 @@ def named_base(change: TrainedChange, model: str, given: Quantizer | StrPath | N
         return FreshBase(model, given)
     if given is not None:
         return base_at(given)
+    # What is nearest to the adapter counts most: a base beside it, then what its own note says, then PEFT's.
     folders = [change.trained.folder] + ([] if change.before is None else [change.before.folder])
     for folder in folders:
         if (folder / "base" / "config.json").is_file():

@@ -81,6 +81,8 @@ class FineTuned:
         weights = Computed(every, lambda layer: self.weight(layer, chosen))
         modules = {key: layer for change in self.changes for key, layer in modules_of(loaded.model, change).items()}
         whole = {key: tensor for change in self.changes for key, tensor in change.modules.items()}
+        # Weights are computed one by one, when they are put in place. A model that the caller holds gets its own back;
+        # one that was loaded for the run keeps the others, without a second copy.
         if not for_good:
             with replaced(every, weights), replaced(modules, whole):
                 yield
@@ -151,6 +153,8 @@ def modules_of(model: Any, change: TrainedChange) -> dict[str, Layer]:
         ConfigurationError: if the model does not have one, has it in another shape, or shares it with another module
             that was not changed in the same way.
     """
+    # PEFT copies a module that is trained whole, so that what it shares with another one is not shared in training. A
+    # model whose configuration ties both cannot hold them apart.
     known = dict(model.named_parameters(remove_duplicate=False))
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     found: dict[str, Layer] = {}

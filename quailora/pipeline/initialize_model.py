@@ -23,7 +23,7 @@ from ..methods.method import Method
 from ..methods.recipes import Recipe
 from ..models.layers import ALL_LINEAR, Layer, all_layers
 from ..models.limits import check_token_ids
-from ..models.load import LoadedModel, load_model, model_in_memory, resolve_device
+from ..models.load import LoadedModel, resolve_device
 from ..support import distributed
 from ..support.choices import BaseFormat
 from ..support.files import StrPath, folder_of, new_folder
@@ -32,6 +32,7 @@ from ..support.phases import Phases
 from .checkpoint import locked, open_checkpoint
 from .described import depends_on
 from .fingerprint import fingerprint
+from .loading import loaded_model, work_folder
 from .options import Output, Resources
 from .output import AdapterOutput
 from .plan import (
@@ -233,29 +234,6 @@ def handed_over(output: AdapterOutput) -> InitializedModel:
     with new_folder(folder, asked.overwrite) as partial:
         report = output.write(partial, asked.base_format if output.plan.save_base else None)
     return InitializedModel(output, report, folder)
-
-
-def work_folder(plan: RunPlan) -> Path | None:
-    """Return the folder for the state of a run, beside its output; None where a run cannot be resumed."""
-    if plan.output is None or not isinstance(plan.model, str):
-        return None
-    folder = Path(plan.output.folder)
-    return folder.with_name(f"{folder.name}.partial")
-
-
-def loaded_model(plan: RunPlan, offload: Path | None) -> LoadedModel:
-    """Return the model, loaded; with a folder `offload`, weights stay on disk, and converted ones are written there."""
-    if not isinstance(plan.model, str):
-        return model_in_memory(plan.model)
-    resources = plan.resources
-    return load_model(
-        plan.model,
-        resources.dtype,
-        resources.device,
-        offload=offload / f"offload-{distributed.rank()}" if offload is not None else None,
-        allow_pickle=resources.allow_pickle,
-        trust_remote_code=resources.trust_remote_code,
-    )
 
 
 def model_run(

@@ -1,0 +1,160 @@
+"""The tables of docs/after.md, from the rows that `experiments/after.py` has kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quailora.support.tables import markdown_table
+
+from .draw import filled
+from .statistics import Estimate, bootstrapped
+
+Rows = Mapping[str, Mapping[str, Any]]
+"""Rows by their keys."""
+
+Scores = Mapping[int, Mapping[str, Any]]
+"""Scores of each variant, by seeds."""
+
+TITLES = {"qlora": "QLoRA", "quailora": "`quailora`", "best": "`best`"}
+TEXTS = {"pairs": "instruction pairs", "wikitext2": "WikiText-2"}
+
+
+def draw(rows: Sequence[Mapping[str, Any]], page: Path) -> None:
+    """Write the tables into a page, between their marks."""
+    by_key = {str(row["key"]): row for row in rows}
+    tables = {"merges": merges(by_key), "full": full_precision(by_key), "moves": moves(by_key)}
+    page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def found(rows: Rows, arm: str, kind: str, end: str) -> Scores:
+    """Return the scores of a job for each seed that has been run: `kind/arm/seed/end`."""
+    keys = {seed: f"{kind}/{arm}/{seed}{end}" for seed in range(10)}
+    return {seed: rows[key]["scores"] for seed, key in keys.items() if key in rows}
+
+
+def numbers(
+    scores: Mapping[int, Mapping[str, Any]], seeds: Sequence[int], variant: str, what: str
+) -> list[list[float]]:
+    """Return the numbers of a variant, (seeds, pairs or windows)."""
+    return [scores[seed][variant][what] for seed in seeds]
+
+
+def shown(estimate: Estimate, digits: int = 3, sign: str = "+") -> str:
+    """Return a number with its interval."""
+    form = f"{{:{sign}.{digits}f}}"
+    return f"{form.format(estimate.value)} ({form.format(estimate.low)} to {form.format(estimate.high)})"
+
+
+def merges(rows: Rows) -> str:
+    """Return the divergences of merged models from the unmerged ones, and their losses."""
+    lines = []
+    for arm, title in TITLES.items():
+        reference = found(rows, arm, "reference", "")
+        for name, into in (("nf4", "NF4"), ("gptq", "GPTQ, 4 bits")):
+            ways = [
+                ("`merge`", found(rows, arm, "merge", f"/{name}/trained"), "merged"),
+                ("`merge --target full`", found(rows, arm, "merge", f"/{name}/full"), "merged"),
+                ("the trained weights rounded", reference, f"rounded {name}"),
+                ("merged in full precision, rounded", reference, f"full, rounded {name}"),
+            ]
+            if name == "gptq":
+                ways.append(("merged in full precision, GPTQ", reference, "full, GPTQ"))
+            lines += [[title, into, way, *cells(scores, reference, variant)] for way, scores, variant in ways if scores]
+        if reference:
+            lines.append([title, "16 bits", "`convert --merge`", *cells(reference, reference, "full")])
+    head = ["start", "into", "way"]
+    for text in TEXTS.values():
+        head += [f"KL, {text}", "of `merge_and_unload`", "loss less that of the unmerged model"]
+    return markdown_table([*head, "seeds"], lines)
+
+
+def cells(
+    scores: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]], variant: str
+) -> list[str]:
+    """Return the cells of a way to merge: divergence, its share, and the loss, for each text; and the seeds."""
+    seeds = sorted(scores.keys() & reference.keys())
+    line = []
+    for text in TEXTS:
+        divergence = numbers(scores, seeds, variant, f"{text} kl")
+        unloaded = numbers(reference, seeds, "rounded nf4", f"{text} kl")
+        share = bootstrapped(lambda one, other: one / other, divergence, unloaded)
+        losses = numbers(scores, seeds, variant, text), numbers(reference, seeds, "unmerged", text)
+        line += [
+            f"{np.mean(divergence):.4f}",
+            shown(share, 2, ""),
+            shown(bootstrapped(lambda one, other: one - other, *losses)),
+        ]
+    return [*line, str(len(seeds))]
+
+
+def full_precision(rows: Rows) -> str:
+    """Return the losses of the unmerged models and of the full-precision ones with what was trained."""
+    lines = []
+    for arm, title in TITLES.items():
+        reference = found(rows, arm, "reference", "")
+        if not reference:
+            continue
+        seeds, line = sorted(reference), [title]
+        for text in TEXTS:
+            unmerged, full = (numbers(reference, seeds, variant, text) for variant in ("unmerged", "full"))
+            apart = bootstrapped(lambda one, other: one - other, full, unmerged)
+            line += [f"{np.mean(unmerged):.3f}", f"{np.mean(full):.3f}", shown(apart)]
+        lines.append([*line, str(len(seeds))])
+    head = ["start"]
+    for text in TEXTS.values():
+        head += [f"unmerged, {text}", "in full precision", "less"]
+    return markdown_table([*head, "seeds"], lines)
+
+
+def moves(rows: Rows) -> str:
+    """Return how much of the gain of fine-tuning is left on other bases, without training and after training again."""
+    lines = []
+    for name in ("int8", "gptq4", "hqq4", "gptq3"):
+        start = rows.get(f"start/{name}")
+        if start is None:
+            continue
+        ways: list[tuple[str, str, Callable[[int], str], str]] = [
+            ("trained again", "best", lambda seed: f"again/{name}/{seed}", "trained again")  # noqa: B023
+        ]
+        for arm, rank in (("best", 16), ("best", 32), ("quailora", 32), ("qlora", 32)):
+            key = f"rebase/{arm}/{{}}/{name}/{rank}"
+            ways.append((f"{TITLES[arm]} moved, rank {rank}", arm, key.format, "rebased"))
+        for way, arm, key_of, variant in ways:
+            lines += line_of(rows, start["scores"], name, (way, arm, key_of, variant))
+    head = ["base", "way", "loss before", "loss after", "share of the gain, pairs", "loss on WikiText-2", "seeds"]
+    return markdown_table(head, lines)
+
+
+def line_of(
+    rows: Rows, start: Mapping[str, Any], name: str, way: tuple[str, str, Callable[[int], str], str]
+) -> list[list[str]]:
+    """Return the line of one way to come to a base; none if it was not run.
+
+    The gain in full precision is the loss of the model before training less that of the full-precision merge.
+    """
+    title, arm, key_of, variant = way
+    reference = found(rows, arm, "reference", "")
+    seeds = [seed for seed in sorted(reference) if key_of(seed) in rows]
+    if not seeds:
+        return []
+    after = [rows[key_of(seed)]["scores"][variant] for seed in seeds]
+    losses = [one["pairs"] for one in after]
+    before, own = [start["start"]["pairs"]] * len(seeds), [start["full"]["pairs"]] * len(seeds)
+    full = numbers(reference, seeds, "full", "pairs")
+    share = bootstrapped(lambda b, a, w, f: (b - a) / (w - f), before, losses, own, full)
+    wikitext = float(np.mean([one["wikitext2"] for one in after]))
+    return [
+        [
+            name,
+            title,
+            f"{np.mean(before):.3f}",
+            f"{np.mean(losses):.3f}",
+            shown(share, 2, ""),
+            f"{wikitext:.3f}",
+            str(len(seeds)),
+        ]
+    ]

@@ -144,7 +144,7 @@ def test_trained_scales_bring_predictions_closer(lora, tmp_path):
     """On the text of the training they are never worse, and the codes stay."""
     results = {}
     for steps in (0, 30):
-        training = ScaleTraining(steps, 2, 64, 5e-3)
+        training = ScaleTraining(steps, 128, 64, 5e-3)
         results[steps] = merge(
             lora / "trained", GPTQ(3, group_size=32), out=tmp_path / str(steps), calibration=CALIBRATION, texts=TEXTS,
             training=training,
@@ -162,7 +162,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(lora, tmp_path, monkeypatch, w
     options = {
         "calibration": CALIBRATION,
         "texts": EvaluationTexts(windows=1, window_length=32),
-        "training": ScaleTraining(3, 2, 32),
+        "training": ScaleTraining(3, 64, 32),
     }
     merge(lora / "trained", GPTQ(group_size=32), out=tmp_path / "alone", **options)
     with killed_after(writes, monkeypatch):

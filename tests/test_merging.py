@@ -180,6 +180,17 @@ def test_plain_lora_needs_a_word(folder, tmp_path):
             TrainedChange.read(tmp_path / "trained", "zero")
 
 
+def test_the_model_that_was_trained_is_taken_as_it_is(folder, lora, tmp_path, monkeypatch):
+    monkeypatch.chdir(lora)
+    model = train(lora / "start", tmp_path / "unused", by=0.3)
+    merge_full([model], out=tmp_path / "memory")
+    merge_full([lora / "trained"], out=tmp_path / "files")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("memory", "files"))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    with pytest.raises(TypeError, match="got LlamaForCausalLM"):
+        merge_full([AutoModelForCausalLM.from_pretrained(folder)], out=tmp_path / "out")
+
+
 def test_zero_is_no_start_of_an_adapter_that_notes_another(lora):
     with pytest.raises(ConfigurationError, match="notes that it started from factors with the hash"):
         TrainedChange.read(lora / "trained", "zero")

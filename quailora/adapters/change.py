@@ -18,7 +18,7 @@ from ..families.adapter import Parameters
 from ..models.layers import Layer
 from ..support.files import StrPath
 from .convert_linear import is_plain_lora
-from .hub import adapter_folder
+from .given import AdapterGiven, given_folder
 from .lora import PREFIX, LoraScaling, expert_stacks
 from .pairs import adapter_keys, check_trained_from, initial_of
 from .provenance import Origin, digest_of, read_provenance
@@ -52,11 +52,11 @@ class TrainedChange:
     earlier: TrainedChange | None = None
 
     @classmethod
-    def read(cls, adapter: StrPath, initial: StrPath | None = None) -> TrainedChange:
+    def read(cls, adapter: AdapterGiven, initial: StrPath | None = None) -> TrainedChange:
         """Read an adapter and its start from their folders.
 
         Args:
-            adapter: hub name or folder of the trained adapter.
+            adapter: hub name or folder of the trained adapter, or the `PeftModel` that was trained.
             initial: hub name or folder of the adapter that its training started from; "zero" if it added nothing; None
                 looks for it, see `initial_of`.
 
@@ -64,7 +64,7 @@ class TrainedChange:
             ConfigurationError: if training did not start there, as far as the files tell, or has changed nothing.
             ModelError: if a file is missing or damaged, or the adapter is of a family whose change is no weight.
         """
-        trained = SavedAdapter.read(adapter_folder(adapter))
+        trained = SavedAdapter.read(given_folder(adapter))
         family, scaling = family_of_saved(trained)
         before = initial_of(trained, initial)
         if before is not None:

@@ -11,13 +11,14 @@ from ..support.files import StrPath, as_str, check_writable, folder_of, new_fold
 from .change import EARLIER, TrainedChange
 from .convert import Conversion, original_model
 from .convert_linear import is_plain_lora
+from .given import AdapterGiven
 from .provenance import digest_of, read_provenance
 from .saved import SavedAdapter
 from .stacked import Part, parts_of, stacked
 
 
 def combine(
-    adapters: Sequence[StrPath],
+    adapters: Sequence[AdapterGiven],
     factors: Sequence[float] = (),
     *,
     out: StrPath,
@@ -33,7 +34,7 @@ def combine(
     the factors add up to 1. Here it counts once on the quantized base, and not at all in full precision.
 
     Args:
-        adapters: hub names or folders of the trained adapters, all of them by LoRA.
+        adapters: hub names or folders of the trained adapters, or models with them, all of them by LoRA.
         factors: the factor `c_i` of each; 1 for each if empty. A negative one takes away what a training has added.
         out: folder for the new adapter.
         on: what the new adapter is for: the "quantized base" of the others, or the model in "full precision".

@@ -15,7 +15,7 @@ from ..errors import ConfigurationError
 from ..support.files import StrPath, as_str, check_writable, folder_of, new_folder, write_json, write_tensors
 from ..support.tables import print_table
 from .convert_linear import is_plain_lora, linear_change
-from .hub import adapter_folder
+from .given import AdapterGiven, given_folder
 from .lora import LoraScaling
 from .pairs import check_pair, check_started_from, check_without_earlier, initial_of
 from .provenance import read_provenance
@@ -46,7 +46,7 @@ class Conversion:
 
 
 def convert(
-    adapter: StrPath,
+    adapter: AdapterGiven,
     *,
     out: StrPath,
     initial: StrPath | None = None,
@@ -61,7 +61,7 @@ def convert(
     C3A, FourierFT, WaveFT, BEFT) it is an adapter of the same size.
 
     Args:
-        adapter: folder of the trained adapter, as PEFT saved it.
+        adapter: hub name or folder of the trained adapter, as PEFT saved it, or the `PeftModel` that was trained.
         out: folder for the new adapter.
         initial: folder that `init` wrote, from which the training started; it is looked for around the trained adapter
             if None, by the hash that training keeps.
@@ -71,7 +71,7 @@ def convert(
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    trained = SavedAdapter.read(adapter_folder(adapter))
+    trained = SavedAdapter.read(given_folder(adapter))
     before = initial_of(trained, initial)
     if before is None:
         raise ConfigurationError(

@@ -106,7 +106,8 @@ def check_added_nothing(trained: SavedAdapter) -> None:
             f"from factors with the hash {origin.initial or 'of an earlier version'}. Leave `initial` out, or pass the "
             "folder that it started from."
         )
-    # Families other than LoRA have no such entry: where they start from noise of their own, all of it counts as trained.
+    # Families other than LoRA have no such entry: where they start from noise of their own, all of it counts as
+    # trained.
     start = trained.config.get("init_lora_weights")
     if start not in _ADD_NOTHING:
         raise ConfigurationError(

@@ -10,6 +10,7 @@ from typing import final
 
 from ..adapters.change import TrainedChange
 from ..adapters.combine import check_alone
+from ..adapters.given import AdapterGiven
 from ..errors import ConfigurationError
 from ..models.load import load_model, save_model
 from ..pipeline.checks import output_folder
@@ -45,7 +46,7 @@ class FullModel:
 
 @within_memory("`device='cpu'`")
 def merge_full(
-    adapters: Sequence[StrPath],
+    adapters: Sequence[AdapterGiven],
     *,
     out: StrPath,
     factors: Sequence[float] = (),
@@ -61,7 +62,7 @@ def merge_full(
     have no error. The weights stay on disk, and one shard is in memory at a time.
 
     Args:
-        adapters: hub names or folders of the trained adapters.
+        adapters: hub names or folders of the trained adapters, or the `PeftModel` that was trained.
         out: folder for the model.
         factors: the factor `c_i` of each adapter; 1 for each if empty.
         initial: the adapter that the trainings started from, "zero" if it added nothing; looked for if None.

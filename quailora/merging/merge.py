@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, final
 
 from ..adapters.change import TrainedChange
+from ..adapters.given import AdapterGiven
 from ..adapters.lora import LoraScaling
 from ..errors import ConfigurationError
 from ..evaluation.texts import EvaluationTexts
@@ -63,7 +64,7 @@ class Merged:
 
 @within_memory("fewer or shorter windows, or none (`windows=0`), and `device='cpu'`")
 def merge(
-    adapter: StrPath,
+    adapter: AdapterGiven,
     into: Quantizer,
     *,
     out: Output | StrPath,
@@ -84,7 +85,7 @@ def merge(
     nearest, as PEFT's `merge_and_unload` does, loses what is smaller than a step of the codes.
 
     Args:
-        adapter: hub name or folder of the trained adapter.
+        adapter: hub name or folder of the trained adapter, or the `PeftModel` that was trained.
         into: the format: NF4 or FP4 and Int8 of bitsandbytes, or GPTQ for AutoGPTQ's.
         out: folder for the model, or `Output` for more choices.
         initial: the adapter that the training started from, "zero" if it added nothing; looked for if None.

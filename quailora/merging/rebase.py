@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 from ..adapters.change import TrainedChange
+from ..adapters.given import AdapterGiven
 from ..adapters.lora import LoraScaling
 from ..bases import ExistingBase
 from ..bases.fresh import FreshBase, MadeBase
@@ -62,7 +63,7 @@ class Rebased:
 
 
 def rebase(
-    adapter: StrPath,
+    adapter: AdapterGiven,
     *,
     out: Output | StrPath,
     initial: StrPath | None = None,
@@ -81,7 +82,7 @@ def rebase(
     share the rank. Nothing is trained.
 
     Args:
-        adapter: hub name or folder of the trained adapter.
+        adapter: hub name or folder of the trained adapter, or the `PeftModel` that was trained.
         out: folder for the adapter, or `Output` for more choices. A base that stock transformers does not make while it
             loads a model is written to the folder `base` in it.
         initial: the adapter that the training started from, "zero" if it added nothing; looked for if None.

@@ -43,25 +43,30 @@ class ScaleTraining:
 
     Attributes:
         steps: updates; 0 trains nothing.
-        batch: windows in a step.
-        sequence_length: tokens in a window.
+        tokens: tokens in a step, as whole windows.
+        sequence_length: tokens in a window; those of the calibration where they are fewer.
         learning_rate: learning rate of the first step, relative to a scale.
     """
 
     steps: int = 100
-    batch: int = 2
+    tokens: int = 1024
     sequence_length: int = 512
     learning_rate: float = 2e-3
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.batch < 1 or self.sequence_length < 2 or not 0 < self.learning_rate < math.inf:
+        if self.steps < 0 or self.tokens < 2 or self.sequence_length < 2 or not 0 < self.learning_rate < math.inf:
             raise ConfigurationError(
-                f"Expected steps of at least one window of two tokens and a positive learning rate, got {self!r}."
+                f"Expected steps of at least two tokens and a positive learning rate, got {self!r}."
             )
 
     def windows(self, source: CalibrationSource, tokenizer: Any) -> Int[Tensor, "samples sequence_length"]:
         """Return the windows to train on, and after them those that are held out."""
-        return source.training_windows(tokenizer, (self.steps + _HELD_OUT) * self.batch, self.sequence_length)
+        length = min(self.sequence_length, source.size[1])
+        return source.training_windows(tokenizer, (self.steps + _HELD_OUT) * self.rows(length), length)
+
+    def rows(self, length: int) -> int:
+        """Return how many windows of a length are in a step."""
+        return max(1, self.tokens // length)
 
     def train(
         self,
@@ -95,7 +100,7 @@ class ScaleTraining:
         values = {name: weight.dequantize().to(device) for name, weight in weights.items()}
         optimizer = torch.optim.AdamW(changes.values(), self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
-        batches = torch.split(windows.to(device), self.batch)
+        batches = torch.split(windows.to(device), self.rows(windows.shape[1]))
         trained, held_out = batches[: self.steps], batches[self.steps :]
 
         def loss_of(ids: Tensor) -> Tensor:

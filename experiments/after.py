@@ -145,7 +145,7 @@ class After:
         for job in jobs():
             if not job.startswith(only) or job in {row["key"] for row in self._store.rows()}:
                 continue
-            lock = FileLock(self._work / f"{job.replace('/', '-')}.lock")
+            lock = FileLock(self._work / f"job-{job.replace('/', '-')}.lock")
             if time.monotonic() - began > seconds or not acquired(lock):
                 continue
             try:

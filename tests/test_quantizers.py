@@ -239,6 +239,15 @@ def test_shrinkage_does_not_fit_what_few_tokens_say():
     assert errors[0.2] < 0.8 * errors[0.0]
 
 
+@pytest.mark.parametrize("columns", [64, 96, 1, 130])
+def test_blocks_of_four_bits_may_run_over_the_ends_of_rows(columns, generator):
+    """The codes looked up in the table, times the scale of their block: in any shape, on any device."""
+    stored = NF4(double_quantization=False).quantize(torch.randn(32, columns, generator=generator))
+    codes = torch.stack([stored.codes >> 4, stored.codes & 15], -1).flatten()[: 32 * columns].long()
+    values = stored.state.code[codes] * stored.state.absmax.repeat_interleave(64)[: 32 * columns]
+    torch.testing.assert_close(stored.dequantize(), values.view(32, columns))
+
+
 @each_quantizer
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_weights_are_named_and_counted(quantizer, bad):

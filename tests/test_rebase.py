@@ -225,6 +225,22 @@ def test_adapters_of_one_start_are_added_with_the_start_once(lora, tmp_path, fac
     assert check(tmp_path / "base", base=lora / "model").layers == 14  # it knows its base
 
 
+@pytest.mark.parametrize(("factors", "right"), [((0.25, 0.75), True), ((0.7, 0.7), False)])
+def test_pefts_own_sum_is_right_only_with_factors_that_add_up_to_one(lora, tmp_path, factors, right):
+    """Otherwise the common start, which makes up for the error of the base, counts more than once."""
+    model = AutoModelForCausalLM.from_pretrained(lora / "model")
+    stock = PeftModel.from_pretrained(model, str(lora / "trained-1"), adapter_name="one")
+    stock.load_adapter(str(lora / "trained-2"), adapter_name="two")
+    stock.add_weighted_adapter(["one", "two"], list(factors), "both", combination_type="cat")
+    stock.set_adapter("both")
+    found = effective_weights(stock)
+    combine([lora / "trained-1", lora / "trained-2"], factors, out=tmp_path / "ours")
+    plain = AutoModelForCausalLM.from_pretrained(lora / "model")
+    expected = effective_weights(PeftModel.from_pretrained(plain, str(tmp_path / "ours")))
+    apart = max((found[name] - weight).abs().max().item() for name, weight in expected.items())
+    assert (apart < 1e-4) == right, apart
+
+
 def test_adapters_of_other_starts_are_not_added(lora, tmp_path):
     init(str(lora / "model"), out=str(tmp_path / "start"), rank=8, samples=2, sequence_length=32, solver=Optimal())
     train(tmp_path / "start", tmp_path / "trained")

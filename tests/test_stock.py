@@ -14,16 +14,19 @@ from families import save_llama
 from helpers import evaluate, init
 from questions import save_task
 from safetensors.torch import load_file, save_file
+from trainings import train
 from transformers import AutoModelForCausalLM
 
 from examples import examples
-from quailora import GPTQ, Optimal, StoredBase, Uniform
+from quailora import GPTQ, NF4, Calibration, Optimal, StoredBase, TextSource, Uniform, merge, rebase
 from quailora.adapters.convert import convert
 from quailora.bases.awq import ORDER
 from quailora.calibration.text import shipped_text
 from quailora.errors import ModelError
 from quailora.evaluation.check import check
 from quailora.evaluation.evaluate import quantize_in_place
+from quailora.evaluation.texts import EvaluationTexts
+from quailora.merging.scales import ScaleTraining
 from quailora.models.layers import linear_layers
 from quailora.models.locate import resolve
 from quailora.quantizers.packing import pack_words, unpack_words
@@ -50,9 +53,10 @@ def stock(*command, folder="/", check=True):
 
 
 def perplexities(base, adapter, text):
-    """Return what the stock packages find for a base, and for an adapter on it."""
+    """Return what the stock packages find for a base, and for an adapter on it, if there is one."""
     script = SCRIPTS / "stock_perplexity.py"
-    printed = stock(script, base, adapter, "--text", text, "--windows", WINDOWS, "--dtype", "bfloat16")
+    adapters = [] if adapter is None else [adapter]
+    printed = stock(script, base, *adapters, "--text", text, "--windows", WINDOWS, "--dtype", "bfloat16")
     lines = [line.rpartition(": ")[2] for line in printed.splitlines() if line.startswith(("base: ", f"{adapter}: "))]
     return [float(line) for line in lines]
 
@@ -161,3 +165,24 @@ def test_lm_eval_loads_a_base_and_its_adapter(adapter, tmp_path):
     stock("-m", "lm_eval", *command, *options, "--device", "cpu", folder=tmp_path)
     (file,) = (tmp_path / "scores").rglob("*.json")
     assert 0 <= json.loads(file.read_text(encoding="utf-8"))["results"]["questions"]["acc,none"] <= 1
+
+
+def test_what_comes_after_training(shared_data, tmp_path):
+    """A merged NF4 model, a merged GPTQ model and a moved adapter: stock packages find our own perplexities."""
+    seen, text = str(shared_data / "wikitext2_valid.txt"), str(shared_data / "wikitext2_raw_test.txt")
+    init("demo", out=str(tmp_path / "start"), rank=8, calibration=seen, samples=8, solver=Optimal())
+    train(tmp_path / "start", tmp_path / "trained", by=0.2)
+    calibration = Calibration(TextSource(seen), samples=8)
+    options = {"calibration": calibration, "texts": EvaluationTexts(windows=0), "training": ScaleTraining(2)}
+    for name, into in (("nf4", NF4()), ("gptq", GPTQ())):
+        merge(tmp_path / "trained", into, out=tmp_path / name, **options)
+        ours = evaluate("demo", base=str(tmp_path / name), text=text, windows=WINDOWS).results["quantized"].perplexity
+        (theirs,) = perplexities(tmp_path / name, None, text)
+        print(f"merged into {name}: {ours} here, {theirs} by stock packages")
+        assert theirs == pytest.approx(ours, rel=0.005)
+    rebase(tmp_path / "trained", out=tmp_path / "moved", base=GPTQ(bits=3), calibration=calibration)
+    results = evaluate("demo", adapter=str(tmp_path / "moved"), text=text, windows=WINDOWS).results
+    ours = [results[name].perplexity for name in ("quantized", "quantized + adapter")]
+    theirs = perplexities(tmp_path / "moved" / "base", tmp_path / "moved", text)
+    print(f"moved to 3 bits: base and adapter {ours} here, {theirs} by stock packages")
+    assert theirs == pytest.approx(ours, rel=0.005)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from trainings import train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quailora import GPTQ, NF4, Calibration, Int8, Optimal, Output, Quantizer, Uniform, merge
+from quailora import GPTQ, NF4, Calibration, Int8, Optimal, Output, Quantizer, Resources, Uniform, merge, rebase
 from quailora.adapters.change import TrainedChange
 from quailora.bases import StoredBase
 from quailora.errors import ConfigurationError, ModelError, OutputExistsError, QualityError
@@ -174,6 +175,25 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(lora, tmp_path, monkeypatch, w
     )
     assert alone == killed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "killed"]
+
+
+@pytest.mark.parametrize("into", [NF4(), GPTQ(group_size=32)], ids=repr)
+def test_a_gpu_makes_the_same_model(lora, tmp_path, on_gpu, into):
+    """Nearly all codes are the same, and the certificate, too."""
+    options = {
+        "calibration": replace(CALIBRATION, dtype="model"),
+        "texts": TEXTS,
+        "training": ScaleTraining(3, 128, 64),
+    }
+    expected = merge(lora / "trained", into, out=tmp_path / "cpu", resources=Resources(device="cpu"), **options)
+    with on_gpu():
+        found = merge(lora / "trained", into, out=tmp_path / "gpu", resources=Resources(device="cuda"), **options)
+        rebase(lora / "trained", out=tmp_path / "moved", base=into, calibration=options["calibration"])
+    assert found.certificate.divergence == pytest.approx(expected.certificate.divergence, rel=0.1)
+    ours, theirs = weights_in(tmp_path / "gpu"), weights_in(tmp_path / "cpu")
+    for name, weight in theirs.items():
+        differing = (ours[name] - weight).abs() > 0.02 * weight.abs().max()
+        assert differing.float().mean() < 0.02, name
 
 
 def test_another_base_than_the_one_that_was_trained_on_is_refused(lora, tmp_path, tokenizer):

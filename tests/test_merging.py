@@ -203,6 +203,9 @@ def test_an_adapter_of_another_model_is_refused(lora, tokenizer, tmp_path):
     fewer = save_llama(tmp_path / "fewer", tokenizer, num_hidden_layers=1)
     with pytest.raises(ConfigurationError, match=r"has no layer for .*layers\.1"):
         merge_full([lora / "trained"], out=tmp_path / "out", model=fewer)
+    weights = save_llama(tmp_path / "weights", tokenizer, initializer_range=0.3)  # of the same shapes
+    with pytest.raises(ModelError, match="was not made for"):
+        merge_full([lora / "trained"], out=tmp_path / "out", model=weights)
     assert not (tmp_path / "out").exists()
 
 

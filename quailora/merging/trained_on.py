@@ -29,10 +29,18 @@ from ..support.progress import track
 def model_of(change: TrainedChange, model: StrPath | None) -> str:
     """Return the full-precision model of an adapter: the one that is named, else the one that its origin names.
 
+    A model that is named is quantized and compared with the base that the adapter notes, if that is made of the model
+    while it loads: a model of the same shape with other weights would take the change without a word.
+
     Raises:
         ConfigurationError: if nothing names one in full precision.
+        ModelError: if it is another model.
     """
     if model is not None:
+        noted = read_provenance((change.before or change.trained).folder).origin
+        quantizer = None if noted is None else noted.stock_quantizer
+        if quantizer is not None:
+            check_base(change, str(model), FreshBase(str(model), quantizer))
         return str(model)
     saved = (change.before or change.trained).folder
     for folder in (saved, change.trained.folder):

@@ -104,6 +104,7 @@ def test_stock_packages_make_the_other_base(lora, tmp_path, quantizer):
     """Where they do while they load the model, nothing is written; the adapter is near what was trained."""
     rebase(lora / "trained-1", out=tmp_path / "moved", base=quantizer, calibration=CALIBRATION)
     assert not (tmp_path / "moved" / "base").exists()
+    assert "holds what a training has changed" in (tmp_path / "moved" / "README.md").read_text(encoding="utf-8")
     assert check(tmp_path / "moved", base=lora / "model").layers == 14
     from quailora.bases.fresh import FreshBase
 

@@ -20,7 +20,7 @@ from ..quantizers import Quantizer
 from ..support.files import MODEL_MARK, StrPath, new_folder, write_json
 from ..support.machine import within_memory
 from ..support.tables import print_table
-from .trained_on import base_trained_on, model_of
+from .trained_on import base_trained_on, check_base, model_of
 
 
 @final
@@ -82,10 +82,13 @@ def merge_full(
     name = model_of(changes[0], model)
     needs_base = any(change.needs_base for change in changes)
     base = base_trained_on(changes[0], name, trained_on) if needs_base else None
+    for change in changes[1:] if base is not None else ():
+        check_base(change, name, base)  # type: ignore[arg-type] # there is one
     fine_tuned = FineTuned(changes, weights, base)
     # The weights stay on disk while the model is changed and written, whatever its size: each changed layer is a file
     # that takes the place of the layer in the map of the loaded checkpoint.
     offload = folder.with_name(f".{folder.name}.offload")
+    shutil.rmtree(offload, ignore_errors=True)  # of a process that was killed
     try:
         loaded = load_model(
             name,

@@ -80,9 +80,9 @@ def merge(
 ) -> Merged:
     """Write the trained model as a quantized checkpoint, without an adapter.
 
-    The weights are quantized again with what quailora knows: layer after layer on the inputs that the quantized network
-    gives, towards the outputs of the trained model, with the rounding that does best on held-out tokens. Rounding to
-    nearest, as PEFT's `merge_and_unload` does, loses what is smaller than a step of the codes.
+    The codes are chosen with error feedback, on the inputs that layers have in the trained model. Then the scales are
+    trained, so that the predictions come close to those of the trained model. Rounding to nearest, as PEFT's
+    `merge_and_unload` does, loses what is smaller than a step of the codes.
 
     Args:
         adapter: hub name or folder of the trained adapter, or the `PeftModel` that was trained.
@@ -143,9 +143,11 @@ def careful_of(into: Quantizer) -> Quantizer | None:
     """Return the quantizer with error feedback and shrinkage for a format; None where there is none."""
     if isinstance(into, (NF4, NF4MSE)):
         return NF4GPTQ(into.block_size, into.double_quantization)
-    if isinstance(into, Uniform):
-        return GPTQ(into.bits, into.group_size, into.symmetric)
-    return into if isinstance(into, (NF4GPTQ, GPTQ)) else None
+    if isinstance(into, (Uniform, GPTQ)):
+        # Loud columns first, on grids of the least squared error that are fitted beforehand: of all that was tried on
+        # layers of SmolLM2 this leaves the least error on other text. Groups of the file stay in the order of columns.
+        return GPTQ(into.bits, into.group_size, into.symmetric, activation_order=True, static_groups=True, mse=True)
+    return into if isinstance(into, NF4GPTQ) else None
 
 
 def nearest_of(into: Quantizer) -> Quantizer:

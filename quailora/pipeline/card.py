@@ -24,7 +24,7 @@ On the full-precision model, or on a base that was quantized in another way, it 
 full-precision weights: after training, only the change that training made can go there{converted}. Do not merge it into
 its quantized base either: the sum is rounded again, which loses the correction.
 
-It is a starting point for training, made by quailora with `{solver}`
+{purpose}, made by quailora with `{solver}`
 weighted by `{metric}`, by the schedule `{schedule}`,
 from {tokens} calibration tokens, fitted to the inputs of {network}. {training}
 
@@ -51,6 +51,11 @@ The same by kind of layer:
 
 `report.json` has every layer, `config.yaml` the configuration, `quailora.json` the provenance.
 """
+
+_START = "It is a starting point for training"
+_MOVED = """\
+It holds what a training has changed on another base, besides the correction for this one,
+and can be served or trained further"""
 
 _NETWORKS = {
     "full": "the full-precision model",
@@ -108,6 +113,7 @@ def model_card(
     calibration_tokens: int,
     quantized_base: str | None = None,
     dtype: str = "auto",
+    moved: bool = False,
 ) -> str:
     """Return the text of an adapter's `README.md`.
 
@@ -119,6 +125,7 @@ def model_card(
         calibration_tokens: tokens that it was calibrated on.
         quantized_base: where the base is loaded from, if it is not quantized while it loads.
         dtype: dtype to load the base in, on which codes depend; "auto" is that of the checkpoint.
+        moved: whether the adapter also holds what a training has changed.
     """
     initializer, distillation = method.initializer, method.distillation
     base = method.quantizer if method.base is None else method.base.title
@@ -150,7 +157,8 @@ def model_card(
         schedule=initializer.schedule,
         tokens=calibration_tokens,
         network=_NETWORKS[method.inputs] + (f", by the recipe `{method.recipe}`" if method.recipe else ""),
-        training=trained_how(distillation),
+        purpose=_MOVED if moved else _START,
+        training="" if moved else trained_how(distillation),
         advice=advice(method),
         before="" if distillation is None else ", before the training",
         count=len(layers),

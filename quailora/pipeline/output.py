@@ -114,6 +114,7 @@ class AdapterOutput:
             calibration_tokens=self.tokens,
             quantized_base=f"{BESIDE}/base" if base_format else self._checkpoint,
             dtype=self._dtype,
+            moved=self.plan.fine_tuned is not None,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         return report

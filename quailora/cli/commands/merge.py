@@ -51,9 +51,9 @@ def merge(
 ) -> Any:
     """Write a trained model as a quantized checkpoint that needs no adapter.
 
-    The weights are quantized again, layer after layer, towards the outputs of the trained model, with the rounding that
-    does best on held-out tokens. Rounding to nearest, as PEFT's merge_and_unload does, loses what is smaller than a
-    step of the codes. The model's README.md says how far it is from the unmerged model, and how far the other ways are.
+    The codes are chosen with error feedback on the inputs of the trained model, and then the scales are trained.
+    Rounding to nearest, as PEFT's merge_and_unload does, loses what is smaller than a step of the codes. The model's
+    README.md says how far it is from the unmerged model, and how far the other ways are.
 
     Args:
         adapter: hub name or folder of the trained adapter, as PEFT saved it.

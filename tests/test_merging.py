@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from families import save_llama
+from families import make_model, save_llama
 from helpers import init
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -123,6 +123,24 @@ def test_the_merged_model_is_the_converted_adapter_merged_by_peft(folder, lora, 
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]  # nothing is left beside them
+
+
+def test_fused_experts_are_merged_one_by_one(tokenizer, tmp_path):
+    make_model("Mixtral").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    targets = {"targets": ["q_proj", "experts"], "save_base": True, "rank_pattern": {"gate_up_proj": 6}}
+    init(str(tmp_path / "model"), out=str(tmp_path / "start"), rank=4, samples=4, sequence_length=32, **targets)
+    train(tmp_path / "start", tmp_path / "trained", AutoModelForCausalLM.from_pretrained(tmp_path / "start" / "base"))
+    convert(tmp_path / "trained", out=tmp_path / "adapter")
+    merge_full([tmp_path / "trained"], out=tmp_path / "out")
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    before = {name: tensor.clone() for name, tensor in full.state_dict().items()}
+    expected = PeftModel.from_pretrained(full, str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    changed = [name for name, tensor in found.items() if not torch.equal(tensor, before[name])]
+    assert {name for name in found if "experts" in name} <= set(changed)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_merged_model_has_the_dtype_that_was_asked_for(lora, tmp_path):

@@ -19,7 +19,7 @@ from ..models.layers import Layer
 from ..support.files import StrPath
 from .convert_linear import is_plain_lora
 from .given import AdapterGiven, given_folder
-from .lora import PREFIX, LoraScaling, expert_stacks
+from .lora import PREFIX, ExpertStack, LoraScaling, expert_stacks
 from .pairs import adapter_keys, check_trained_from, initial_of
 from .provenance import Origin, digest_of, read_provenance
 from .saved import SavedAdapter
@@ -171,7 +171,15 @@ class TrainedChange:
         return self.family.change(self.family.stored(stored, 1 / scale), base).weight.float()
 
     def _parameters(self, saved: SavedAdapter, layers: Mapping[str, Layer]) -> SavedParameters:
-        return SavedParameters(saved, self.family, self.scaling, layers)
+        # Kept for the next layer: a model with experts has thousands of them, and each asks for all of its kind.
+        kept = self._sorted.get(saved.folder)
+        if kept is None or kept.layers is not layers:
+            kept = self._sorted[saved.folder] = SavedParameters(saved, self.family, self.scaling, layers)
+        return kept
+
+    @cached_property
+    def _sorted(self) -> dict[Path, SavedParameters]:
+        return {}
 
 
 @final
@@ -203,11 +211,14 @@ class SavedParameters:
             for end in self._ends(layer)
         ]
 
+    @cached_property
+    def _stack_of(self) -> dict[str, ExpertStack]:
+        return {name: stack for stack in expert_stacks(self.layers) for name in stack.members}
+
     def of(self, layer: Layer) -> Parameters:
         """Return the tensors of a layer; none if AdaLoRA has cut all of its directions off."""
         if layer.expert is not None:
-            (stack,) = (one for one in expert_stacks(self.layers) if layer.name in one.members)
-            lora_B, lora_A = stack.factors(self.saved.tensors)[layer.name]
+            lora_B, lora_A = self._stack_of[layer.name].factors(self.saved.tensors)[layer.name]
             return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
         found = {end: self.saved.tensors[f"{PREFIX}{layer.name}.{end}"] for end in self._ends(layer)}
         found = {end: tensor.float() if tensor.is_floating_point() else tensor for end, tensor in found.items()}

@@ -48,7 +48,7 @@ def weights_in(folder):
     return {name: base.weight(name, torch.float32).dequantize() for name in base.layers}
 
 
-@pytest.mark.parametrize("into", [NF4(), GPTQ(group_size=32), GPTQ(3, group_size=32), Int8()], ids=repr)
+@pytest.mark.parametrize("into", [NF4(), GPTQ(3, group_size=32), Int8()], ids=repr)
 def test_the_checkpoint_is_nearer_to_the_trained_model_than_rounding(lora, tmp_path, into):
     result = merge(lora / "trained", into, out=tmp_path / "out", calibration=CALIBRATION, texts=TEXTS)
     scores = result.certificate.texts["shipped text"]
@@ -158,7 +158,7 @@ def test_trained_scales_bring_predictions_closer(lora, tmp_path):
     assert all(name.endswith(".scales") for name in differing)
 
 
-@pytest.mark.parametrize("writes", [3, 9, 14, 15, 20, 28])
+@pytest.mark.parametrize("writes", [9, 15, 28, *(pytest.param(more, marks=pytest.mark.slow) for more in (3, 14, 20))])
 def test_a_killed_merge_goes_on_to_the_same_bytes(lora, tmp_path, monkeypatch, writes):
     options = {
         "calibration": CALIBRATION,
@@ -177,7 +177,7 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(lora, tmp_path, monkeypatch, w
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "killed"]
 
 
-@pytest.mark.parametrize("into", [NF4(), GPTQ(group_size=32)], ids=repr)
+@pytest.mark.parametrize("into", [NF4(), pytest.param(GPTQ(group_size=32), marks=pytest.mark.slow)], ids=repr)
 def test_a_gpu_makes_the_same_model(lora, tmp_path, on_gpu, into):
     """Nearly all codes are the same, and the certificate, too."""
     options = {

@@ -101,7 +101,7 @@ def test_directions_that_adalora_has_cut_off(folder, tmp_path):
         )
 
 
-@pytest.mark.parametrize("name", ["dora", "miss", "adalora", "loha"])
+@pytest.mark.parametrize("name", ["dora", "miss"])
 def test_the_merged_model_has_the_change(folder, tmp_path, name):
     start = start_of(folder, name, tmp_path / "start")
     before = effective_weights(PeftModel.from_pretrained(base_of(start), str(start)))

@@ -63,7 +63,10 @@ def merges(rows: Rows) -> str:
             ]
             if name == "gptq":
                 ways.append(("merged in full precision, GPTQ", reference, "full, GPTQ"))
-            lines += [[title, into, way, *cells(scores, reference, variant)] for way, scores, variant in ways if scores]
+            for way, scores, variant in ways:
+                both = {seed: one for seed, one in scores.items() if seed in reference and variant in one}
+                if both:
+                    lines.append([title, into, way, *cells(both, reference, variant)])
         if reference:
             lines.append([title, "16 bits", "`convert --merge`", *cells(reference, reference, "full")])
     head = ["start", "into", "way"]
@@ -72,9 +75,7 @@ def merges(rows: Rows) -> str:
     return markdown_table([*head, "seeds"], lines)
 
 
-def cells(
-    scores: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]], variant: str
-) -> list[str]:
+def cells(scores: Scores, reference: Scores, variant: str) -> list[str]:
     """Return the cells of a way to merge: divergence, its share, and the loss, for each text; and the seeds."""
     seeds = sorted(scores.keys() & reference.keys())
     line = []

@@ -92,7 +92,7 @@ def common_start(changes: Sequence[TrainedChange]) -> SavedAdapter | None:
         if not is_plain_lora(change.trained) or change.modules:
             raise ConfigurationError(
                 f"Expected plain LoRA without modules that were trained whole, got {change.trained.folder}. "
-                "`quailora convert --merge` writes the merged model of a single adapter of any family."
+                "Write the merged model of a single adapter: convert with `merge=True`, or quailora.merge_full."
             )
         if len(changes) > 1:
             check_alone(change)

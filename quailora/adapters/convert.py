@@ -76,7 +76,7 @@ def convert(
     if before is None:
         raise ConfigurationError(
             f"{trained.folder} added nothing before its training, so it can be used on the full-precision model as it "
-            "is. `quailora convert --merge` writes that model with it."
+            "is. To have the merged model, convert with `merge=True`, or call quailora.merge_full."
         )
     check_without_earlier(before)
     if is_plain_lora(before):

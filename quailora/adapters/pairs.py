@@ -199,7 +199,8 @@ def check_without_earlier(before: SavedAdapter) -> None:
     if origin is not None and origin.holds:
         raise ConfigurationError(
             f"The start {before.folder} holds the change of an earlier training besides its correction, so that both "
-            "changes together are no adapter of this kind. Write the merged model: `quailora convert --merge`."
+            "changes together are no adapter of this kind. Write the merged model: convert with `merge=True`, or "
+            "quailora.merge_full."
         )
 
 

@@ -105,7 +105,7 @@ def test_a_limit_decides_where_weights_stay(tiny_llama, tmp_path, monkeypatch):
     between = str((needed.in_memory + needed.streamed) // 2)
     assert dry(tiny_llama, tmp_path, memory_limit=between).verdict.startswith("fits block by block")
     asked = []
-    from quailora.pipeline import initialize_model as pipeline
+    from quailora.pipeline import loading as pipeline
 
     original = pipeline.load_model
     monkeypatch.setattr(pipeline, "load_model", lambda *a, **b: asked.append(b["offload"]) or original(*a, **b))

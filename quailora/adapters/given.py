@@ -34,6 +34,7 @@ def given_folder(adapter: AdapterGiven) -> Path:
             f"Expected a hub name, a folder or a PeftModel with the adapter {_ADAPTER!r}, got {type(adapter).__name__}."
         )
     # Saved as training would save it, so that all that follows reads the same files, whoever has written them.
+    # The folder is the model's own, and goes with it.
     folder = Path(tempfile.mkdtemp(prefix="quailora-adapter-"))
     weakref.finalize(adapter, shutil.rmtree, folder, ignore_errors=True)
     adapter.save_pretrained(str(folder), selected_adapters=[_ADAPTER])

@@ -39,6 +39,7 @@ class FloatWeight(QuantizedWeight):
 
     @override
     def tensors(self) -> Mapping[str, Tensor]:
+        # The codes are not known. Two bases of this kind are compared by their values.
         return {"weight": self.values}
 
     @override
@@ -88,4 +89,5 @@ class DequantizedBase(ExistingBase):
     def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:
         if layer not in self.layers:
             raise ModelError(f"Expected a linear layer {layer} in {self.name!r}, and there is none.")
+        # As a layer of the model would hold it: in the dtype that is computed in.
         return FloatWeight(self._files.weight(layer).to(device, dtype))

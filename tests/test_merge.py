@@ -10,6 +10,7 @@ import torch
 from families import save_llama
 from helpers import init
 from peft import PeftModel
+from runs import killed_after
 from safetensors.torch import load_file
 from trainings import train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -24,7 +25,6 @@ from quailora.merging.certificate import FULL, MERGED, ROUNDED, Certificate
 from quailora.merging.merge import careful_of, nearest_of
 from quailora.merging.scales import ScaleTraining, unpacked
 from quailora.models.layers import all_layers
-from runs import killed_after
 
 CALIBRATION = Calibration(samples=8, sequence_length=64)
 TEXTS = EvaluationTexts(windows=3, window_length=64)

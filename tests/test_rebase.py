@@ -10,6 +10,7 @@ import torch
 from families import save_llama
 from helpers import init
 from peft import PeftModel
+from runs import killed_after
 from safetensors.torch import load_file
 from trainings import effective_weights, train
 from transformers import AutoModelForCausalLM
@@ -37,7 +38,6 @@ from quailora.errors import ConfigurationError, ModelError
 from quailora.evaluation.check import check
 from quailora.families import Dora, Miss
 from quailora.models.layers import all_layers, linear_layers
-from runs import killed_after
 
 CALIBRATION = Calibration(samples=8, sequence_length=64)
 

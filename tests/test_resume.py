@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from helpers import init
+from runs import SMALL, content, killed_after, small_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,6 @@ from quailora import GPTQ, NF4, AlternatingLeastSquares
 from quailora.calibration.text import shipped_text
 from quailora.errors import NumericalError, OutputExistsError, ResumeError, StorageError
 from quailora.pipeline.checkpoint import Checkpoint
-from runs import SMALL, content, killed_after, small_run
 
 
 def state(out):

@@ -21,7 +21,7 @@ from .convert_linear import is_plain_lora
 from .given import AdapterGiven, given_folder
 from .lora import PREFIX, ExpertStack, LoraScaling, expert_stacks
 from .pairs import adapter_keys, check_trained_from, initial_of
-from .provenance import Origin, digest_of, read_provenance
+from .provenance import digest_of, read_provenance
 from .saved import SavedAdapter
 from .tuned import family_of
 
@@ -76,11 +76,6 @@ class TrainedChange:
                 "result would be the model as it was. Pass the adapter that was trained."
             )
         return change
-
-    @property
-    def origin(self) -> Origin | None:
-        """What the adapter notes about its base and model."""
-        return read_provenance(self.trained.folder).origin
 
     @cached_property
     def digest(self) -> str:

@@ -46,10 +46,8 @@ def combine(
         ConfigurationError: if adapters are not by LoRA, were trained from different starts, or a factor is missing.
     """
     changes = [TrainedChange.read(adapter, initial) for adapter in adapters]
-    weights = tuple(factors) or (1.0,) * len(changes)
+    weights = factors_of(changes, factors)
     before = common_start(changes)
-    if len(weights) != len(changes):
-        raise ConfigurationError(f"Expected a factor for each of {len(changes)} adapters, got {len(weights)}.")
     parts = [part for change, weight in zip(changes, weights, strict=True) for part in parts_of(change, weight)]
     tensors, sizes = stacked(summed(parts))
     target = folder_of(out)
@@ -80,14 +78,26 @@ def combine(
     return Conversion(target, int(sizes["r"]), len(tensors) // 2)
 
 
+def factors_of(changes: Sequence[TrainedChange], factors: Sequence[float]) -> tuple[float, ...]:
+    """Return the factor of each change: those that are given, or 1 for each.
+
+    Raises:
+        ConfigurationError: if there are no adapters, or not a factor for each.
+    """
+    if not changes:
+        raise ConfigurationError("Expected at least one trained adapter, got none.")
+    weights = tuple(factors) or (1.0,) * len(changes)
+    if len(weights) != len(changes):
+        raise ConfigurationError(f"Expected a factor for each of {len(changes)} adapters, got {len(weights)}.")
+    return weights
+
+
 def common_start(changes: Sequence[TrainedChange]) -> SavedAdapter | None:
     """Return the start of all changes; None if none of them added anything at first.
 
     Raises:
-        ConfigurationError: if there are no adapters, one is not by LoRA, or they have different starts.
+        ConfigurationError: if one is not by LoRA, or they have different starts.
     """
-    if not changes:
-        raise ConfigurationError("Expected at least one trained adapter, got none.")
     for change in changes:
         if not is_plain_lora(change.trained) or change.modules:
             raise ConfigurationError(

@@ -58,6 +58,17 @@ def run_evaluate(options: Mapping[str, Any]) -> Evaluation:
     return evaluation
 
 
+def texts_of(options: Mapping[str, Any]) -> EvaluationTexts:
+    """Return the texts that the options of `compare` and `merge` describe."""
+    return EvaluationTexts(
+        tuple(map(str, options["text"])),
+        tuple(options["text_fields"]),
+        options["windows"],
+        options["window_length"],
+        options["bos"],
+    )
+
+
 def run_compare(options: Mapping[str, Any], command: str = "") -> Comparison:
     """Compare methods as options say.
 
@@ -68,13 +79,6 @@ def run_compare(options: Mapping[str, Any], command: str = "") -> Comparison:
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    texts = EvaluationTexts(
-        tuple(map(str, options["text"])),
-        tuple(options["text_fields"]),
-        options["windows"],
-        options["window_length"],
-        options["bos"],
-    )
     return compare(
         str(options["model"]),
         tuple(options["recipes"]),
@@ -87,7 +91,7 @@ def run_compare(options: Mapping[str, Any], command: str = "") -> Comparison:
         quantizer=options["quantizer"],
         against=options["against"],
         baselines=tuple(options["baselines"]),
-        texts=texts,
+        texts=texts_of(options),
         tasks=Tasks(tuple(options["tasks"]), options["task_folder"], options["task_limit"]),
         resources=Resources(options["dtype"], options["device"], trust_remote_code=options["trust_remote_code"]),
     )

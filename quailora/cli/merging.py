@@ -10,7 +10,6 @@ from ..adapters.combine import combine
 from ..adapters.convert import Conversion, convert
 from ..calibration.sources import TextCalibration
 from ..errors import ConfigurationError
-from ..evaluation.texts import EvaluationTexts
 from ..merging.full import FullModel, merge_full
 from ..merging.merge import Merged, merge
 from ..merging.rebase import Rebased, rebase
@@ -19,6 +18,7 @@ from ..pipeline.options import Output, Resources
 from ..quantizers import QUANTIZERS, Quantizer
 from ..support.files import StrPath, as_str
 from .initializing import calibration_of
+from .measuring import texts_of
 
 
 def run_convert(options: Mapping[str, Any]) -> Conversion | FullModel:
@@ -72,13 +72,6 @@ def run_merge(options: Mapping[str, Any]) -> Merged:
     Raises:
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
-    texts = EvaluationTexts(
-        tuple(map(str, options["text"])),
-        tuple(options["text_fields"]),
-        options["windows"],
-        options["window_length"],
-        options["bos"],
-    )
     return merge(
         options["adapter"],
         options["into"],
@@ -93,7 +86,7 @@ def run_merge(options: Mapping[str, Any]) -> Merged:
         trained_on=base_named(options["trained_on"]),
         target=options["target"],
         calibration=TextCalibration(calibration_of(options)),
-        texts=texts,
+        texts=texts_of(options),
         max_kl=options["max_kl"],
         training=ScaleTraining(options["steps"]),
         resources=resources_of(options),

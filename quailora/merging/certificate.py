@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 import torch
@@ -149,8 +149,4 @@ def unmerged_weight(fine_tuned: FineTuned, layer: Layer, own: dict[str, Layer]) 
 
 def changed_weight(fine_tuned: FineTuned, layer: Layer, own: dict[str, Layer]) -> Tensor:
     """Return `W + change` of a layer, or `W` where there is no change."""
-    if layer.name not in own:
-        return layer.weight.clone()
-    (change,) = fine_tuned.changes
-    base = fine_tuned.quantized(layer) if change.needs_base else None
-    return (layer.weight.float() + change.of(layer, own, base).to(layer.weight.device)).to(layer.weight.dtype)
+    return replace(fine_tuned, target="full").weight(layer, [own])

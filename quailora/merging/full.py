@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import final
 
 from ..adapters.change import TrainedChange
-from ..adapters.combine import check_alone
+from ..adapters.combine import check_alone, factors_of
 from ..adapters.given import AdapterGiven
 from ..errors import ConfigurationError
 from ..models.load import load_model, save_model
@@ -20,7 +20,7 @@ from ..quantizers import Quantizer
 from ..support.files import MODEL_MARK, StrPath, new_folder, write_json
 from ..support.machine import within_memory
 from ..support.tables import print_table
-from .trained_on import base_trained_on, check_base, model_of
+from .trained_on import base_trained_on, check_base, check_model, model_of
 
 
 @final
@@ -76,12 +76,13 @@ def merge_full(
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     changes = tuple(TrainedChange.read(adapter, initial) for adapter in adapters)
-    weights = tuple(factors) or (1.0,) * len(changes)
+    weights = factors_of(changes, factors)
     check_factors(changes, weights)
     folder = output_folder(out, overwrite=overwrite, model=True)
     name = model_of(changes[0], model)
     needs_base = any(change.needs_base for change in changes)
     base = base_trained_on(changes[0], name, trained_on) if needs_base else None
+    check_model(changes[0], model, base)
     for change in changes[1:] if base is not None else ():
         check_base(change, name, base)  # type: ignore[arg-type] # there is one
     fine_tuned = FineTuned(changes, weights, base)
@@ -117,16 +118,12 @@ def merge_full(
 
 
 def check_factors(changes: Sequence[TrainedChange], factors: Sequence[float]) -> None:
-    """Raise a `ConfigurationError` unless there is one finite factor for each change, and at most one trained module.
+    """Raise a `ConfigurationError` if changes that have no start of their own to subtract are to be weighed or added.
 
     Args:
         changes: what trainings have changed.
         factors: how much each of them counts.
     """
-    if not changes:
-        raise ConfigurationError("Expected at least one trained adapter, got none.")
-    if len(changes) != len(factors):
-        raise ConfigurationError(f"Expected a factor for each of {len(changes)} adapters, got {len(factors)}.")
     for change in changes if len(changes) > 1 or factors[0] != 1 else ():
         check_alone(change)
     whole = [change for change in changes if change.modules]

@@ -33,7 +33,7 @@ from ..support.settings import describe
 from .card import merged_card
 from .certificate import Certificate, certify
 from .scales import ScaleTraining, unpacked
-from .trained_on import base_trained_on, model_of
+from .trained_on import base_trained_on, check_model, model_of
 
 logger = logging.getLogger("quailora")
 
@@ -112,6 +112,7 @@ def merge(
     name = model_of(change, model)
     needed = measured or target == "trained" or change.needs_base
     base = base_trained_on(change, name, trained_on) if needed else None
+    check_model(change, model, base)
     fine_tuned = FineTuned((change,), trained_on=base, target=target)
     if measured:
         texts.check()

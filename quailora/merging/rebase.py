@@ -33,7 +33,7 @@ from ..support import distributed
 from ..support.files import StrPath, folder_of
 from ..support.settings import describe
 from ..support.tables import print_table
-from .trained_on import base_at, base_trained_on, model_of
+from .trained_on import base_at, base_trained_on, check_model, model_of
 
 logger = logging.getLogger("quailora")
 
@@ -103,6 +103,7 @@ def rebase(
     change = TrainedChange.read(adapter, initial)
     name = model_of(change, model)
     before = base_trained_on(change, name, trained_on) if change.needs_base else None
+    check_model(change, model, before)
     source = source_of(calibration)
     if (find_recipe(recipe) if isinstance(recipe, str) else recipe).changes_base:
         raise ConfigurationError(

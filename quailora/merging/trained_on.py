@@ -29,18 +29,10 @@ from ..support.progress import track
 def model_of(change: TrainedChange, model: StrPath | None) -> str:
     """Return the full-precision model of an adapter: the one that is named, else the one that its origin names.
 
-    A model that is named is quantized and compared with the base that the adapter notes, if that is made of the model
-    while it loads: a model of the same shape with other weights would take the change without a word.
-
     Raises:
         ConfigurationError: if nothing names one in full precision.
-        ModelError: if it is another model.
     """
     if model is not None:
-        noted = read_provenance((change.before or change.trained).folder).origin
-        quantizer = None if noted is None else noted.stock_quantizer
-        if quantizer is not None:
-            check_base(change, str(model), FreshBase(str(model), quantizer))
         return str(model)
     saved = (change.before or change.trained).folder
     for folder in (saved, change.trained.folder):
@@ -54,6 +46,26 @@ def model_of(change: TrainedChange, model: StrPath | None) -> str:
             f"{named!r}. Pass that model as `model`."
         )
     return str(named)
+
+
+def check_model(change: TrainedChange, model: StrPath | None, compared: ExistingBase | None) -> None:
+    """Raise a `ModelError` if the model that the caller names is another one than that of the adapter.
+
+    It is quantized and compared with the base that the adapter notes, if that is made of the model while it loads: a
+    model of the same shape with other weights would take the change without a word.
+
+    Args:
+        change: the adapter, with its start.
+        model: the model as the caller names it; nothing is compared if None.
+        compared: the base that has been compared already, which may be the same one.
+    """
+    noted = read_provenance((change.before or change.trained).folder).origin
+    quantizer = None if noted is None else noted.stock_quantizer
+    if model is None or quantizer is None:
+        return
+    base = FreshBase(str(model), quantizer)
+    if base != compared:
+        check_base(change, str(model), base)
 
 
 def base_at(place: StrPath) -> ExistingBase:

@@ -100,7 +100,8 @@ class FineTuned:
             chosen: the layers that each of the changes has.
         """
         weight = layer.weight
-        base = self.quantized(layer) if self.needs_base else None
+        changes = any(layer.name in own for own in chosen)
+        base = self.quantized(layer) if self.needs_base and changes else None
         if self.target == "trained" and base is not None:
             (change,), (own,) = self.changes, chosen
             return change.effective(layer, own, base).to(weight)

@@ -26,17 +26,20 @@ from quailora import (
     GPTQ,
     HQQ,
     NF4,
+    Calibration,
     Int8,
     LoraScaling,
     Output,
     Quantizer,
     Resources,
+    TextSource,
     Uniform,
     initialize_model,
     merge,
     rebase,
 )
-from quailora.adapters.change import TrainedChange
+from quailora.adapters.change import TrainedChange, family_of_saved
+from quailora.adapters.saved import SavedAdapter
 from quailora.bases import ExistingBase
 from quailora.bases.fresh import FreshBase
 from quailora.calibration.walk import collect_statistics
@@ -50,7 +53,7 @@ from quailora.models.weights import replaced
 
 from .after_tables import draw
 from .arms import ARMS, Arm
-from .data import Data, load_data
+from .data import Data, load_data, write_training_pairs
 from .protocol import PROTOCOLS, Protocol, Run
 from .runs import RESULTS, Store
 from .starts import start_place
@@ -163,7 +166,7 @@ class After:
             logger.warning("%s waits: %s", job, error)
             return
         seconds = time.monotonic() - start
-        self._store.add({"key": job, **row, "wall": round(seconds, 1)})
+        self._store.add({"key": job, **row, **self._adapter_of(job), "wall": round(seconds, 1)})
         logger.warning("%s: %.0f s", job, seconds)
 
     def _carry_out(self, job: str) -> dict[str, Any]:
@@ -176,10 +179,17 @@ class After:
             training = ScaleTraining(int(parts[3]), learning_rate=float(parts[4]))
             return self._merged(self._adapter(*parts[:2]), parts[2], "trained", training)
         if kind == "start":
-            return self._started(parts[0])
+            return self._started(parts[0], int(parts[1]) if len(parts) > 1 else 16)
         if kind == "rebase":
             return self._rebased(self._adapter(*parts[:2]), parts[2], int(parts[3]))
         return self._trained_again(parts[0], int(parts[1]))
+
+    def _adapter_of(self, job: str) -> dict[str, str]:
+        """Return the hash of the adapter that a job is about, so that rows of different trainings are not mixed."""
+        kind, *parts = job.split("/")
+        if kind in {"start", "again"}:
+            return {}
+        return {"adapter": SavedAdapter.read(self._adapter(*parts[:2]).folder).digest}
 
     def _adapter(self, arm: str, seed: str) -> Adapter:
         adapter = Adapter(arm, int(seed), self._bench)
@@ -218,7 +228,7 @@ class After:
             model=self._protocol.model,
             trained_on=NF4(),
             target="trained" if target == "trained" else "full",
-            calibration=scorer.batches,
+            calibration=self._calibration(),
             texts=EvaluationTexts(windows=0),
             training=training,
             resources=self._resources(),
@@ -231,30 +241,29 @@ class After:
         shutil.rmtree(out)
         return {"scores": scores, "seconds": round(seconds, 1), "bytes": size}
 
-    def _started(self, name: str) -> dict[str, Any]:
+    def _started(self, name: str, rank: int) -> dict[str, Any]:
         """Make a base with its own compensation, and score both."""
-        scorer, place = self._scorer(), self._start(name)
-        base = self._base(name)
+        scorer, place = self._scorer(), self._start(name, rank)
+        base = self._base(name, rank)
         alone = {key: scorer.stored(base, layer) for key, layer in scorer.layers.items()}
         scores = scorer.scores(scorer.own(), {"base": alone, "start": scorer.on(base, place)}, "full")
         return {"scores": scores}
 
     def _rebased(self, adapter: Adapter, name: str, rank: int) -> dict[str, Any]:
         scorer, out = self._scorer(), self._work / f"rebase-{adapter.arm}-{adapter.seed}-{name}-{rank}"
-        self._start(name)
         began = time.monotonic()
-        rebase(
+        rebase(  # which makes the same base as a start on it, bit for bit
             adapter.folder,
-            out=Output(out, overwrite=True),
+            out=Output(out, overwrite=True, save_base=True, base_format="dequantized"),
             initial=adapter.initial,
-            base=self._base(name),
+            base=BASES[name],
             model=self._protocol.model,
             rank=rank,
-            calibration=scorer.fewer_batches,
+            calibration=self._calibration(),
             resources=self._resources(),
         )
         seconds = time.monotonic() - began
-        scores = scorer.scores(scorer.unmerged(adapter), {"rebased": scorer.on(self._base(name), out)})
+        scores = scorer.scores(scorer.unmerged(adapter), {"rebased": scorer.on(base_at(out / "base"), out)})
         shutil.rmtree(out)
         return {"scores": scores, "seconds": round(seconds, 1)}
 
@@ -273,25 +282,32 @@ class After:
         scores = scorer.scores(scorer.own(), {"trained again": scorer.on(self._base(name), out)})
         return {"scores": scores, "seconds": round(seconds, 1)}
 
-    def _start(self, name: str) -> Path:
-        """Return the folder of a base, in floating point, with its own compensation at rank 16, made once."""
-        place = self._work / f"start-{name}"
+    def _start(self, name: str, rank: int = 16) -> Path:
+        """Return the folder of a base, in floating point, with its own compensation, made once."""
+        place = self._work / f"start-{name}-{rank}"
         with FileLock(f"{place}.lock"):
             if not place.exists():
                 written = Output(place, save_base=True, base_format="dequantized")
                 initialize_model(
                     self._protocol.model,
                     "best",
-                    self._scorer().fewer_batches,
-                    scaling=LoraScaling(16),
+                    self._calibration(),
+                    scaling=LoraScaling(rank),
                     base=BASES[name],
                     out=written,
                     resources=self._resources(),
                 )
         return place
 
-    def _base(self, name: str) -> ExistingBase:
-        return base_at(self._work / f"start-{name}" / "base")
+    def _base(self, name: str, rank: int = 16) -> ExistingBase:
+        return base_at(self._work / f"start-{name}-{rank}" / "base")
+
+    def _calibration(self) -> Calibration:
+        """Return the text of the training pairs, of which codes and scales are trained on other windows."""
+        file = self._work / "pairs.jsonl"
+        if not file.exists():
+            write_training_pairs(self._texts, self._protocol, file)
+        return Calibration(TextSource(str(file)), self._protocol.calibration_windows, self._protocol.length)
 
     def _resources(self) -> Resources:
         return Resources(device="auto" if self._device == "auto" else "cpu")
@@ -322,16 +338,6 @@ class Scorer:
         loaded = load_model(protocol.model, "float32", "cuda" if device == "cuda" else "cpu")
         tokenizer = AutoTokenizer.from_pretrained(resolve(protocol.model))
         return cls(loaded.model, linear_layers(loaded.model), load_data(texts, tokenizer, protocol), device)
-
-    @property
-    def batches(self) -> list[dict[str, Tensor]]:
-        """What merges are calibrated on: the first windows of the training pairs, as the starts of the adapters."""
-        return [{"input_ids": part} for part in self.data.windows[:128].split(4)]
-
-    @property
-    def fewer_batches(self) -> list[dict[str, Tensor]]:
-        """What moves, and the starts on other bases, are calibrated on: a quarter of them, for time on a CPU."""
-        return self.batches[:8]
 
     def own(self) -> Weights:
         """Return the weights of the full-precision model."""
@@ -409,9 +415,6 @@ class Scorer:
 
 def effect_of(folder: Path) -> TrainedChange:
     """Return an adapter whose effective weights are asked for, whatever it started from."""
-    from quailora.adapters.change import family_of_saved
-    from quailora.adapters.saved import SavedAdapter
-
     saved = SavedAdapter.read(folder)
     return TrainedChange(saved, None, *family_of_saved(saved))
 
@@ -443,6 +446,7 @@ def jobs() -> list[str]:
         *merges,
         *(f"start/{name}" for name in BASES),
         *(f"again/{name}/{seed}" for seed in seeds for name in BASES),
+        *(f"start/{name}/32" for name in BASES),
         *(f"rebase/best/{seed}/{name}/{rank}" for seed in seeds for rank in RANKS for name in BASES),
         *(f"reference/{one}" for one in adapters),
         *(f"merge/{one}/nf4/full" for one in adapters),

@@ -26,8 +26,26 @@ TEXTS = {"pairs": "instruction pairs", "wikitext2": "WikiText-2"}
 def draw(rows: Sequence[Mapping[str, Any]], page: Path) -> None:
     """Write the tables into a page, between their marks."""
     by_key = {str(row["key"]): row for row in rows}
-    tables = {"merges": merges(by_key), "full": full_precision(by_key), "moves": moves(by_key)}
+    check_adapters(by_key)
+    earlier = {key.removeprefix("earlier-"): row for key, row in by_key.items() if key.startswith("earlier-")}
+    tables = {
+        "merges": merges(by_key),
+        "earlier": merges(earlier, alone=True),
+        "full": full_precision(by_key),
+        "moves": moves(by_key),
+    }
     page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def check_adapters(rows: Rows) -> None:
+    """Raise a `ValueError` if rows of one start and seed are about different adapters, which no table may mix."""
+    seen: dict[tuple[str, ...], str] = {}
+    for key, row in rows.items():
+        if "adapter" not in row:
+            continue
+        which = tuple(key.split("/")[1:3])
+        if seen.setdefault(which, row["adapter"]) != row["adapter"]:
+            raise ValueError(f"{key} is about another adapter than the rows of {'/'.join(which)} before it.")
 
 
 def found(rows: Rows, arm: str, kind: str, end: str) -> Scores:
@@ -49,8 +67,13 @@ def shown(estimate: Estimate, digits: int = 3, sign: str = "+") -> str:
     return f"{form.format(estimate.value)} ({form.format(estimate.low)} to {form.format(estimate.high)})"
 
 
-def merges(rows: Rows) -> str:
-    """Return the divergences of merged models from the unmerged ones, and their losses."""
+def merges(rows: Rows, *, alone: bool = False) -> str:
+    """Return the divergences of merged models from the unmerged ones, and their losses.
+
+    Args:
+        rows: the rows.
+        alone: leave out what people do otherwise.
+    """
     lines = []
     for arm, title in TITLES.items():
         reference = found(rows, arm, "reference", "")
@@ -63,26 +86,29 @@ def merges(rows: Rows) -> str:
             ]
             if name == "gptq":
                 ways.append(("merged in full precision, GPTQ", reference, "full, GPTQ"))
-            for way, scores, variant in ways:
+            for way, scores, variant in ways[:1] if alone else ways:
                 both = {seed: one for seed, one in scores.items() if seed in reference and variant in one}
                 if both:
-                    lines.append([title, into, way, *cells(both, reference, variant)])
-        if reference:
-            lines.append([title, "16 bits", "`convert --merge`", *cells(reference, reference, "full")])
+                    lines.append([title, into, way, *cells(both, reference, variant, f"rounded {name}")])
+        if reference and not alone:
+            lines.append([title, "16 bits", "`convert --merge`", *cells(reference, reference, "full", "rounded nf4")])
     head = ["start", "into", "way"]
     for text in TEXTS.values():
-        head += [f"KL, {text}", "of `merge_and_unload`", "loss less that of the unmerged model"]
+        head += [f"KL, {text}", "of rounding", "loss less that of the unmerged model"]
     return markdown_table([*head, "seeds"], lines)
 
 
-def cells(scores: Scores, reference: Scores, variant: str) -> list[str]:
-    """Return the cells of a way to merge: divergence, its share, and the loss, for each text; and the seeds."""
+def cells(scores: Scores, reference: Scores, variant: str, rounded: str) -> list[str]:
+    """Return the cells of a way to merge: divergence, its share, and the loss, for each text; and the seeds.
+
+    Shares are those of the divergence of the trained weights rounded to nearest in the same format.
+    """
     seeds = sorted(scores.keys() & reference.keys())
     line = []
     for text in TEXTS:
         divergence = numbers(scores, seeds, variant, f"{text} kl")
-        unloaded = numbers(reference, seeds, "rounded nf4", f"{text} kl")
-        share = bootstrapped(lambda one, other: one / other, divergence, unloaded)
+        nearest = numbers(reference, seeds, rounded, f"{text} kl")
+        share = bootstrapped(lambda one, other: one / other, divergence, nearest)
         losses = numbers(scores, seeds, variant, text), numbers(reference, seeds, "unmerged", text)
         line += [
             f"{np.mean(divergence):.4f}",
@@ -115,17 +141,17 @@ def moves(rows: Rows) -> str:
     """Return how much of the gain of fine-tuning is left on other bases, without training and after training again."""
     lines = []
     for name in ("int8", "gptq4", "hqq4", "gptq3"):
-        start = rows.get(f"start/{name}")
-        if start is None:
-            continue
-        ways: list[tuple[str, str, Callable[[int], str], str]] = [
-            ("trained again", "best", lambda seed: f"again/{name}/{seed}", "trained again")  # noqa: B023
+        starts = {16: rows.get(f"start/{name}"), 32: rows.get(f"start/{name}/32")}
+        ways: list[tuple[str, str, Callable[[int], str], str, int]] = [
+            ("trained again", "best", lambda seed: f"again/{name}/{seed}", "trained again", 16)  # noqa: B023
         ]
         for arm, rank in (("best", 16), ("best", 32), ("quailora", 32), ("qlora", 32)):
             key = f"rebase/{arm}/{{}}/{name}/{rank}"
-            ways.append((f"{TITLES[arm]} moved, rank {rank}", arm, key.format, "rebased"))
-        for way, arm, key_of, variant in ways:
-            lines += line_of(rows, start["scores"], name, (way, arm, key_of, variant))
+            ways.append((f"{TITLES[arm]} moved, rank {rank}", arm, key.format, "rebased", rank))
+        for way, arm, key_of, variant, rank in ways:
+            start = starts[rank]
+            if start is not None:
+                lines += line_of(rows, start["scores"], name, (way, arm, key_of, variant))
     head = ["base", "way", "loss before", "loss after", "share of the gain, pairs", "loss on WikiText-2", "seeds"]
     return markdown_table(head, lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,23 @@ def tokens_of(pair: dict[str, str], tokenizer: Any) -> tuple[Tensor, int]:
     prompt = tokenizer(pair["prompt"].split("\n\n", 1)[1]).input_ids
     response = tokenizer(pair["response"], add_special_tokens=False).input_ids
     return torch.tensor([*prompt, *response, tokenizer.eos_token_id]), len(prompt)
+
+
+def write_training_pairs(texts: Path, protocol: Protocol, file: Path) -> None:
+    """Write the pairs that are not held out as a text file of records.
+
+    Args:
+        texts: folder with the instruction pairs.
+        protocol: how many of them are held out.
+        file: the file.
+    """
+    pairs = [json.loads(line) for line in (texts / PAIRS).read_text(encoding="utf-8").splitlines()]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
+    chosen = [pairs[index] for index in order[protocol.held_out :]]
+    whole = [pair["prompt"].split("\n\n", 1)[1] + pair["response"] for pair in chosen]
+    part = file.with_name(f"{file.name}.{os.getpid()}")  # several processes may be at it
+    part.write_text("".join(json.dumps({"text": text}) + "\n" for text in whole), encoding="utf-8")
+    part.replace(file)
 
 
 def as_held_out(pair: dict[str, str], tokenizer: Any, longest: int) -> HeldOutPair:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, make_model
+from families import FAMILIES, make_model, save_llama
 from helpers import init
 from safetensors.torch import load_file
 from torch import nn
@@ -151,3 +151,11 @@ def test_sizes_are_read(text, expected):
 def test_sizes_and_times_are_written():
     assert [size(10**6), size(5 * 2**30)] == ["1 MiB", "5.00 GiB"]
     assert [duration(5.0), duration(600.0), duration(1e5)] == ["5 s", "10 min", "27.8 h"]
+
+
+@pytest.mark.parametrize(("width", "warned"), [(96, True), (64, False)])
+def test_four_bit_layers_that_a_cpu_decodes_wrongly_are_warned_of(tokenizer, tmp_path, caplog, width, warned):
+    model = save_llama(tmp_path / "model", tokenizer, hidden_size=width, intermediate_size=128)
+    dry(model, tmp_path)
+    said = "On a CPU, bitsandbytes decodes 4-bit layers wrongly whose inputs are no multiple of 64: 12 of 14"
+    assert (said in caplog.text) == warned

@@ -17,6 +17,7 @@ from families import save_llama
 from filelock import FileLock
 from transformers import AutoTokenizer
 
+from experiments.after_tables import draw as draw_after
 from experiments.arms import ARMS
 from experiments.commands import Experiment, claim
 from experiments.cost import costs
@@ -462,3 +463,41 @@ def test_answers_are_those_of_the_harness(shared_data, bench, tmp_path):
         found = answered(model, tokenizer, read_items(tmp_path / f"{task}.jsonl"), exact=True)
         assert found.accuracy == [bool(sample["acc"]) for sample in samples]
         assert found.normalized == [bool(sample["acc_norm"]) for sample in samples]
+
+
+def after_row(key, adapter, **variants):
+    """A row of `python -m experiments.after`: mean losses and divergences of each variant, the same on both texts."""
+    scores = {
+        name: {"pairs": [loss, loss], "wikitext2": [loss, loss], "pairs kl": [kl, kl], "wikitext2 kl": [kl, kl]}
+        for name, (loss, kl) in variants.items()
+    }
+    return {"key": key, "scores": scores, **({"adapter": adapter} if adapter else {})}
+
+
+def test_shares_of_merges_and_moves_are_those_of_their_rows(tmp_path):
+    rows = [
+        after_row("reference/best/0", "a", unmerged=(2.0, 0.0), full=(1.9, 0.05), **{"rounded nf4": (2.4, 0.4)}),
+        after_row("merge/best/0/nf4/trained", "a", merged=(2.1, 0.1)),
+        after_row("start/gptq4/32", "", full=(2.5, 0.0), base=(3.0, 0.2), start=(2.6, 0.1)),
+        after_row("rebase/best/0/gptq4/32", "a", rebased=(2.03, 0.1)),
+    ]
+    page = tmp_path / "page.md"
+    page.write_text(
+        "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("merges", "earlier", "full", "moves"))
+    )
+    draw_after(rows, page)
+    lines = page.read_text().splitlines()
+    assert any(line.startswith("| `best` | NF4 | `merge` | 0.1000 | 0.25 (0.25 to 0.25) | +0.100") for line in lines)
+    moved = next(line for line in lines if "moved, rank 32" in line)
+    assert moved.startswith("| gptq4 | `best` moved, rank 32 | 2.600 | 2.030 | 0.95 (0.95 to 0.95)")
+    with pytest.raises(ValueError, match="about another adapter than the rows of best/0"):
+        draw_after([*rows, after_row("merge/best/0/gptq/trained", "b", merged=(2.1, 0.1))], page)
+
+
+def test_the_page_on_what_comes_after_training_has_the_tables_of_its_results(tmp_path):
+    """`python -m experiments.after draw` writes them."""
+    page = PAGE.with_name("after.md")
+    copied = tmp_path / "after.md"
+    shutil.copy(page, copied)
+    draw_after(Store(REFERENCE, kind="after").rows(), copied)
+    assert copied.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")

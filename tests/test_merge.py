@@ -9,16 +9,17 @@ import pytest
 import torch
 from families import save_llama
 from helpers import init
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from runs import killed_after
 from safetensors.torch import load_file
-from trainings import train
+from trainings import effective_weights, train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from quailora import GPTQ, NF4, Calibration, Int8, Optimal, Output, Quantizer, Resources, Uniform, merge, rebase
 from quailora.adapters.change import TrainedChange
 from quailora.bases import StoredBase
-from quailora.errors import ConfigurationError, ModelError, OutputExistsError, QualityError
+from quailora.calibration.sources import BatchCalibration
+from quailora.errors import CalibrationError, ConfigurationError, ModelError, OutputExistsError, QualityError
 from quailora.evaluation.scores import Scores
 from quailora.evaluation.texts import EvaluationTexts
 from quailora.merging.certificate import FULL, MERGED, ROUNDED, Certificate
@@ -104,6 +105,30 @@ def test_both_targets_are_approached(lora, tmp_path, target):
         assert near < 0.5 * far
 
 
+def test_layers_without_an_adapter_and_layers_in_full_precision_keep_what_they_compute_with(lora, tmp_path):
+    skipping = {**NF4().stock_config(), "llm_int8_skip_modules": ["down_proj", "lm_head"]}
+    base = AutoModelForCausalLM.from_pretrained(lora / "model", quantization_config=BitsAndBytesConfig(**skipping))
+    base.save_pretrained(tmp_path / "base")
+    plain = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    plain.save_pretrained(tmp_path / "trained")
+    merge(
+        tmp_path / "trained", GPTQ(8, group_size=32), out=tmp_path / "out", initial="zero",
+        model=str(lora / "model"), trained_on=str(tmp_path / "base"), **{**FAST, "texts": TEXTS},
+    )  # fmt: skip
+    found, stored = weights_in(tmp_path / "out"), StoredBase(str(tmp_path / "base"))
+    expected = {name: stored.weight(name, torch.float32).dequantize() for name in stored.layers}
+    assert not any("down_proj" in name for name in expected)
+    assert any("v_proj" in name for name in expected)
+    expected |= effective_weights(plain)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (found[name] - weight).norm() < 0.02 * weight.norm(), name
+
+
 def test_nothing_is_written_above_the_largest_divergence(lora, tmp_path):
     options = {"calibration": CALIBRATION, "texts": TEXTS, "training": ScaleTraining(0)}
     with pytest.raises(
@@ -156,6 +181,19 @@ def test_trained_scales_bring_predictions_closer(lora, tmp_path):
     differing = {name for name in first if not torch.equal(first[name], second[name])}
     assert differing
     assert all(name.endswith(".scales") for name in differing)
+
+
+def test_held_out_windows_are_never_trained_on():
+    """However short the text is, so that windows come several times."""
+    training = ScaleTraining(5, 64, 32)
+    for count in (2, 3, 9, 40):
+        rows = torch.arange(count)[:, None].expand(count, 32).contiguous()
+        windows, held_out = training.windows(BatchCalibration.of([{"input_ids": rows}]), None)
+        assert windows.shape == (10, 32)
+        assert 0 < len(held_out) <= min(8, count // 2)
+        assert not {row[0] for row in windows.tolist()} & {row[0] for row in held_out.tolist()}
+    with pytest.raises(CalibrationError, match="at least two different windows of 32 tokens"):
+        training.windows(BatchCalibration.of([{"input_ids": torch.zeros(3, 32, dtype=torch.long)}]), None)
 
 
 @pytest.mark.parametrize("writes", [9, 15, 28, *(pytest.param(more, marks=pytest.mark.slow) for more in (3, 14, 20))])

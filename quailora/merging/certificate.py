@@ -14,7 +14,7 @@ from ..errors import QualityError
 from ..evaluation.evaluate import loaded_in_memory
 from ..evaluation.scores import Difference, Scores, measure
 from ..evaluation.texts import EvaluationTexts
-from ..models.layers import Layer, all_layers
+from ..models.layers import all_layers
 from ..models.weights import replaced
 from ..pipeline.fine_tuned import Computed, FineTuned, modules_of
 from ..pipeline.options import Resources
@@ -111,10 +111,11 @@ def certify(
     layers = all_layers(loaded.model)
     (change,) = fine_tuned.changes
     own = change.layers(layers)
-    every = {name: layers[name] for name in {**own, **{name: layers[name] for name in merged if name in layers}}}
+    trained = replace(fine_tuned, target="trained")
+    every = trained.among(layers, [own]) | {name: layers[name] for name in merged if name in layers}
     modules = modules_of(loaded.model, change)
-    unmerged = Computed(every, lambda layer: unmerged_weight(fine_tuned, layer, own))
-    full = {name: changed_weight(fine_tuned, layer, own) for name, layer in every.items()}
+    unmerged = Computed(every, lambda layer: trained.weight(layer, [own]))
+    full = {name: replace(fine_tuned, target="full").weight(layer, [own]) for name, layer in every.items()}
     found: dict[str, Mapping[str, Scores]] = {}
     losses: dict[str, tuple[float, ...]] = {}
     given = given_tokens(loaded.tokenizer, texts.bos)
@@ -134,19 +135,3 @@ def certify(
             losses[text] = scores.pop("unmerged").losses
             found[text], length = scores, ids.shape[1]
     return Certificate(found, losses, length)
-
-
-def unmerged_weight(fine_tuned: FineTuned, layer: Layer, own: dict[str, Layer]) -> Tensor:
-    """Return what a layer of the unmerged model computes with: `Q + C`, or `Q` without an adapter."""
-    # A layer that the base has in full precision carries the adapter on its own weight.
-    assert fine_tuned.trained_on is not None
-    if layer.name not in fine_tuned.trained_on.layers:
-        return changed_weight(fine_tuned, layer, own)
-    base = fine_tuned.quantized(layer)
-    (change,) = fine_tuned.changes
-    return change.effective(layer, own, base).to(layer.weight) if layer.name in own else base
-
-
-def changed_weight(fine_tuned: FineTuned, layer: Layer, own: dict[str, Layer]) -> Tensor:
-    """Return `W + change` of a layer, or `W` where there is no change."""
-    return replace(fine_tuned, target="full").weight(layer, [own])

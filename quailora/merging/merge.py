@@ -176,8 +176,10 @@ def with_trained_scales(finished: AdapterOutput, training: ScaleTraining) -> dic
         source, tokenizer = finished.plan.source, finished.loaded.tokenizer
         dtypes = {name: one.dequantized.dtype for name, one in scaled.items() if one.dequantized is not None}
         weights = {name: unpacked(one.packed, dtypes[name]) for name, one in scaled.items()}
-        windows = check_token_ids(model, training.windows(source, tokenizer))
-        trained = training.train(model, finished.run.layers, weights, windows, source.dtype)
+        windows, held_out = training.windows(source, tokenizer)
+        for ids in (windows, held_out):
+            check_token_ids(model, ids)
+        trained = training.train(model, finished.run.layers, weights, windows, held_out, source.dtype)
         for name, weight in trained.items():
             store.save(keys[name], StoredLayer(None, None, weight.dequantize(), weight.packed()))
     return layers | {name: store.load(key) for name, key in keys.items()}

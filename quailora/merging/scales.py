@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from ..bases.reader import READERS
 from ..bases.writer import quantization_config
 from ..calibration.capture import arithmetic
+from ..calibration.gradients import frozen
 from ..calibration.sources import CalibrationSource
 from ..calibration.windows import CalibrationDtype
-from ..errors import ConfigurationError, NumericalError
+from ..errors import CalibrationError, ConfigurationError, NumericalError
 from ..methods.distillation import divergence
 from ..models.layers import Layer
 from ..quantizers import QuantizedWeight
@@ -41,6 +42,9 @@ class ScaleTraining:
     predictions of the quantized model from those of the model that it was made from, with a learning rate that falls to
     zero. The text is that of the calibration.
 
+    Codes are not trained in this way: the predictions of a whole model say too little about each of them, and a model
+    whose codes followed their gradients came out worse on held-out text.
+
     Attributes:
         steps: updates; 0 trains nothing.
         tokens: tokens in a step, as whole windows.
@@ -48,7 +52,7 @@ class ScaleTraining:
         learning_rate: learning rate of the first step, relative to a scale.
     """
 
-    steps: int = 100
+    steps: int = 200
     tokens: int = 1024
     sequence_length: int = 512
     learning_rate: float = 2e-3
@@ -59,21 +63,35 @@ class ScaleTraining:
                 f"Expected steps of at least two tokens and a positive learning rate, got {self!r}."
             )
 
-    def windows(self, source: CalibrationSource, tokenizer: Any) -> Int[Tensor, "samples sequence_length"]:
-        """Return the windows to train on, and after them those that are held out."""
-        length = min(self.sequence_length, source.size[1])
-        return source.training_windows(tokenizer, (self.steps + _HELD_OUT) * self.rows(length), length)
+    def windows(
+        self, source: CalibrationSource, tokenizer: Any
+    ) -> tuple[Int[Tensor, "trained sequence_length"], Int[Tensor, "held_out sequence_length"]]:
+        """Return the windows of all steps, in order, and those that are held out: they are never trained on.
 
-    def rows(self, length: int) -> int:
-        """Return how many windows of a length are in a step."""
-        return max(1, self.tokens // length)
+        Raises:
+            CalibrationError: if the text has only one window.
+        """
+        length = min(self.sequence_length, source.size[1])
+        rows = max(1, self.tokens // length)
+        drawn = source.training_windows(tokenizer, (self.steps + _HELD_OUT) * rows, length)
+        # A short text is drawn from several times, and no window of it may be on both sides.
+        different = len(torch.unique(drawn, dim=0))
+        if different < 2:
+            raise CalibrationError(
+                f"Expected at least two different windows of {length} tokens to train scales on, got one. Calibrate on "
+                "more text or on shorter windows."
+            )
+        held_out = torch.unique(drawn.flip(0)[: _HELD_OUT * rows], dim=0)[: different // 2]
+        kept = drawn[~(drawn[:, None] == held_out).all(-1).any(-1)]
+        return kept.repeat(-(-self.steps * rows // len(kept)), 1)[: self.steps * rows], held_out
 
     def train(
         self,
         model: Any,
         layers: Mapping[str, Layer],
         weights: Mapping[str, QuantizedWeight],
-        windows: Int[Tensor, "samples sequence_length"],
+        windows: Int[Tensor, "trained sequence_length"],
+        held_out: Int[Tensor, "held_out sequence_length"],
         dtype: CalibrationDtype = "auto",
     ) -> dict[str, QuantizedWeight]:
         """Return the weights with trained scales; with their own scales if that is no better on held-out windows.
@@ -82,7 +100,8 @@ class ScaleTraining:
             model: a transformers causal language model in memory, whose predictions are the aim; left as it was.
             layers: its linear layers.
             weights: the quantized weight of each layer.
-            windows: token ids, see `windows`.
+            windows: token ids of the windows of all steps, in order, see `windows`.
+            held_out: token ids of the held-out windows.
             dtype: arithmetic, see `Calibration`.
 
         Raises:
@@ -100,8 +119,8 @@ class ScaleTraining:
         values = {name: weight.dequantize().to(device) for name, weight in weights.items()}
         optimizer = torch.optim.AdamW(changes.values(), self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
-        batches = torch.split(windows.to(device), self.rows(windows.shape[1]))
-        trained, held_out = batches[: self.steps], batches[self.steps :]
+        batches = windows.to(device).chunk(self.steps)
+        others = torch.split(held_out.to(device), len(batches[0]))
 
         def loss_of(ids: Tensor) -> Tensor:
             with torch.no_grad(), arithmetic(model, dtype):
@@ -112,15 +131,12 @@ class ScaleTraining:
 
         def held_out_loss() -> float:
             with torch.no_grad():
-                return sum(loss_of(ids).item() for ids in held_out) / max(1, len(held_out))
+                return sum(loss_of(ids).item() * len(ids) for ids in others) / len(held_out)
 
-        # The layers of the model hold parameters that would collect gradients, as large as the model, for nothing.
-        requiring = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in requiring:
-            parameter.requires_grad_(False)
-        try:
-            before = held_out_loss()
-            for ids in track(trained, "Training scales", total=len(trained)):
+        # The parameters of the model itself would collect gradients, as large as the model, for nothing.
+        before = held_out_loss()
+        with frozen(model):
+            for ids in track(batches, "Training scales", total=len(batches)):
                 with torch.enable_grad():
                     loss = loss_of(ids)
                     torch.autograd.backward(loss)
@@ -133,10 +149,7 @@ class ScaleTraining:
                 rate.step()
                 if not console.is_terminal and rate.last_epoch % _LOGGED == 0:  # where nobody sees a progress bar
                     logger.info("Training scales: step %d of %d.", rate.last_epoch, self.steps)
-            after = held_out_loss()
-        finally:
-            for parameter in requiring:
-                parameter.requires_grad_(True)
+        after = held_out_loss()
         logger.info("Divergence on held-out calibration text: %.4f nats a token before, %.4f after.", before, after)
         if not after < before:
             return dict(weights)

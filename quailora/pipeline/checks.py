@@ -14,6 +14,8 @@ from ..errors import ConfigurationError, TargetError, named
 from ..families import Family, Lora
 from ..methods.method import Method
 from ..models.layers import Layer, kind
+from ..quantizers import QuantizedWeight
+from ..quantizers.fourbit import FourBitWeight
 from ..support.choices import FactorsDtype
 from ..support.files import StrPath, check_output, check_writable, folder_of
 
@@ -110,6 +112,29 @@ def check_quantized(layers: Mapping[str, Layer], method: Method, save_base: bool
             "Stock transformers leaves fused experts in full precision when it quantizes a model, so there would be "
             "nothing to correct. Pass `save_base=True` for a base with quantized experts, or leave experts out of "
             "`targets`."
+        )
+
+
+def warn_of_blocks(layers: Mapping[str, Layer], stored: QuantizedWeight) -> None:
+    """Warn of layers that bitsandbytes computes wrongly on a CPU: 4-bit ones whose rows do not fill whole blocks.
+
+    Args:
+        layers: the targets.
+        stored: an example of their format.
+    """
+    # Seen with bitsandbytes 0.50.2, whose kernel for CPUs begins a block with each row. Its kernel for GPUs is right.
+    if not isinstance(stored, FourBitWeight):
+        return
+    size = stored.state.blocksize
+    narrow = [name for name, layer in layers.items() if layer.shape[1] % size]
+    if narrow:
+        logger.warning(
+            "On a CPU, bitsandbytes decodes 4-bit layers wrongly whose inputs are no multiple of %d: %d of %d, %s "
+            "among them. Load the base on a GPU, or take another quantizer, such as int8.",
+            size,
+            len(narrow),
+            len(layers),
+            narrow[0],
         )
 
 

@@ -33,7 +33,8 @@ class FineTuned:
         changes: the changes.
         factors: the factor `c_i` of each.
         trained_on: the quantized base that the adapters were trained on; None where nothing depends on it.
-        target: "trained" gives `Q + C` in place of `W + change`, of a single adapter.
+        target: "trained" gives what the trained model computes with in place of `W + change`, of a single adapter:
+            `Q + C`, or `Q` where there is no adapter, or `W + C` where the base has the layer in full precision.
     """
 
     changes: tuple[TrainedChange, ...]
@@ -77,7 +78,7 @@ class FineTuned:
         """
         layers = all_layers(loaded.model)
         chosen = [change.layers(layers) for change in self.changes]
-        every = {name: layer for name, layer in layers.items() if any(name in one for one in chosen)}
+        every = self.among(layers, chosen)
         weights = Computed(every, lambda layer: self.weight(layer, chosen))
         modules = {key: layer for change in self.changes for key, layer in modules_of(loaded.model, change).items()}
         whole = {key: tensor for change in self.changes for key, tensor in change.modules.items()}
@@ -92,6 +93,19 @@ class FineTuned:
         replace_for_good(modules, whole, spill)
         yield
 
+    def among(self, layers: Mapping[str, Layer], chosen: list[dict[str, Layer]]) -> dict[str, Layer]:
+        """Return the layers whose weights are others than in the full-precision model.
+
+        Args:
+            layers: all layers of the model.
+            chosen: the layers that each of the changes has.
+        """
+        # Of the model that was trained, layers without an adapter are those of the base.
+        quantized = self.trained_on.layers if self.target == "trained" and self.trained_on is not None else frozenset()
+        return {
+            name: layer for name, layer in layers.items() if name in quantized or any(name in one for one in chosen)
+        }
+
     def weight(self, layer: Layer, chosen: list[dict[str, Layer]]) -> Tensor:
         """Return the changed weight of a layer whose own weight is in memory, in its dtype.
 
@@ -100,25 +114,27 @@ class FineTuned:
             chosen: the layers that each of the changes has.
         """
         weight = layer.weight
+        if self.target == "trained":
+            (change,), (own,), there = self.changes, chosen, self.base_weight(layer)
+            return (change.effective(layer, own, there) if layer.name in own else there).to(weight)
         changes = any(layer.name in own for own in chosen)
-        base = self.quantized(layer) if self.needs_base and changes else None
-        if self.target == "trained" and base is not None:
-            (change,), (own,) = self.changes, chosen
-            return change.effective(layer, own, base).to(weight)
+        base = self.base_weight(layer) if self.needs_base and changes else None
         total = torch.zeros(weight.shape)
         for change, factor, own in zip(self.changes, self.factors, chosen, strict=True):
             if layer.name in own:
                 total += factor * change.of(layer, own, base)
         return (weight.float() + total.to(weight.device)).to(weight.dtype)
 
-    def quantized(self, layer: Layer) -> Tensor:
-        """Return the weight of a layer in the base that was trained on.
+    def base_weight(self, layer: Layer) -> Tensor:
+        """Return the weight of a layer in the base that was trained on; its own where that is in full precision.
 
         Raises:
-            ModelError: if the base does not have it.
+            ModelError: if the base is not known.
         """
         if self.trained_on is None:
             raise ModelError("The base that the adapter was trained on is not known.")
+        if layer.name not in self.trained_on.layers:
+            return layer.weight
         with named(layer.name):
             return self.trained_on.weight_of(layer).dequantize()
 

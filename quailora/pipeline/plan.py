@@ -34,6 +34,7 @@ from .checks import (
     check_layout,
     check_seed,
     output_folder,
+    warn_of_blocks,
 )
 from .estimate import Estimate, estimate, example_of
 from .fine_tuned import FineTuned
@@ -172,8 +173,10 @@ def check_written_base(method: Method, adapter: AdapterPlan, *, dequantized: boo
         adapter: the layers.
         dequantized: whether the base is written in floating point.
     """
-    first = next(iter(adapter.layers.values()))
-    check_layout(method.family, "float" if dequantized else example_of(method, first).layout)
+    stored = example_of(method, next(iter(adapter.layers.values())))
+    check_layout(method.family, "float" if dequantized else stored.layout)
+    if not dequantized:
+        warn_of_blocks(adapter.layers, stored)
 
 
 def choose_offload(asked: Offload, limit: str | None, needed: Estimate) -> bool:

@@ -31,7 +31,7 @@ def merge(
     windows: int = 8,
     window_length: int | None = 512,
     max_kl: float | None = None,
-    steps: int = 100,
+    steps: int = 200,
     calibration: StrPath | None = None,
     calibration_fields: Sequence[str] = (),
     calibration_split: str = "train",

@@ -6,21 +6,19 @@ Each job is one row of JSON, and jobs that are done are left out when the script
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 from jsonargparse import auto_cli
-from torch import Tensor
-from torch.nn import functional
-from transformers import AutoTokenizer
 
 from quailora import (
     GPTQ,
@@ -36,33 +34,27 @@ from quailora import (
     Uniform,
     initialize_model,
     merge,
+    merge_full,
     rebase,
 )
-from quailora.adapters.change import TrainedChange, family_of_saved
 from quailora.adapters.saved import SavedAdapter
 from quailora.bases import ExistingBase
-from quailora.bases.fresh import FreshBase
 from quailora.calibration.walk import collect_statistics
 from quailora.evaluation.texts import EvaluationTexts
 from quailora.merging.scales import ScaleTraining
 from quailora.merging.trained_on import base_at
-from quailora.models.layers import Layer, linear_layers
-from quailora.models.load import load_model
-from quailora.models.locate import resolve
 from quailora.models.weights import replaced
+from quailora.pipeline.fine_tuned import Target
 
+from .after_scores import STARTS, Adapter, Scorer, Weights
 from .after_tables import draw
-from .arms import ARMS, Arm
-from .data import Data, load_data, write_training_pairs
+from .arms import Arm
+from .data import write_training_pairs
 from .protocol import PROTOCOLS, Protocol, Run
 from .runs import RESULTS, Store
-from .starts import start_place
 from .training import model_of, train
 
 logger = logging.getLogger("experiments")
-
-STARTS = {"qlora": 3.2e-3, "quailora": 1.6e-3, "best": 1.6e-3}
-"""Arms whose adapters are merged and moved, with the learning rate of each."""
 
 FORMATS: dict[str, tuple[Quantizer, Quantizer]] = {"nf4": (NF4(), NF4()), "gptq": (GPTQ(), Uniform())}
 """What adapters are merged into, and rounding to nearest in the same format."""
@@ -75,36 +67,6 @@ RANKS = (16, 32)
 TUNED = (("gptq", 100, 5e-3), ("gptq", 300, 3e-3), ("nf4", 100, 5e-3))
 """Other trainings of scales than the default, to see whether they are better: format, steps and rate."""
 
-_ROWS = 8  # sequences whose predictions are kept at a time
-
-Weights = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A trained adapter of the experiment.
-
-    Attributes:
-        arm: name of its arm.
-        seed: seed of its training.
-        bench: the folder of starts and adapters.
-    """
-
-    arm: str
-    seed: int
-    bench: Path
-
-    @property
-    def folder(self) -> Path:
-        """Where it is."""
-        return self.bench / "adapters" / Run(self.arm, 16, STARTS[self.arm], self.seed).key
-
-    @property
-    def initial(self) -> Path | str:
-        """Where its start is; "zero" for plain LoRA."""
-        place = start_place(ARMS[self.arm], 16, "train", self.bench / "starts")
-        return "zero" if place is None else place
-
 
 class After:
     """What merging and moving trained adapters costs.
@@ -114,12 +76,18 @@ class After:
         folder: folder of starts and trained adapters, as `python -m experiments` has left them.
         results: folder of the results.
         device: what computes.
+        protocol: the protocol of the adapters.
     """
 
     def __init__(
-        self, texts: Path = Path("texts"), folder: Path = Path("runs"), results: Path = RESULTS, device: str = "auto"
+        self,
+        texts: Path = Path("texts"),
+        folder: Path = Path("runs"),
+        results: Path = RESULTS,
+        device: str = "auto",
+        protocol: str = "reference",
     ) -> None:
-        self._protocol: Protocol = PROTOCOLS["reference"]
+        self._protocol: Protocol = PROTOCOLS[protocol]
         self._texts, self._bench, self._device = texts, folder / self._protocol.name, device
         self._store = Store(self._protocol, results, "after")
         self._work = self._bench / "after"
@@ -171,18 +139,18 @@ class After:
 
     def _carry_out(self, job: str) -> dict[str, Any]:
         kind, *parts = job.split("/")
+        if kind in {"start", "again"}:
+            number = int(parts[1]) if len(parts) > 1 else 16
+            return self._started(parts[0], number) if kind == "start" else self._trained_again(parts[0], number)
+        adapter, rest = self._adapter(*parts[:2]), parts[2:]
         if kind == "reference":
-            return self._reference(self._adapter(*parts))
-        if kind == "merge":
-            return self._merged(self._adapter(*parts[:2]), parts[2], parts[3], ScaleTraining())
-        if kind == "tune":
-            training = ScaleTraining(int(parts[3]), learning_rate=float(parts[4]))
-            return self._merged(self._adapter(*parts[:2]), parts[2], "trained", training)
-        if kind == "start":
-            return self._started(parts[0], int(parts[1]) if len(parts) > 1 else 16)
+            return self._reference(adapter)
+        if kind == "gptqmodel":
+            return self._by_gptqmodel(adapter)
         if kind == "rebase":
-            return self._rebased(self._adapter(*parts[:2]), parts[2], int(parts[3]))
-        return self._trained_again(parts[0], int(parts[1]))
+            return self._rebased(adapter, rest[0], int(rest[1]))
+        training = ScaleTraining(int(rest[1]), learning_rate=float(rest[2])) if kind == "tune" else ScaleTraining()
+        return self._merged(adapter, rest[0], "full" if rest[1] == "full" else "trained", training)
 
     def _adapter_of(self, job: str) -> dict[str, str]:
         """Return the hash of the adapter that a job is about, so that rows of different trainings are not mixed."""
@@ -214,7 +182,7 @@ class After:
             variants["full, GPTQ"] = {key: published.quantize(one, seen[key]).dequantize() for key, one in full.items()}
         return {"scores": scorer.scores(unmerged, variants, "unmerged")}
 
-    def _merged(self, adapter: Adapter, name: str, target: str, training: ScaleTraining) -> dict[str, Any]:
+    def _merged(self, adapter: Adapter, name: str, target: Target, training: ScaleTraining) -> dict[str, Any]:
         scorer = self._scorer()
         out = (
             self._work / f"merge-{adapter.arm}-{adapter.seed}-{name}-{target}-{training.steps}-{training.learning_rate}"
@@ -227,7 +195,7 @@ class After:
             initial=adapter.initial,
             model=self._protocol.model,
             trained_on=NF4(),
-            target="trained" if target == "trained" else "full",
+            target=target,
             calibration=self._calibration(),
             texts=EvaluationTexts(windows=0),
             training=training,
@@ -240,6 +208,27 @@ class After:
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         shutil.rmtree(out)
         return {"scores": scores, "seconds": round(seconds, 1), "bytes": size}
+
+    def _by_gptqmodel(self, adapter: Adapter) -> dict[str, Any]:
+        """Score what people do today: the full-precision merge, quantized by gptqmodel in an environment of its own."""
+        python = os.environ.get("QUAILORA_STOCK")
+        if python is None:
+            raise FileNotFoundError("the interpreter of `make stock`, in the variable QUAILORA_STOCK")
+        scorer, folder = self._scorer(), self._work / f"gptqmodel-{adapter.arm}-{adapter.seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        merge_full([adapter.folder], out=folder / "full", initial=adapter.initial, model=self._protocol.model)
+        pairs = [json.loads(line)["text"] for line in self._calibration_file().read_text(encoding="utf-8").splitlines()]
+        (folder / "pairs.txt").write_text("\n\n".join(pairs), encoding="utf-8")
+        script = Path(__file__).parents[1] / "benchmarks" / "stock_quantize.py"
+        command = [python, script, folder / "full", folder / "out", "--text", folder / "pairs.txt", "--samples", "64"]
+        began = time.monotonic()
+        subprocess.run([str(Path(part).absolute()) if isinstance(part, Path) else part for part in command], check=True)
+        seconds = time.monotonic() - began
+        base = base_at(folder / "out")
+        found = {key: scorer.stored(base, layer) for key, layer in scorer.layers.items()}
+        scores = scorer.scores(scorer.unmerged(adapter), {"gptqmodel": found})
+        shutil.rmtree(folder)
+        return {"scores": scores, "seconds": round(seconds, 1)}
 
     def _started(self, name: str, rank: int) -> dict[str, Any]:
         """Make a base with its own compensation, and score both."""
@@ -304,125 +293,20 @@ class After:
 
     def _calibration(self) -> Calibration:
         """Return the text of the training pairs, of which codes and scales are trained on other windows."""
+        source = TextSource(str(self._calibration_file()))
+        return Calibration(source, self._protocol.calibration_windows, self._protocol.length)
+
+    def _calibration_file(self) -> Path:
         file = self._work / "pairs.jsonl"
         if not file.exists():
             write_training_pairs(self._texts, self._protocol, file)
-        return Calibration(TextSource(str(file)), self._protocol.calibration_windows, self._protocol.length)
+        return file
 
     def _resources(self) -> Resources:
         return Resources(device="auto" if self._device == "auto" else "cpu")
 
     def _scorer(self) -> Scorer:
         return Scorer.of(self._protocol, self._texts, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True, eq=False)
-class Scorer:
-    """Scores weights of a model on the held-out pairs and on WikiText-2, in float32.
-
-    Attributes:
-        model: the full-precision model.
-        layers: its linear layers.
-        data: the texts.
-        device: where it is.
-    """
-
-    model: Any
-    layers: dict[str, Layer]
-    data: Data
-    device: str
-
-    @classmethod
-    def of(cls, protocol: Protocol, texts: Path, device: str) -> Scorer:
-        """Load the model and the texts."""
-        loaded = load_model(protocol.model, "float32", "cuda" if device == "cuda" else "cpu")
-        tokenizer = AutoTokenizer.from_pretrained(resolve(protocol.model))
-        return cls(loaded.model, linear_layers(loaded.model), load_data(texts, tokenizer, protocol), device)
-
-    def own(self) -> Weights:
-        """Return the weights of the full-precision model."""
-        return {name: layer.weight.clone() for name, layer in self.layers.items()}
-
-    def stored(self, base: ExistingBase, layer: Layer) -> Tensor:
-        """Return the weight of a layer in a base."""
-        return base.weight_of(layer).dequantize()
-
-    def unmerged(self, adapter: Adapter) -> Weights:
-        """Return what the unmerged model computes with: NF4 with the trained adapter."""
-        return self.on(FreshBase("demo", NF4()), adapter.folder)
-
-    def on(self, base: ExistingBase, folder: Path) -> Weights:
-        """Return what an adapter makes of a base."""
-        change = effect_of(folder)
-        layers = change.layers(self.layers)
-        return {
-            name: change.effective(layer, layers, self.stored(base, layer)).to(self.device)
-            for name, layer in layers.items()
-        }
-
-    def full(self, adapter: Adapter) -> Weights:
-        """Return the full-precision weights with what training has changed."""
-        change = TrainedChange.read(adapter.folder, adapter.initial)
-        layers = change.layers(self.layers)
-        return {name: layer.weight + change.of(layer, layers).to(self.device) for name, layer in layers.items()}
-
-    @torch.inference_mode()
-    def scores(
-        self, reference: Weights, variants: Mapping[str, Weights], own: str = ""
-    ) -> dict[str, dict[str, list[float]]]:
-        """Return losses of each variant, and divergences from the reference, pair by pair and window by window.
-
-        Args:
-            reference: weights of the reference.
-            variants: weights of each variant.
-            own: name under which the reference is among the results, if it is to be.
-        """
-        rows = [pair.ids for pair in self.data.held_out] + list(self.data.wikitext)
-        names = [*variants, *filter(None, [own])]
-        found: dict[str, dict[str, list[float]]] = {name: {"loss": [], "kl": []} for name in names}
-        for part in parts(rows):
-            with replaced(self.layers, reference):
-                expected = [self._predict(ids) for ids in part]
-            for ids, log_p in zip(part, expected, strict=True) if own else ():
-                loss = functional.nll_loss(log_p, ids[1:].to(self.device)).item()
-                found[own]["loss"].append(round(loss, 5))
-                found[own]["kl"].append(0.0)
-            for name, weights in variants.items():
-                with replaced(self.layers, weights):
-                    for ids, log_p in zip(part, expected, strict=True):
-                        log_q = self._predict(ids)
-                        loss = functional.nll_loss(log_q, ids[1:].to(self.device)).item()
-                        apart = functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item() / len(log_q)
-                        found[name]["loss"].append(round(loss, 5))
-                        found[name]["kl"].append(round(apart, 6))
-        pairs = len(self.data.held_out)
-        return {
-            name: {
-                "pairs": one["loss"][:pairs],
-                "wikitext2": one["loss"][pairs:],
-                "pairs kl": one["kl"][:pairs],
-                "wikitext2 kl": one["kl"][pairs:],
-            }
-            for name, one in found.items()
-        }
-
-    def _predict(self, ids: Tensor) -> Tensor:
-        # In float32 a CPU takes a minute for each variant and bfloat16 moves a divergence by a few thousandths.
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cpu"):
-            logits: Tensor = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0, :-1]
-        return logits.float().log_softmax(-1)
-
-
-def effect_of(folder: Path) -> TrainedChange:
-    """Return an adapter whose effective weights are asked for, whatever it started from."""
-    saved = SavedAdapter.read(folder)
-    return TrainedChange(saved, None, *family_of_saved(saved))
-
-
-def parts(rows: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Yield a few sequences at a time."""
-    for start in range(0, len(rows), _ROWS):
-        yield rows[start : start + _ROWS]
 
 
 def acquired(lock: FileLock) -> bool:
@@ -449,6 +333,7 @@ def jobs() -> list[str]:
         *(f"start/{name}/32" for name in BASES),
         *(f"rebase/best/{seed}/{name}/{rank}" for seed in seeds for rank in RANKS for name in BASES),
         *(f"reference/{one}" for one in adapters),
+        *(f"gptqmodel/{one}" for one in adapters),
         *(f"merge/{one}/nf4/full" for one in adapters),
         *(f"rebase/{arm}/{seed}/{name}/32" for seed in seeds for arm in ("qlora", "quailora") for name in BASES),
     ]

@@ -86,6 +86,7 @@ def merges(rows: Rows, *, alone: bool = False) -> str:
             ]
             if name == "gptq":
                 ways.append(("merged in full precision, GPTQ", reference, "full, GPTQ"))
+                ways.append(("merged in full precision, gptqmodel", found(rows, arm, "gptqmodel", ""), "gptqmodel"))
             for way, scores, variant in ways[:1] if alone else ways:
                 both = {seed: one for seed, one in scores.items() if seed in reference and variant in one}
                 if both:

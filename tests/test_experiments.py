@@ -17,6 +17,8 @@ from families import save_llama
 from filelock import FileLock
 from transformers import AutoTokenizer
 
+from experiments.after import After
+from experiments.after_scores import STARTS
 from experiments.after_tables import draw as draw_after
 from experiments.arms import ARMS
 from experiments.commands import Experiment, claim
@@ -35,6 +37,7 @@ from experiments.tasks import TASKS, answered, read_items
 from experiments.training import base_of, model_of
 from experiments.ways import DECAY, SCALED, adapted, balance_by_inputs, optimizer_of, scale_factors, second_moments
 from quailora import freeze
+from quailora.merging.scales import ScaleTraining
 from quailora.training.finish import saved_factors
 
 PAGE = Path(__file__).parents[1] / "docs" / "worth.md"
@@ -465,6 +468,30 @@ def test_answers_are_those_of_the_harness(shared_data, bench, tmp_path):
         assert found.normalized == [bool(sample["acc_norm"]) for sample in samples]
 
 
+def test_trained_adapters_are_merged_and_moved(protocol, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "tiny", protocol)
+    monkeypatch.setattr("experiments.after.ScaleTraining", lambda: ScaleTraining(2, 64, 32))
+    Bench(protocol, texts, tmp_path).carry_out(Run("qlora", 16, STARTS["qlora"], 0))
+    wanted = ["reference/qlora/0", "merge/qlora/0/nf4/trained", "start/int8", "rebase/qlora/0/int8/16"]
+    monkeypatch.setattr("experiments.after.jobs", lambda: [*wanted, "reference/qlora/1"])  # which is not trained
+    After(texts, tmp_path, tmp_path, "cpu", "tiny").run()
+    rows = {row["key"]: row for row in Store(protocol, tmp_path, "after").rows()}
+    assert rows.keys() == set(wanted)
+    assert len({rows[key]["adapter"] for key in wanted if "qlora" in key}) == 1
+    for row in rows.values():
+        for variant in row["scores"].values():
+            assert [len(variant[name]) for name in ("pairs", "pairs kl")] == [protocol.held_out] * 2
+            assert all(kl > -1e-3 for kl in variant["pairs kl"])
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in TABLES))
+    draw_after(list(rows.values()), page)
+    assert "| QLoRA | NF4 | `merge` |" in page.read_text()
+    assert "| int8 | QLoRA moved, rank 16 |" not in page.read_text()  # rank 32 alone is in the table for QLoRA
+
+
+TABLES = ("merges", "earlier", "full", "moves")
+
+
 def after_row(key, adapter, **variants):
     """A row of `python -m experiments.after`: mean losses and divergences of each variant, the same on both texts."""
     scores = {
@@ -482,9 +509,7 @@ def test_shares_of_merges_and_moves_are_those_of_their_rows(tmp_path):
         after_row("rebase/best/0/gptq4/32", "a", rebased=(2.03, 0.1)),
     ]
     page = tmp_path / "page.md"
-    page.write_text(
-        "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("merges", "earlier", "full", "moves"))
-    )
+    page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in TABLES))
     draw_after(rows, page)
     lines = page.read_text().splitlines()
     assert any(line.startswith("| `best` | NF4 | `merge` | 0.1000 | 0.25 (0.25 to 0.25) | +0.100") for line in lines)

@@ -181,6 +181,15 @@ def test_trained_scales_bring_predictions_closer(lora, tmp_path):
     differing = {name for name in first if not torch.equal(first[name], second[name])}
     assert differing
     assert all(name.endswith(".scales") for name in differing)
+    for steps, said in ((0, "Its scales were not trained."), (30, "Its scales were trained for 30 steps.")):
+        assert said in (tmp_path / str(steps) / "README.md").read_text(encoding="utf-8")
+
+
+def test_scales_that_could_not_be_trained_are_noted(lora, tmp_path):
+    options = {**FAST, "training": ScaleTraining(2, 64, 32)}
+    merge(lora / "trained", NF4(), out=tmp_path / "out", resources=Resources(offload="always"), **options)
+    noted = json.loads((tmp_path / "out" / "merge.json").read_text(encoding="utf-8"))["scales"]
+    assert noted == "Its scales were not trained, because the weights of the model were on disk."
 
 
 def test_held_out_windows_are_never_trained_on():

@@ -183,7 +183,7 @@ def check_measured_on(
             f"{difference}. Check the model, leave out `quantizer` and `base`, or pass `any_base=True` to measure it "
             "all the same."
         )
-    logger.warning("%s. A model loaded in another dtype has slightly other codes.", difference)
+    logger.warning("%s. A model loaded in another dtype or on another device has slightly other codes.", difference)
 
 
 def described(provenance: Provenance, different: list[str]) -> str:

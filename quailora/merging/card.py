@@ -16,7 +16,7 @@ _CARD = """\
 # {model} with what training has changed, quantized
 
 The change of the adapter `{adapter}` is in these weights, so that no adapter is needed. An adapter that was made for
-another base does not belong on them. quailora has quantized them to {bits:.2f} bits per weight as `{format}`.
+another base does not belong on them. quailora has quantized them to {bits:.2f} bits per weight as `{format}`. {scales}
 
 ## How far it is from the unmerged model
 
@@ -56,6 +56,7 @@ def merged_card(content: Mapping[str, Any], certificate: Certificate | None, bit
         model=" ".join(str(content["model"]).split()),
         adapter=content["adapter"],
         format=content["format"],
+        scales=content["scales"],
         bits=bits,
         certificate=_UNMEASURED if certificate is None else _MEANING + certificate.as_markdown(),
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
+import torch
+
 from ..adapters.change import TrainedChange
 from ..adapters.given import AdapterGiven
 from ..adapters.lora import LoraScaling
@@ -125,13 +127,13 @@ def merge(
             return Merged(folder, 0.0, None)
         certificate = None
         with new_folder(folder, output.overwrite, model=True) as partial:
-            layers = with_trained_scales(finished, training)
+            layers, scales = with_trained_scales(finished, training)
             finished.write_base(partial, output.base_format, layers)
             if measured:
                 merged = {key: one.dequantized for key, one in layers.items() if one.dequantized is not None}
                 certificate = certify(fine_tuned, name, merged, nearest_of(into), texts, resources)
                 certificate.check(max_kl)
-            bits = write_notes(partial, finished, change, certificate, into)
+            bits = write_notes(partial, finished, change, certificate, into, scales)
     return Merged(folder, bits, certificate)
 
 
@@ -158,19 +160,20 @@ def nearest_of(into: Quantizer) -> Quantizer:
     return Uniform(into.bits, into.group_size, into.symmetric) if isinstance(into, GPTQ) else into
 
 
-def with_trained_scales(finished: AdapterOutput, training: ScaleTraining) -> dict[str, StoredLayer]:
-    """Return the layers of a finished run with trained scales; those of an earlier, killed run if they are there.
+def with_trained_scales(finished: AdapterOutput, training: ScaleTraining) -> tuple[dict[str, StoredLayer], str]:
+    """Return the layers of a finished run with trained scales, and a sentence on what was done to them.
 
-    They stay as they are, with a warning, where weights wait on disk or the format has no scales to train.
+    Those of an earlier, killed run are taken if they are there. Scales stay as they are, with a warning, where weights
+    wait on disk, and where the format has none to train.
     """
     # Results are kept in the store of the run like layers, so that a killed process does not train again.
     layers, model, store = finished.finished, finished.loaded.model, finished.run.store
     scaled = {name: one for name, one in layers.items() if one.packed}
     if not training.steps or not scaled:
-        return layers
+        return layers, "Its scales were not trained."
     if is_offloaded(model):
         logger.warning("Scales are not trained, because the weights of the model are on disk.")
-        return layers
+        return layers, "Its scales were not trained, because the weights of the model were on disk."
     keys = {name: f"scales-{digest([repr(training)])}/{name}" for name in scaled}
     if not all(map(store.has, keys.values())):
         source, tokenizer = finished.plan.source, finished.loaded.tokenizer
@@ -182,11 +185,19 @@ def with_trained_scales(finished: AdapterOutput, training: ScaleTraining) -> dic
         trained = training.train(model, finished.run.layers, weights, windows, held_out, source.dtype)
         for name, weight in trained.items():
             store.save(keys[name], StoredLayer(None, None, weight.dequantize(), weight.packed()))
-    return layers | {name: store.load(key) for name, key in keys.items()}
+    found = layers | {name: store.load(key) for name, key in keys.items()}
+    same = all(torch.equal(found[name].packed[key], part) for name in keys for key, part in layers[name].packed.items())
+    unhelpful = ", which was no better on held-out text, so that they are as they were" if same else ""
+    return found, f"Its scales were trained for {training.steps} steps{unhelpful}."
 
 
 def write_notes(
-    folder: Path, finished: AdapterOutput, change: TrainedChange, certificate: Certificate | None, into: Quantizer
+    folder: Path,
+    finished: AdapterOutput,
+    change: TrainedChange,
+    certificate: Certificate | None,
+    into: Quantizer,
+    scales: str,
 ) -> float:
     """Write what was merged and how good it is beside a merged model; return its bits per weight."""
     report = finished.report()
@@ -195,6 +206,7 @@ def write_notes(
         "adapter": str(change.trained.folder),
         "change": change.digest,
         "format": describe(into),
+        "scales": scales,
         "calibration": finished.plan.source.described(),
         "versions": versions(),
         "certificate": None if certificate is None else certificate.as_dict(),

@@ -6,15 +6,25 @@ import functools
 import json
 import re
 import shlex
+import shutil
 import sys
 import types
 
 import pytest
 import torch
+from families import save_llama
+from helpers import init
+from trainings import train
+from transformers import AutoModelForCausalLM
 
 from examples import ROOT, examples
+from quailora import GPTQ, Optimal
+from quailora.adapters.change import TrainedChange
+from quailora.adapters.saved import SavedAdapter
 from quailora.cli import main as cli
 from quailora.cli.main import main
+from quailora.models.layers import linear_layers
+from quailora.models.locate import demo_file, resolve
 
 
 def test_extending_example_is_a_conforming_quantizer():
@@ -163,3 +173,72 @@ def stub(function):
         return types.SimpleNamespace(show=lambda: None)
 
     return nothing
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_and_the_code_on_what_comes_after_training_run(tokenizer, tmp_path, monkeypatch):
+    """On a small model, on few and short windows; a base of llama.cpp has its own test."""
+    monkeypatch.chdir(tmp_path)
+    model = save_llama(tmp_path / "model", tokenizer)
+    options = {"samples": 4, "sequence_length": 32, "solver": Optimal()}
+    init(str(model), out="adapter", rank=8, **options)
+    init(str(model), out="other-base", rank=4, quantizer=GPTQ(group_size=32), save_base=True, **options)
+    (tmp_path / "other-base" / "base").rename("QUANTIZED")
+    for name, seed in (("trained", 1), ("other", 2)):
+        train(tmp_path / "adapter", tmp_path / name, by=0.2, seed=seed)
+    words = ["river", "stone", "light", "under", "water", "green", "field", "small", "house"]
+    texts = [" ".join(words[(index + step) % 9] for step in range(40)) for index in range(60)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "other.txt").write_text(" ".join(reversed(texts)))
+    few = {
+        "merge": [
+            "--samples",
+            "4",
+            "--sequence-length",
+            "32",
+            "--windows",
+            "2",
+            "--window-length",
+            "32",
+            "--steps",
+            "2",
+        ],
+        "rebase": ["--samples", "4", "--sequence-length", "32"],
+        "convert": [],
+    }
+    ran = [each for each in commands("docs/after.md") if not any(word.endswith(".gguf") for word in each)]
+    assert {each[1] for each in ran} == few.keys()
+    for each in ran:
+        narrow = ["--into.group-size", "32"] if "--into.bits" in each else []  # the layers are 64 wide
+        narrow += ["--quantizer.group-size", "32"] if "--quantizer.bits" in each else []
+        assert main([*each[1:], *few[each[1]], *narrow, "--overwrite"]) == 0, each
+    (tmp_path / "python").mkdir()
+    for name in ("adapter", "trained", "other"):
+        shutil.copytree(tmp_path / name, tmp_path / "python" / name)
+    monkeypatch.chdir(tmp_path / "python")
+    namespace = {"batches": [{"input_ids": torch.randint(100, (2, 32))} for _ in range(4)]}
+    for code in examples("docs/after.md"):
+        exec(code.replace("GPTQ(bits=3)", "GPTQ(bits=3, group_size=32)"), namespace)
+    assert namespace["merged"].certificate.divergence <= 0.1
+    assert (namespace["moved"].folder / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_moved_to_a_base_of_llama_cpp(tmp_path, monkeypatch):
+    """The demo model is such a file, and the base is what is in it: without any error, so that the change is all."""
+    monkeypatch.chdir(tmp_path)
+    small = {"samples": 4, "sequence_length": 64, "solver": Optimal()}
+    init("demo", out="adapter", rank=4, **small)
+    train(tmp_path / "adapter", tmp_path / "trained", AutoModelForCausalLM.from_pretrained(resolve("demo")), by=0.2)
+    (line,) = (each for each in commands("docs/after.md") if any(word.endswith(".gguf") for word in each))
+    (tmp_path / "model.gguf").symlink_to(demo_file())
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": "Some words of a text. " * 20}) + "\n" for _ in range(20))
+    )
+    assert main([*line[1:], "--rank", "8", "--samples", "4", "--sequence-length", "64"]) == 0
+    change, moved = TrainedChange.read("trained"), SavedAdapter.read(tmp_path / "moved")
+    layers = linear_layers(AutoModelForCausalLM.from_pretrained(resolve("demo")))
+    for name, layer in list(layers.items())[:7]:
+        factors = [moved.tensors[f"base_model.model.{name}.lora_{one}.weight"] for one in "BA"]
+        torch.testing.assert_close(factors[0] @ factors[1], change.of(layer, layers), rtol=0.0, atol=1e-3)

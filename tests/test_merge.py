@@ -185,6 +185,13 @@ def test_trained_scales_bring_predictions_closer(lora, tmp_path):
         assert said in (tmp_path / str(steps) / "README.md").read_text(encoding="utf-8")
 
 
+def test_windows_that_do_not_fit_are_refused_before_anything_is_computed(lora, tmp_path, monkeypatch):
+    monkeypatch.setattr("quailora.merging.merge.finished_run", None)
+    options = {**FAST, "texts": EvaluationTexts(windows=2, window_length=512)}
+    with pytest.raises(ModelError, match="at most 256 for this model, got 512"):
+        merge(lora / "trained", NF4(), out=tmp_path / "out", **options)
+
+
 def test_scales_that_could_not_be_trained_are_noted(lora, tmp_path):
     options = {**FAST, "training": ScaleTraining(2, 64, 32)}
     merge(lora / "trained", NF4(), out=tmp_path / "out", resources=Resources(offload="always"), **options)

@@ -17,7 +17,8 @@ from ..errors import ConfigurationError
 from ..evaluation.texts import EvaluationTexts
 from ..layer.initializer import Initializer
 from ..methods.method import Method
-from ..models.limits import check_token_ids
+from ..models.limits import check_token_ids, fitting_length
+from ..models.load import empty_model
 from ..models.weights import is_offloaded
 from ..pipeline.fine_tuned import FineTuned, Target
 from ..pipeline.fingerprint import digest
@@ -39,8 +40,10 @@ from .trained_on import base_trained_on, check_model, model_of
 
 logger = logging.getLogger("quailora")
 
-TEXTS = EvaluationTexts(windows=8, window_length=512)
+TEXTS = EvaluationTexts(windows=8)
 """What a merged model is measured on, if nothing else is asked for."""
+
+_WINDOW_LENGTH = 512  # tokens in a window, where the model has as many positions
 
 
 @final
@@ -96,7 +99,8 @@ def merge(
         target: what the merged model comes close to: "trained", the base with the adapter; or "full", the
             full-precision weights with what training has changed, `W + s (B A - B0 A0)`.
         calibration: text or batches of the task, see `initialize_model`.
-        texts: what the merged model is measured on beside the unmerged one; without windows it is not measured.
+        texts: what the merged model is measured on beside the unmerged one, in windows of 512 tokens if they say no
+            length; without windows it is not measured.
         max_kl: largest divergence from the unmerged model, nats a token, with which the model is written.
         training: of the scales, which follows; the model has to be in memory for it. None with `steps` of 0.
         resources: device, memory and dtype, see `initialize_model`.
@@ -118,6 +122,8 @@ def merge(
     fine_tuned = FineTuned((change,), trained_on=base, target=target)
     if measured:
         texts.check()
+        empty = empty_model(name, trust_remote_code=resources.trust_remote_code)
+        texts = replace(texts, window_length=fitting_length(empty, texts.window_length, _WINDOW_LENGTH))
     plan = plan_run(name, method, source_of(calibration), ["all-linear"], output, resources, fine_tuned=fine_tuned)
     folder = Path(plan.output.folder if plan.output else output.folder)
     # Everything that can fail is done inside the folder that is not there yet: a model that is worse than asked for, or

@@ -29,7 +29,7 @@ def merge(
     text: Sequence[str] = (),
     text_fields: Sequence[str] = (),
     windows: int = 8,
-    window_length: int | None = 512,
+    window_length: int | None = None,
     max_kl: float | None = None,
     steps: int = 200,
     calibration: StrPath | None = None,
@@ -69,7 +69,7 @@ def merge(
         text: files, folders or data sets to measure the merged model on; the shipped text by default.
         text_fields: fields of a record that are the text, see `quailora init --help`.
         windows: windows of each text at most; 0 measures nothing.
-        window_length: tokens in such a window.
+        window_length: tokens in such a window; 512 by default, or all positions that the model has.
         max_kl: write nothing if the divergence from the unmerged model is larger, in nats a token.
         steps: updates of a training of the scales, which follows: the codes stay, and the predictions come closer to
             those of the trained model. The model has to be in memory for it; 0 trains nothing.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from jsonargparse import auto_cli
+from transformers import AutoTokenizer
 
 from quailora import (
     GPTQ,
@@ -43,6 +44,7 @@ from quailora.calibration.walk import collect_statistics
 from quailora.evaluation.texts import EvaluationTexts
 from quailora.merging.scales import ScaleTraining
 from quailora.merging.trained_on import base_at
+from quailora.models.locate import resolve
 from quailora.models.weights import replaced
 from quailora.pipeline.fine_tuned import Target
 
@@ -134,7 +136,8 @@ class After:
             logger.warning("%s waits: %s", job, error)
             return
         seconds = time.monotonic() - start
-        self._store.add({"key": job, **row, **self._adapter_of(job), "wall": round(seconds, 1)})
+        end = AutoTokenizer.from_pretrained(resolve(self._protocol.model)).eos_token_id
+        self._store.add({"key": job, **row, **self._adapter_of(job), "end": end, "wall": round(seconds, 1)})
         logger.warning("%s: %.0f s", job, seconds)
 
     def _carry_out(self, job: str) -> dict[str, Any]:

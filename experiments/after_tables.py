@@ -38,8 +38,15 @@ def draw(rows: Sequence[Mapping[str, Any]], page: Path) -> None:
 
 
 def check_adapters(rows: Rows) -> None:
-    """Raise a `ValueError` if rows of one start and seed are about different adapters, which no table may mix."""
+    """Raise a `ValueError` if rows are not comparable, which no table may mix.
+
+    Rows of one start and seed have to be about one adapter, and all pairs have to end with the same token: releases of
+    transformers read different ones from the file of the demo model.
+    """
     seen: dict[tuple[str, ...], str] = {}
+    ends = {row["end"] for row in rows.values() if "end" in row}
+    if len(ends) > 1:
+        raise ValueError(f"Expected rows of pairs that end with the same token, got {sorted(ends)}.")
     for key, row in rows.items():
         if "adapter" not in row:
             continue

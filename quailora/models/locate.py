@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ logger = logging.getLogger("quailora")
 NO_ADAPTER = {"subfolder": "no-adapter"}
 """Where transformers shall look for an adapter to load along with a model: in a folder that no model has."""
 
+_CONVERSION = 2  # changes where files are converted in another way, so that those of before are not taken
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -75,7 +77,8 @@ def dequantized_folder(file: Path) -> Path:
     # of its own that is renamed at the end: of two at the same time the faster one wins, and both find a complete
     # folder.
     status = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
+    content = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {_CONVERSION}"
+    key = hashlib.sha256(content.encode()).hexdigest()[:12]
     folder = cache_folder() / f"{file.stem}-{key}"
     if folder.is_dir():
         return folder
@@ -116,12 +119,25 @@ def convert(file: Path, folder: Path) -> None:
     # Without `dequantize=True` transformers keeps the packed tensors and the model cannot be saved.
     config = GgufConfig(dequantize=True)
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    with_special_tokens(AutoTokenizer.from_pretrained(**source), file).save_pretrained(folder)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, quantization_config=config, adapter_kwargs=NO_ADAPTER
         )
         model.save_pretrained(folder)
+
+
+def with_special_tokens(tokenizer: Any, file: Path) -> Any:
+    """Give a tokenizer the special tokens that its `.gguf` file names, and return it."""
+    # transformers 5.17 takes the token that begins a turn for the end of a text in the demo model, 5.24 the right one.
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
+    return tokenizer
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from quailora.adapters.change import TrainedChange
 from quailora.adapters.saved import SavedAdapter
 from quailora.cli import main as cli
 from quailora.cli.main import main
+from quailora.merging.scales import ScaleTraining
 from quailora.models.layers import linear_layers
 from quailora.models.locate import demo_file, resolve
 
@@ -217,8 +218,10 @@ def test_the_commands_and_the_code_on_what_comes_after_training_run(tokenizer, t
         shutil.copytree(tmp_path / name, tmp_path / "python" / name)
     monkeypatch.chdir(tmp_path / "python")
     namespace = {"batches": [{"input_ids": torch.randint(100, (2, 32))} for _ in range(4)]}
+    namespace["training"] = ScaleTraining(2, 64, 32)
     for code in examples("docs/after.md"):
-        exec(code.replace("GPTQ(bits=3)", "GPTQ(bits=3, group_size=32)"), namespace)
+        narrow = code.replace("GPTQ(bits=3)", "GPTQ(bits=3, group_size=32)")
+        exec(narrow.replace("max_kl=0.1", "max_kl=0.1, training=training"), namespace)
     assert namespace["merged"].certificate.divergence <= 0.1
     assert (namespace["moved"].folder / "adapter_model.safetensors").is_file()
 

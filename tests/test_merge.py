@@ -51,7 +51,10 @@ def weights_in(folder):
 
 @pytest.mark.parametrize("into", [NF4(), GPTQ(3, group_size=32), Int8()], ids=repr)
 def test_the_checkpoint_is_nearer_to_the_trained_model_than_rounding(lora, tmp_path, into):
-    result = merge(lora / "trained", into, out=tmp_path / "out", calibration=CALIBRATION, texts=TEXTS)
+    training = ScaleTraining(20, 128, 64)
+    result = merge(
+        lora / "trained", into, out=tmp_path / "out", calibration=CALIBRATION, texts=TEXTS, training=training
+    )
     scores = result.certificate.texts["shipped text"]
     slack = 1e-6 if isinstance(into, Int8) else 0.0  # the same rounding
     assert scores[MERGED].divergence <= scores[ROUNDED].divergence + slack

@@ -137,7 +137,7 @@ class After:
             return
         seconds = time.monotonic() - start
         end = AutoTokenizer.from_pretrained(resolve(self._protocol.model)).eos_token_id
-        self._store.add({"key": job, **row, **self._adapter_of(job), "end": end, "wall": round(seconds, 1)})
+        self._store.add({"key": job, **row, "end": end, "wall": round(seconds, 1)})
         logger.warning("%s: %.0f s", job, seconds)
 
     def _carry_out(self, job: str) -> dict[str, Any]:
@@ -145,7 +145,11 @@ class After:
         if kind in {"start", "again"}:
             number = int(parts[1]) if len(parts) > 1 else 16
             return self._started(parts[0], number) if kind == "start" else self._trained_again(parts[0], number)
-        adapter, rest = self._adapter(*parts[:2]), parts[2:]
+        adapter = self._adapter(*parts[:2])
+        # With the hash of the adapter, so that rows of different trainings are not mixed.
+        return {**self._about(kind, adapter, parts[2:]), "adapter": SavedAdapter.read(adapter.folder).digest}
+
+    def _about(self, kind: str, adapter: Adapter, rest: list[str]) -> dict[str, Any]:
         if kind == "reference":
             return self._reference(adapter)
         if kind == "gptqmodel":
@@ -154,13 +158,6 @@ class After:
             return self._rebased(adapter, rest[0], int(rest[1]))
         training = ScaleTraining(int(rest[1]), learning_rate=float(rest[2])) if kind == "tune" else ScaleTraining()
         return self._merged(adapter, rest[0], "full" if rest[1] == "full" else "trained", training)
-
-    def _adapter_of(self, job: str) -> dict[str, str]:
-        """Return the hash of the adapter that a job is about, so that rows of different trainings are not mixed."""
-        kind, *parts = job.split("/")
-        if kind in {"start", "again"}:
-            return {}
-        return {"adapter": SavedAdapter.read(self._adapter(*parts[:2]).folder).digest}
 
     def _adapter(self, arm: str, seed: str) -> Adapter:
         adapter = Adapter(arm, int(seed), self._bench)
@@ -205,9 +202,7 @@ class After:
             resources=self._resources(),
         )
         seconds = time.monotonic() - began
-        base = base_at(out)
-        found = {key: scorer.stored(base, layer) for key, layer in scorer.layers.items()}
-        scores = scorer.scores(scorer.unmerged(adapter), {"merged": found})
+        scores = scorer.scores(scorer.unmerged(adapter), {"merged": scorer.of_base(base_at(out))})
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         shutil.rmtree(out)
         return {"scores": scores, "seconds": round(seconds, 1), "bytes": size}
@@ -229,9 +224,7 @@ class After:
         # gptqmodel refuses to load a model with the number of workers that it takes on a machine of two cores.
         subprocess.run(absolute, env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}, check=True)
         seconds = time.monotonic() - began
-        base = base_at(folder / "out")
-        found = {key: scorer.stored(base, layer) for key, layer in scorer.layers.items()}
-        scores = scorer.scores(scorer.unmerged(adapter), {"gptqmodel": found})
+        scores = scorer.scores(scorer.unmerged(adapter), {"gptqmodel": scorer.of_base(base_at(folder / "out"))})
         shutil.rmtree(folder)
         return {"scores": scores, "seconds": round(seconds, 1)}
 
@@ -239,8 +232,8 @@ class After:
         """Make a base with its own compensation, and score both."""
         scorer, place = self._scorer(), self._start(name, rank)
         base = self._base(name, rank)
-        alone = {key: scorer.stored(base, layer) for key, layer in scorer.layers.items()}
-        scores = scorer.scores(scorer.own(), {"base": alone, "start": scorer.on(base, place)}, "full")
+        variants = {"base": scorer.of_base(base), "start": scorer.on(base, place)}
+        scores = scorer.scores(scorer.own(), variants, "full")
         return {"scores": scores}
 
     def _rebased(self, adapter: Adapter, name: str, rank: int) -> dict[str, Any]:

@@ -91,9 +91,9 @@ class Scorer:
         """Return the weights of the full-precision model."""
         return {name: layer.weight.clone() for name, layer in self.layers.items()}
 
-    def stored(self, base: ExistingBase, layer: Layer) -> Tensor:
-        """Return the weight of a layer in a base."""
-        return base.weight_of(layer).dequantize()
+    def of_base(self, base: ExistingBase) -> Weights:
+        """Return the weights of a base."""
+        return {name: base.weight_of(layer).dequantize() for name, layer in self.layers.items()}
 
     def unmerged(self, adapter: Adapter) -> Weights:
         """Return what the unmerged model computes with: NF4 with the trained adapter."""
@@ -104,7 +104,7 @@ class Scorer:
         change = effect_of(folder)
         layers = change.layers(self.layers)
         return {
-            name: change.effective(layer, layers, self.stored(base, layer)).to(self.device)
+            name: change.effective(layer, layers, base.weight_of(layer).dequantize()).to(self.device)
             for name, layer in layers.items()
         }
 

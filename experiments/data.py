@@ -59,10 +59,9 @@ def load_data(texts: Path, tokenizer: Any, protocol: Protocol) -> Data:
         tokenizer: tokenizer of the model.
         protocol: how much of them is used.
     """
-    pairs = [json.loads(line) for line in (texts / PAIRS).read_text(encoding="utf-8").splitlines()]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
-    held_out = [as_held_out(pairs[index], tokenizer, protocol.longest) for index in order[: protocol.held_out]]
-    stream = [tokens_of(pairs[index], tokenizer)[0] for index in order[protocol.held_out :]]
+    pairs = shuffled_pairs(texts)
+    held_out = [as_held_out(pair, tokenizer, protocol.longest) for pair in pairs[: protocol.held_out]]
+    stream = [tokens_of(pair, tokenizer)[0] for pair in pairs[protocol.held_out :]]
     test = evaluation_windows(
         tokenizer,
         TextSource(str(texts / TEST)).documents(tokenizer),
@@ -72,12 +71,21 @@ def load_data(texts: Path, tokenizer: Any, protocol: Protocol) -> Data:
     return Data(packed(torch.cat(stream), protocol.length), held_out, test)
 
 
-def tokens_of(pair: dict[str, str], tokenizer: Any) -> tuple[Tensor, int]:
-    """Return the tokens of a pair with the end of the text, and how many of them are the prompt.
+def shuffled_pairs(texts: Path) -> list[dict[str, str]]:
+    """Return the instruction pairs in the order of which the first ones are held out."""
+    pairs = [json.loads(line) for line in (texts / PAIRS).read_text(encoding="utf-8").splitlines()]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
+    return [pairs[index] for index in order]
 
-    The first sentence of the template, which is the same in all prompts, is left out.
-    """
-    prompt = tokenizer(pair["prompt"].split("\n\n", 1)[1]).input_ids
+
+def prompt_of(pair: dict[str, str]) -> str:
+    """Return the prompt of a pair without the first sentence of the template, which is the same in all prompts."""
+    return pair["prompt"].split("\n\n", 1)[1]
+
+
+def tokens_of(pair: dict[str, str], tokenizer: Any) -> tuple[Tensor, int]:
+    """Return the tokens of a pair with the end of the text, and how many of them are the prompt."""
+    prompt = tokenizer(prompt_of(pair)).input_ids
     response = tokenizer(pair["response"], add_special_tokens=False).input_ids
     return torch.tensor([*prompt, *response, tokenizer.eos_token_id]), len(prompt)
 
@@ -90,10 +98,7 @@ def write_training_pairs(texts: Path, protocol: Protocol, file: Path) -> None:
         protocol: how many of them are held out.
         file: the file.
     """
-    pairs = [json.loads(line) for line in (texts / PAIRS).read_text(encoding="utf-8").splitlines()]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(_SPLIT_SEED)).tolist()
-    chosen = [pairs[index] for index in order[protocol.held_out :]]
-    whole = [pair["prompt"].split("\n\n", 1)[1] + pair["response"] for pair in chosen]
+    whole = [prompt_of(pair) + pair["response"] for pair in shuffled_pairs(texts)[protocol.held_out :]]
     part = file.with_name(f"{file.name}.{os.getpid()}")  # several processes may be at it
     part.write_text("".join(json.dumps({"text": text}) + "\n" for text in whole), encoding="utf-8")
     part.replace(file)

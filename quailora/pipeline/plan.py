@@ -173,10 +173,12 @@ def check_written_base(method: Method, adapter: AdapterPlan, *, dequantized: boo
         adapter: the layers.
         dequantized: whether the base is written in floating point.
     """
+    if dequantized:
+        check_layout(method.family, "float")
+        return
     stored = example_of(method, next(iter(adapter.layers.values())))
-    check_layout(method.family, "float" if dequantized else stored.layout)
-    if not dequantized:
-        warn_of_blocks(adapter.layers, stored)
+    check_layout(method.family, stored.layout)
+    warn_of_blocks(adapter.layers, stored)
 
 
 def choose_offload(asked: Offload, limit: str | None, needed: Estimate) -> bool:

@@ -23,16 +23,12 @@ from transformers import AutoTokenizer
 
 from quailora import (
     GPTQ,
-    HQQ,
     NF4,
     Calibration,
-    Int8,
     LoraScaling,
     Output,
-    Quantizer,
     Resources,
     TextSource,
-    Uniform,
     initialize_model,
     merge,
     merge_full,
@@ -42,12 +38,13 @@ from quailora.adapters.saved import SavedAdapter
 from quailora.bases import ExistingBase
 from quailora.calibration.walk import collect_statistics
 from quailora.evaluation.texts import EvaluationTexts
-from quailora.merging.scales import ScaleTraining
 from quailora.merging.trained_on import base_at
+from quailora.merging.training import MergeTraining
 from quailora.models.locate import resolve
 from quailora.models.weights import replaced
 from quailora.pipeline.fine_tuned import Target
 
+from .after_jobs import BASES, FORMATS, jobs, part_of
 from .after_scores import STARTS, Adapter, Scorer, Weights
 from .after_tables import draw
 from .arms import Arm
@@ -57,17 +54,6 @@ from .runs import RESULTS, Store
 from .training import model_of, train
 
 logger = logging.getLogger("experiments")
-
-FORMATS: dict[str, tuple[Quantizer, Quantizer]] = {"nf4": (NF4(), NF4()), "gptq": (GPTQ(), Uniform())}
-"""What adapters are merged into, and rounding to nearest in the same format."""
-
-BASES: dict[str, Quantizer] = {"gptq4": GPTQ(), "gptq3": GPTQ(bits=3), "hqq4": HQQ(), "int8": Int8()}
-"""What adapters are moved to."""
-
-RANKS = (16, 32)
-
-TUNED = (("gptq", 100, 5e-3), ("gptq", 300, 3e-3), ("nf4", 100, 5e-3))
-"""Other trainings of scales than the default, to see whether they are better: format, steps and rate."""
 
 
 class After:
@@ -156,8 +142,11 @@ class After:
             return self._by_gptqmodel(adapter)
         if kind == "rebase":
             return self._rebased(adapter, rest[0], int(rest[1]))
-        training = ScaleTraining(int(rest[1]), learning_rate=float(rest[2])) if kind == "tune" else ScaleTraining()
-        return self._merged(adapter, rest[0], "full" if rest[1] == "full" else "trained", training)
+        if kind == "part":
+            return self._merged(adapter, rest[0], "trained", part_of(rest[1]))
+        if kind == "mixed":
+            return self._merged(adapter, rest[0], "trained", MergeTraining(), mixed=True)
+        return self._merged(adapter, rest[0], "full" if rest[1] == "full" else "trained", MergeTraining())
 
     def _adapter(self, arm: str, seed: str) -> Adapter:
         adapter = Adapter(arm, int(seed), self._bench)
@@ -182,11 +171,12 @@ class After:
             variants["full, GPTQ"] = {key: published.quantize(one, seen[key]).dequantize() for key, one in full.items()}
         return {"scores": scorer.scores(unmerged, variants, "unmerged")}
 
-    def _merged(self, adapter: Adapter, name: str, target: Target, training: ScaleTraining) -> dict[str, Any]:
+    def _merged(
+        self, adapter: Adapter, name: str, target: Target, training: MergeTraining, *, mixed: bool = False
+    ) -> dict[str, Any]:
         scorer = self._scorer()
-        out = (
-            self._work / f"merge-{adapter.arm}-{adapter.seed}-{name}-{target}-{training.steps}-{training.learning_rate}"
-        )
+        steps = f"{training.blocks.steps}-{training.scales.steps}"
+        out = self._work / f"merge-{adapter.arm}-{adapter.seed}-{name}-{target}-{steps}{'-mixed' * mixed}"
         began = time.monotonic()
         merge(
             adapter.folder,
@@ -196,7 +186,7 @@ class After:
             model=self._protocol.model,
             trained_on=NF4(),
             target=target,
-            calibration=self._calibration(),
+            calibration=self._calibration(mixed=mixed),
             texts=EvaluationTexts(windows=0),
             training=training,
             resources=self._resources(),
@@ -229,12 +219,10 @@ class After:
         return {"scores": scores, "seconds": round(seconds, 1)}
 
     def _started(self, name: str, rank: int) -> dict[str, Any]:
-        """Make a base with its own compensation, and score both."""
+        """Make a base with its own compensation, and score it beside the full-precision model."""
         scorer, place = self._scorer(), self._start(name, rank)
-        base = self._base(name, rank)
-        variants = {"base": scorer.of_base(base), "start": scorer.on(base, place)}
-        scores = scorer.scores(scorer.own(), variants, "full")
-        return {"scores": scores}
+        start = scorer.on(self._base(name, rank), place)
+        return {"scores": scorer.scores(scorer.own(), {"start": start}, "full")}
 
     def _rebased(self, adapter: Adapter, name: str, rank: int) -> dict[str, Any]:
         scorer, out = self._scorer(), self._work / f"rebase-{adapter.arm}-{adapter.seed}-{name}-{rank}"
@@ -289,15 +277,19 @@ class After:
     def _base(self, name: str, rank: int = 16) -> ExistingBase:
         return base_at(self._work / f"start-{name}-{rank}" / "base")
 
-    def _calibration(self) -> Calibration:
-        """Return the text of the training pairs, of which codes and scales are trained on other windows."""
-        source = TextSource(str(self._calibration_file()))
+    def _calibration(self, *, mixed: bool = False) -> Calibration:
+        """Return the text of the training pairs, of which codes and scales are trained on other windows.
+
+        Args:
+            mixed: with as much text from the web among it.
+        """
+        source = TextSource(str(self._calibration_file(mixed=mixed)))
         return Calibration(source, self._protocol.calibration_windows, self._protocol.length)
 
-    def _calibration_file(self) -> Path:
-        file = self._work / "pairs.jsonl"
+    def _calibration_file(self, *, mixed: bool = False) -> Path:
+        file = self._work / ("mixed.jsonl" if mixed else "pairs.jsonl")
         if not file.exists():
-            write_training_pairs(self._texts, self._protocol, file)
+            write_training_pairs(self._texts, self._protocol, file, mixed=mixed)
         return file
 
     def _resources(self) -> Resources:
@@ -316,25 +308,6 @@ def acquired(lock: FileLock) -> bool:
     except Timeout:
         return False
     return True
-
-
-def jobs() -> list[str]:
-    """Return the names of all jobs, most important first."""
-    seeds = PROTOCOLS["reference"].seeds
-    adapters = [f"{arm}/{seed}" for seed in seeds for arm in reversed(STARTS)]
-    merges = [f"merge/{one}/{name}/trained" for one in adapters for name in FORMATS]
-    return [
-        *(f"tune/best/0/{name}/{steps}/{rate}" for name, steps, rate in TUNED),
-        *merges,
-        *(f"start/{name}" for name in BASES),
-        *(f"again/{name}/{seed}" for seed in seeds for name in BASES),
-        *(f"start/{name}/32" for name in BASES),
-        *(f"rebase/best/{seed}/{name}/{rank}" for seed in seeds for rank in RANKS for name in BASES),
-        *(f"reference/{one}" for one in adapters),
-        *(f"gptqmodel/{one}" for one in adapters),
-        *(f"merge/{one}/nf4/full" for one in adapters),
-        *(f"rebase/{arm}/{seed}/{name}/32" for seed in seeds for arm in ("qlora", "quailora") for name in BASES),
-    ]
 
 
 if __name__ == "__main__":

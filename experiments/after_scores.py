@@ -155,9 +155,7 @@ class Scorer:
         }
 
     def _predict(self, ids: Tensor) -> Tensor:
-        # In float32 a CPU takes a minute for each variant and bfloat16 moves a divergence by a few thousandths.
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cpu"):
-            logits: Tensor = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0, :-1]
+        logits: Tensor = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0, :-1]
         return logits.float().log_softmax(-1)
 
 

@@ -27,13 +27,7 @@ def draw(rows: Sequence[Mapping[str, Any]], page: Path) -> None:
     """Write the tables into a page, between their marks."""
     by_key = {str(row["key"]): row for row in rows}
     check_adapters(by_key)
-    earlier = {key.removeprefix("earlier-"): row for key, row in by_key.items() if key.startswith("earlier-")}
-    tables = {
-        "merges": merges(by_key),
-        "earlier": merges(earlier, alone=True),
-        "full": full_precision(by_key),
-        "moves": moves(by_key),
-    }
+    tables = {"merges": merges(by_key), "full": full_precision(by_key), "moves": moves(by_key)}
     page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
@@ -74,19 +68,18 @@ def shown(estimate: Estimate, digits: int = 3, sign: str = "+") -> str:
     return f"{form.format(estimate.value)} ({form.format(estimate.low)} to {form.format(estimate.high)})"
 
 
-def merges(rows: Rows, *, alone: bool = False) -> str:
-    """Return the divergences of merged models from the unmerged ones, and their losses.
-
-    Args:
-        rows: the rows.
-        alone: leave out what people do otherwise.
-    """
+def merges(rows: Rows) -> str:
+    """Return the divergences of merged models from the unmerged ones, and their losses."""
     lines = []
     for arm, title in TITLES.items():
         reference = found(rows, arm, "reference", "")
         for name, into in (("nf4", "NF4"), ("gptq", "GPTQ, 4 bits")):
             ways = [
                 ("`merge`", found(rows, arm, "merge", f"/{name}/trained"), "merged"),
+                ("`merge --scale-steps 0`", found(rows, arm, "part", f"/{name}/blocks"), "merged"),
+                ("`merge --block-steps 0`", found(rows, arm, "part", f"/{name}/scales"), "merged"),
+                ("`merge` without training", found(rows, arm, "part", f"/{name}/none"), "merged"),
+                ("`merge`, other text, too", found(rows, arm, "mixed", f"/{name}"), "merged"),
                 ("`merge --target full`", found(rows, arm, "merge", f"/{name}/full"), "merged"),
                 ("the trained weights rounded", reference, f"rounded {name}"),
                 ("merged in full precision, rounded", reference, f"full, rounded {name}"),
@@ -94,11 +87,11 @@ def merges(rows: Rows, *, alone: bool = False) -> str:
             if name == "gptq":
                 ways.append(("merged in full precision, GPTQ", reference, "full, GPTQ"))
                 ways.append(("merged in full precision, gptqmodel", found(rows, arm, "gptqmodel", ""), "gptqmodel"))
-            for way, scores, variant in ways[:1] if alone else ways:
+            for way, scores, variant in ways:
                 both = {seed: one for seed, one in scores.items() if seed in reference and variant in one}
                 if both:
                     lines.append([title, into, way, *cells(both, reference, variant, f"rounded {name}")])
-        if reference and not alone:
+        if reference:
             lines.append([title, "16 bits", "`convert --merge`", *cells(reference, reference, "full", "rounded nf4")])
     head = ["start", "into", "way"]
     for text in TEXTS.values():

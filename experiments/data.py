@@ -90,15 +90,20 @@ def tokens_of(pair: dict[str, str], tokenizer: Any) -> tuple[Tensor, int]:
     return torch.tensor([*prompt, *response, tokenizer.eos_token_id]), len(prompt)
 
 
-def write_training_pairs(texts: Path, protocol: Protocol, file: Path) -> None:
+def write_training_pairs(texts: Path, protocol: Protocol, file: Path, *, mixed: bool = False) -> None:
     """Write the pairs that are not held out as a text file of records.
 
     Args:
         texts: folder with the instruction pairs.
         protocol: how many of them are held out.
         file: the file.
+        mixed: put about as much text of C4 in between.
     """
     whole = [prompt_of(pair) + pair["response"] for pair in shuffled_pairs(texts)[protocol.held_out :]]
+    if mixed:
+        other = [json.loads(line)["text"] for line in (texts / OTHER_TEXTS["c4"]).read_text("utf-8").splitlines()]
+        each = -(-len(whole) // len(other))
+        whole = [text for n, one in enumerate(other) for text in (*whole[n * each : (n + 1) * each], one)]
     part = file.with_name(f"{file.name}.{os.getpid()}")  # several processes may be at it
     part.write_text("".join(json.dumps({"text": text}) + "\n" for text in whole), encoding="utf-8")
     part.replace(file)

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from .merging.full import merge_full
     from .merging.merge import merge
     from .merging.rebase import rebase
+    from .merging.scales import ScaleTraining
+    from .merging.training import MergeTraining
+    from .methods.block_training import BlockTraining
     from .methods.method import Method
     from .methods.recipes import RECIPES, Recipe
     from .pipeline.initialize import initialize
@@ -70,6 +73,9 @@ _HOMES = {
     "merging.full": ("merge_full",),
     "merging.merge": ("merge",),
     "merging.rebase": ("rebase",),
+    "merging.scales": ("ScaleTraining",),
+    "merging.training": ("MergeTraining",),
+    "methods.block_training": ("BlockTraining",),
     "methods.method": ("Method",),
     "methods.recipes": ("RECIPES", "Recipe"),
     "pipeline.initialize": ("initialize",),
@@ -98,6 +104,7 @@ __all__ = [
     "SVD",
     "AlternatingLeastSquares",
     "AutoGPTQ",
+    "BlockTraining",
     "Calibration",
     "Correction",
     "Diagonal",
@@ -117,6 +124,7 @@ __all__ = [
     "LoraScaling",
     "LowRank",
     "MagnitudeWeighting",
+    "MergeTraining",
     "Method",
     "Metric",
     "Optimal",
@@ -126,6 +134,7 @@ __all__ = [
     "RecalibrationCallback",
     "Recipe",
     "Resources",
+    "ScaleTraining",
     "Schedule",
     "ShrunkWeighting",
     "Solver",

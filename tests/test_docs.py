@@ -24,6 +24,8 @@ from quailora.adapters.saved import SavedAdapter
 from quailora.cli import main as cli
 from quailora.cli.main import main
 from quailora.merging.scales import ScaleTraining
+from quailora.merging.training import MergeTraining
+from quailora.methods.block_training import BlockTraining
 from quailora.models.layers import linear_layers
 from quailora.models.locate import demo_file, resolve
 
@@ -201,7 +203,9 @@ def test_the_commands_and_the_code_on_what_comes_after_training_run(tokenizer, t
             "2",
             "--window-length",
             "32",
-            "--steps",
+            "--block-steps",
+            "2",
+            "--scale-steps",
             "2",
         ],
         "rebase": ["--samples", "4", "--sequence-length", "32"],
@@ -218,7 +222,7 @@ def test_the_commands_and_the_code_on_what_comes_after_training_run(tokenizer, t
         shutil.copytree(tmp_path / name, tmp_path / "python" / name)
     monkeypatch.chdir(tmp_path / "python")
     namespace = {"batches": [{"input_ids": torch.randint(100, (2, 32))} for _ in range(4)]}
-    namespace["training"] = ScaleTraining(2, 64, 32)
+    namespace["training"] = MergeTraining(BlockTraining(2, 64, 4, 32), ScaleTraining(2, 64, 32))
     for code in examples("docs/after.md"):
         narrow = code.replace("GPTQ(bits=3)", "GPTQ(bits=3, group_size=32)")
         exec(narrow.replace("max_kl=0.1", "max_kl=0.1, training=training"), namespace)
@@ -236,14 +240,13 @@ def test_an_adapter_is_moved_to_a_base_of_llama_cpp(tmp_path, monkeypatch):
     train(tmp_path / "adapter", tmp_path / "trained", AutoModelForCausalLM.from_pretrained(resolve("demo")), by=0.2)
     (line,) = (each for each in commands("docs/after.md") if any(word.endswith(".gguf") for word in each))
     (tmp_path / "model.gguf").symlink_to(demo_file())
-    (tmp_path / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": "Some words of a text. " * 20}) + "\n" for _ in range(20))
-    )
-    assert main([*line[1:], "--rank", "8", "--samples", "4", "--sequence-length", "64"]) == 0
+    # Of text, and not of one sentence again and again, which says nothing of most directions of the inputs.
+    text = (ROOT / "quailora" / "data" / "calibrate.txt").read_text(encoding="utf-8")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in text.split("\n\n")))
+    assert main([*line[1:], "--rank", "8", "--samples", "8", "--sequence-length", "256"]) == 0
     change, moved = TrainedChange.read("trained"), SavedAdapter.read(tmp_path / "moved")
     layers = linear_layers(AutoModelForCausalLM.from_pretrained(resolve("demo")))
     for name, layer in list(layers.items())[:7]:
         factors = [moved.tensors[f"base_model.model.{name}.lora_{one}.weight"] for one in "BA"]
         expected = change.of(layer, layers)
-        # Measured as 0.07 in the first layer, on 256 tokens of calibration for 576 inputs; why is not known.
-        assert (factors[0] @ factors[1] - expected).norm() < 0.1 * expected.norm()
+        assert (factors[0] @ factors[1] - expected).norm() < 1e-3 * expected.norm(), name

@@ -38,6 +38,8 @@ from experiments.training import base_of, model_of
 from experiments.ways import DECAY, SCALED, adapted, balance_by_inputs, optimizer_of, scale_factors, second_moments
 from quailora import freeze
 from quailora.merging.scales import ScaleTraining
+from quailora.merging.training import MergeTraining
+from quailora.methods.block_training import BlockTraining
 from quailora.training.finish import saved_factors
 
 PAGE = Path(__file__).parents[1] / "docs" / "worth.md"
@@ -470,7 +472,9 @@ def test_answers_are_those_of_the_harness(shared_data, bench, tmp_path):
 
 def test_trained_adapters_are_merged_and_moved(protocol, texts, tmp_path, monkeypatch):
     monkeypatch.setitem(PROTOCOLS, "tiny", protocol)
-    monkeypatch.setattr("experiments.after.ScaleTraining", lambda: ScaleTraining(2, 64, 32))
+    few = MergeTraining(BlockTraining(2, 64, 4, 32), ScaleTraining(2, 64, 32))
+    monkeypatch.setattr("experiments.after.MergeTraining", lambda: few)
+    monkeypatch.setattr("experiments.after_jobs.MergeTraining", lambda *_: few)
     Bench(protocol, texts, tmp_path).carry_out(Run("qlora", 16, STARTS["qlora"], 0))
     wanted = ["reference/qlora/0", "merge/qlora/0/nf4/trained", "start/int8", "rebase/qlora/0/int8/16"]
     monkeypatch.setattr("experiments.after.jobs", lambda: [*wanted, "reference/qlora/1"])  # which is not trained
@@ -489,7 +493,7 @@ def test_trained_adapters_are_merged_and_moved(protocol, texts, tmp_path, monkey
     assert "| int8 | QLoRA moved, rank 16 |" not in page.read_text()  # rank 32 alone is in the table for QLoRA
 
 
-TABLES = ("merges", "earlier", "full", "moves")
+TABLES = ("merges", "full", "moves")
 
 
 def after_row(key, adapter, **variants):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import save_llama
+from families import make_model, save_llama
 from helpers import init
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import killed_after
@@ -25,11 +25,13 @@ from quailora.evaluation.texts import EvaluationTexts
 from quailora.merging.certificate import FULL, MERGED, ROUNDED, Certificate
 from quailora.merging.merge import careful_of, nearest_of
 from quailora.merging.scales import ScaleTraining, unpacked
+from quailora.merging.training import MergeTraining
+from quailora.methods.block_training import BlockTraining
 from quailora.models.layers import all_layers
 
 CALIBRATION = Calibration(samples=8, sequence_length=64)
 TEXTS = EvaluationTexts(windows=3, window_length=64)
-FAST = {"calibration": CALIBRATION, "texts": EvaluationTexts(windows=0), "training": ScaleTraining(0)}
+FAST = {"calibration": CALIBRATION, "texts": EvaluationTexts(windows=0), "training": MergeTraining.none()}
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -51,7 +53,7 @@ def weights_in(folder):
 
 @pytest.mark.parametrize("into", [NF4(), GPTQ(3, group_size=32), Int8()], ids=repr)
 def test_the_checkpoint_is_nearer_to_the_trained_model_than_rounding(lora, tmp_path, into):
-    training = ScaleTraining(20, 128, 64)
+    training = MergeTraining(BlockTraining(20, 128, 8, 64), ScaleTraining(20, 128, 64))
     result = merge(
         lora / "trained", into, out=tmp_path / "out", calibration=CALIBRATION, texts=TEXTS, training=training
     )
@@ -132,8 +134,30 @@ def test_layers_without_an_adapter_and_layers_in_full_precision_keep_what_they_c
         assert (found[name] - weight).norm() < 0.02 * weight.norm(), name
 
 
+def test_fused_experts_are_what_they_were_trained_to_be(tokenizer, tmp_path):
+    """They stay in floating point, as in stock packages, also where the base that was trained on has them quantized."""
+    make_model("Mixtral").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    targets = {"targets": ["q_proj", "experts"], "save_base": True}
+    init(str(tmp_path / "model"), out=str(tmp_path / "start"), rank=4, samples=4, sequence_length=32, **targets)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "start" / "base")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    trained = train(tmp_path / "start", tmp_path / "trained", base)
+    training = MergeTraining(BlockTraining(3, 64, 4, 32), ScaleTraining(3, 64, 32))
+    options = {**FAST, "texts": TEXTS, "training": training}
+    result = merge(tmp_path / "trained", NF4(), out=tmp_path / "out", **options)
+    assert result.certificate.divergence < 0.05
+    expected = trained.merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    experts = [name for name in expected if "experts" in name]
+    assert experts
+    for name in experts:
+        assert not torch.equal(found[name], before[name])
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_is_written_above_the_largest_divergence(lora, tmp_path):
-    options = {"calibration": CALIBRATION, "texts": TEXTS, "training": ScaleTraining(0)}
+    options = {"calibration": CALIBRATION, "texts": TEXTS, "training": MergeTraining.none()}
     with pytest.raises(
         QualityError, match=r"at most 1e-09 nats a token, got .* on shipped text, so nothing was written"
     ):
@@ -173,7 +197,7 @@ def test_trained_scales_bring_predictions_closer(lora, tmp_path):
     """On the text of the training they are never worse, and the codes stay."""
     results = {}
     for steps in (0, 30):
-        training = ScaleTraining(steps, 128, 64, 5e-3)
+        training = MergeTraining(BlockTraining(0), ScaleTraining(steps, 128, 64, 5e-3))
         results[steps] = merge(
             lora / "trained", GPTQ(3, group_size=32), out=tmp_path / str(steps), calibration=CALIBRATION, texts=TEXTS,
             training=training,
@@ -184,7 +208,10 @@ def test_trained_scales_bring_predictions_closer(lora, tmp_path):
     differing = {name for name in first if not torch.equal(first[name], second[name])}
     assert differing
     assert all(name.endswith(".scales") for name in differing)
-    for steps, said in ((0, "Its scales were not trained."), (30, "Its scales were trained for 30 steps.")):
+    for steps, said in (
+        (0, "Its codes were not trained. Its scales were not trained together."),
+        (30, "Its codes were not trained. Its scales were trained together for 30 steps."),
+    ):
         assert said in (tmp_path / str(steps) / "README.md").read_text(encoding="utf-8")
 
 
@@ -196,10 +223,10 @@ def test_windows_that_do_not_fit_are_refused_before_anything_is_computed(lora, t
 
 
 def test_scales_that_could_not_be_trained_are_noted(lora, tmp_path):
-    options = {**FAST, "training": ScaleTraining(2, 64, 32)}
+    options = {**FAST, "training": MergeTraining(BlockTraining(0), ScaleTraining(2, 64, 32))}
     merge(lora / "trained", NF4(), out=tmp_path / "out", resources=Resources(offload="always"), **options)
-    noted = json.loads((tmp_path / "out" / "merge.json").read_text(encoding="utf-8"))["scales"]
-    assert noted == "Its scales were not trained, because the weights of the model were on disk."
+    noted = json.loads((tmp_path / "out" / "merge.json").read_text(encoding="utf-8"))["training"]
+    assert noted.endswith("Its scales were not trained together, because the weights of the model were on disk.")
 
 
 def test_held_out_windows_are_never_trained_on():
@@ -215,12 +242,12 @@ def test_held_out_windows_are_never_trained_on():
         training.windows(BatchCalibration.of([{"input_ids": torch.zeros(3, 32, dtype=torch.long)}]), None)
 
 
-@pytest.mark.parametrize("writes", [9, 15, 28, *(pytest.param(more, marks=pytest.mark.slow) for more in (3, 14, 20))])
+@pytest.mark.parametrize("writes", [9, 22, 36, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 14, 29, 43))])
 def test_a_killed_merge_goes_on_to_the_same_bytes(lora, tmp_path, monkeypatch, writes):
     options = {
         "calibration": CALIBRATION,
         "texts": EvaluationTexts(windows=1, window_length=32),
-        "training": ScaleTraining(3, 64, 32),
+        "training": MergeTraining(BlockTraining(2, 64, 4, 32), ScaleTraining(3, 64, 32)),
     }
     merge(lora / "trained", GPTQ(group_size=32), out=tmp_path / "alone", **options)
     with killed_after(writes, monkeypatch):
@@ -240,7 +267,7 @@ def test_a_gpu_makes_the_same_model(lora, tmp_path, on_gpu, into):
     options = {
         "calibration": replace(CALIBRATION, dtype="model"),
         "texts": TEXTS,
-        "training": ScaleTraining(3, 128, 64),
+        "training": MergeTraining(BlockTraining(3, 128, 8, 64), ScaleTraining(3, 128, 64)),
     }
     expected = merge(lora / "trained", into, out=tmp_path / "cpu", resources=Resources(device="cpu"), **options)
     with on_gpu():
@@ -271,7 +298,8 @@ def test_a_folder_with_other_files_is_left_alone(lora, tmp_path):
 
 def test_the_command_line_prints_the_certificate(lora, tmp_path, run, monkeypatch):
     monkeypatch.chdir(lora)
-    options = ["--samples", "4", "--sequence-length", "64", "--windows", "2", "--window-length", "64", "--steps", "2"]
+    options = ["--samples", "4", "--sequence-length", "64", "--windows", "2", "--window-length", "64"]
+    options += ["--block-steps", "2", "--scale-steps", "2"]
     out = tmp_path / "out"
     status, shown, logged = run("merge", "trained", "--into", "gptq", "--into.group-size", "32", "--out", out, *options)
     assert status == 0, logged

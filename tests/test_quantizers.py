@@ -336,3 +336,29 @@ def test_auto_gptq_says_what_it_needs():
     problem = make_problem(16, 32)
     with pytest.raises(ConfigurationError, match="needs an environment of early 2024"):
         AutoGPTQ().quantize(problem.weight, problem.statistics)
+
+
+@each_quantizer
+@pytest.mark.parametrize("shape", [(8, 64), (3, 33)])
+def test_codes_are_numbered_from_the_lowest_level_to_the_highest(quantizer, shape, generator):
+    stored = quantizer.quantize(
+        torch.randn(shape, generator=generator),
+        InputStatistics.from_inputs(torch.randn(200, shape[1], generator=generator)),
+    )
+    if not stored.code_count:
+        for ask in (
+            stored.code_matrix,
+            lambda: stored.decode(torch.ones(shape)),
+            lambda: stored.recoded(torch.ones(shape)),
+        ):
+            with pytest.raises(ConfigurationError, match=r"The codes of .* stay as they are"):
+                ask()
+        return
+    codes = stored.code_matrix()
+    torch.testing.assert_close(stored.decode(codes), stored.dequantize(), rtol=0, atol=0)
+    assert stored.recoded(codes).digest == stored.digest
+    others = torch.randint(stored.code_count, shape, generator=generator)
+    torch.testing.assert_close(stored.recoded(others).code_matrix().long(), others, rtol=0, atol=0)
+    torch.testing.assert_close(stored.recoded(others).dequantize(), stored.decode(others), rtol=0, atol=0)
+    above = stored.decode((others + 1).clamp(max=stored.code_count - 1))
+    assert bool((above >= stored.decode(others)).all())

@@ -27,6 +27,8 @@ from quailora.evaluation.check import check
 from quailora.evaluation.evaluate import quantize_in_place
 from quailora.evaluation.texts import EvaluationTexts
 from quailora.merging.scales import ScaleTraining
+from quailora.merging.training import MergeTraining
+from quailora.methods.block_training import BlockTraining
 from quailora.models.layers import linear_layers
 from quailora.models.locate import resolve
 from quailora.quantizers.packing import pack_words, unpack_words
@@ -173,7 +175,11 @@ def test_what_comes_after_training(shared_data, tmp_path):
     init("demo", out=str(tmp_path / "start"), rank=8, calibration=seen, samples=8, solver=Optimal())
     train(tmp_path / "start", tmp_path / "trained", by=0.2)
     calibration = Calibration(TextSource(seen), samples=8)
-    options = {"calibration": calibration, "texts": EvaluationTexts(windows=0), "training": ScaleTraining(2)}
+    options = {
+        "calibration": calibration,
+        "texts": EvaluationTexts(windows=0),
+        "training": MergeTraining(BlockTraining(2), ScaleTraining(2)),
+    }
     for name, into in (("nf4", NF4()), ("gptq", GPTQ())):
         merge(tmp_path / "trained", into, out=tmp_path / name, **options)
         ours = evaluate("demo", base=str(tmp_path / name), text=text, windows=WINDOWS).results["quantized"].perplexity

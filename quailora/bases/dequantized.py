@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import ModelError
-from ..models.layers import linear_layers
-from ..models.load import empty_model
+from ..models.layers import Layer, all_layers
+from ..models.load import empty_model, load_model
 from ..models.locate import resolve
 from ..models.single import LayerFiles
 from ..quantizers import QuantizedWeight
@@ -77,8 +77,17 @@ class DequantizedBase(ExistingBase):
         return LayerFiles(resolve(self.name), self._model)
 
     @cached_property
+    def _experts(self) -> frozenset[str]:
+        return frozenset(name for name, layer in all_layers(self._model).items() if layer.expert is not None)
+
+    @cached_property
+    def _loaded(self) -> Mapping[str, Layer]:
+        """Layers of the model in memory."""
+        return all_layers(load_model(self.name, "auto", "cpu").model)
+
+    @cached_property
     def _names(self) -> frozenset[str]:
-        return frozenset(linear_layers(self._model))
+        return frozenset(all_layers(self._model))
 
     @property
     @override
@@ -89,5 +98,7 @@ class DequantizedBase(ExistingBase):
     def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:
         if layer not in self.layers:
             raise ModelError(f"Expected a linear layer {layer} in {self.name!r}, and there is none.")
+        # Files hold experts one by one or fused, as the family has it. The loaded model has them as slices.
+        found = self._loaded[layer].weight if layer in self._experts else self._files.weight(layer)
         # As a layer of the model would hold it: in the dtype that is computed in.
-        return FloatWeight(self._files.weight(layer).to(device, dtype))
+        return FloatWeight(found.to(device, dtype))

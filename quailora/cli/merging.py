@@ -14,6 +14,8 @@ from ..merging.full import FullModel, merge_full
 from ..merging.merge import Merged, merge
 from ..merging.rebase import Rebased, rebase
 from ..merging.scales import ScaleTraining
+from ..merging.training import MergeTraining
+from ..methods.block_training import BlockTraining
 from ..pipeline.options import Output, Resources
 from ..quantizers import QUANTIZERS, Quantizer
 from ..support.files import StrPath, as_str
@@ -88,7 +90,7 @@ def run_merge(options: Mapping[str, Any]) -> Merged:
         calibration=TextCalibration(calibration_of(options)),
         texts=texts_of(options),
         max_kl=options["max_kl"],
-        training=ScaleTraining(options["steps"]),
+        training=MergeTraining(BlockTraining(options["block_steps"]), ScaleTraining(options["scale_steps"])),
         resources=resources_of(options),
     )
 

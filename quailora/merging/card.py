@@ -16,7 +16,8 @@ _CARD = """\
 # {model} with what training has changed, quantized
 
 The change of the adapter `{adapter}` is in these weights, so that no adapter is needed. An adapter that was made for
-another base does not belong on them. quailora has quantized them to {bits:.2f} bits per weight as `{format}`. {scales}
+another base does not belong on them. quailora has quantized them to {bits:.2f} bits per weight as `{format}`.
+{training}
 
 ## How far it is from the unmerged model
 
@@ -56,7 +57,7 @@ def merged_card(content: Mapping[str, Any], certificate: Certificate | None, bit
         model=" ".join(str(content["model"]).split()),
         adapter=content["adapter"],
         format=content["format"],
-        scales=content["scales"],
+        training=content["training"],
         bits=bits,
         certificate=_UNMEASURED if certificate is None else _MEANING + certificate.as_markdown(),
     )

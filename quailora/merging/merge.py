@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-import torch
-
 from ..adapters.change import TrainedChange
 from ..adapters.given import AdapterGiven
 from ..adapters.lora import LoraScaling
@@ -17,17 +15,14 @@ from ..errors import ConfigurationError
 from ..evaluation.texts import EvaluationTexts
 from ..layer.initializer import Initializer
 from ..methods.method import Method
-from ..models.limits import check_token_ids, fitting_length
+from ..models.limits import fitting_length
 from ..models.load import empty_model
-from ..models.weights import is_offloaded
 from ..pipeline.fine_tuned import FineTuned, Target
-from ..pipeline.fingerprint import digest
 from ..pipeline.initialize_model import finished_run
 from ..pipeline.options import Output, Resources
 from ..pipeline.output import AdapterOutput
 from ..pipeline.plan import CalibrationGiven, plan_run, source_of
 from ..pipeline.report import versions
-from ..pipeline.store import StoredLayer
 from ..quantizers import GPTQ, NF4, NF4GPTQ, NF4MSE, Quantizer, Uniform
 from ..solvers import Zero
 from ..support.files import MODEL_MARK, StrPath, new_folder, write_json
@@ -35,8 +30,8 @@ from ..support.machine import within_memory
 from ..support.settings import describe
 from .card import merged_card
 from .certificate import Certificate, certify
-from .scales import ScaleTraining, unpacked
 from .trained_on import base_trained_on, check_model, model_of
+from .training import MergeTraining, trained_layers
 
 logger = logging.getLogger("quailora")
 
@@ -80,14 +75,15 @@ def merge(
     calibration: CalibrationGiven = None,
     texts: EvaluationTexts = TEXTS,
     max_kl: float | None = None,
-    training: ScaleTraining = ScaleTraining(),  # noqa: B008 # frozen
+    training: MergeTraining = MergeTraining(),  # noqa: B008 # frozen
     resources: Resources = Resources(),  # noqa: B008 # frozen
 ) -> Merged:
     """Write the trained model as a quantized checkpoint, without an adapter.
 
-    The codes are chosen with error feedback, on the inputs that layers have in the trained model. Then the scales are
-    trained, so that the predictions come close to those of the trained model. Rounding to nearest, as PEFT's
-    `merge_and_unload` does, loses what is smaller than a step of the codes.
+    The codes are chosen with error feedback, on the inputs that layers have in the trained model. Then codes and scales
+    are trained, block by block, and at last all scales together, so that the predictions come close to those of the
+    trained model. Rounding to nearest, as PEFT's `merge_and_unload` does, loses what is smaller than a step of the
+    codes.
 
     Args:
         adapter: hub name or folder of the trained adapter, or the `PeftModel` that was trained.
@@ -102,7 +98,7 @@ def merge(
         texts: what the merged model is measured on beside the unmerged one, in windows of 512 tokens if they say no
             length; without windows it is not measured.
         max_kl: largest divergence from the unmerged model, nats a token, with which the model is written.
-        training: of the scales, which follows; the model has to be in memory for it. None with `steps` of 0.
+        training: of codes and scales, which follows; `MergeTraining.none()` trains nothing.
         resources: device, memory and dtype, see `initialize_model`.
 
     Raises:
@@ -133,13 +129,13 @@ def merge(
             return Merged(folder, 0.0, None)
         certificate = None
         with new_folder(folder, output.overwrite, model=True) as partial:
-            layers, scales = with_trained_scales(finished, training)
+            layers, trained = trained_layers(finished, training)
             finished.write_base(partial, output.base_format, layers)
             if measured:
                 merged = {key: one.dequantized for key, one in layers.items() if one.dequantized is not None}
                 certificate = certify(fine_tuned, name, merged, nearest_of(into), texts, resources)
                 certificate.check(max_kl)
-            bits = write_notes(partial, finished, change, certificate, into, scales)
+            bits = write_notes(partial, finished, change, certificate, into, trained)
     return Merged(folder, bits, certificate)
 
 
@@ -166,44 +162,13 @@ def nearest_of(into: Quantizer) -> Quantizer:
     return Uniform(into.bits, into.group_size, into.symmetric) if isinstance(into, GPTQ) else into
 
 
-def with_trained_scales(finished: AdapterOutput, training: ScaleTraining) -> tuple[dict[str, StoredLayer], str]:
-    """Return the layers of a finished run with trained scales, and a sentence on what was done to them.
-
-    Those of an earlier, killed run are taken if they are there. Scales stay as they are, with a warning, where weights
-    wait on disk, and where the format has none to train.
-    """
-    # Results are kept in the store of the run like layers, so that a killed process does not train again.
-    layers, model, store = finished.finished, finished.loaded.model, finished.run.store
-    scaled = {name: one for name, one in layers.items() if one.packed}
-    if not training.steps or not scaled:
-        return layers, "Its scales were not trained."
-    if is_offloaded(model):
-        logger.warning("Scales are not trained, because the weights of the model are on disk.")
-        return layers, "Its scales were not trained, because the weights of the model were on disk."
-    keys = {name: f"scales-{digest([repr(training)])}/{name}" for name in scaled}
-    if not all(map(store.has, keys.values())):
-        source, tokenizer = finished.plan.source, finished.loaded.tokenizer
-        dtypes = {name: one.dequantized.dtype for name, one in scaled.items() if one.dequantized is not None}
-        weights = {name: unpacked(one.packed, dtypes[name]) for name, one in scaled.items()}
-        windows, held_out = training.windows(source, tokenizer)
-        for ids in (windows, held_out):
-            check_token_ids(model, ids)
-        trained = training.train(model, finished.run.layers, weights, windows, held_out, source.dtype)
-        for name, weight in trained.items():
-            store.save(keys[name], StoredLayer(None, None, weight.dequantize(), weight.packed()))
-    found = layers | {name: store.load(key) for name, key in keys.items()}
-    same = all(torch.equal(found[name].packed[key], part) for name in keys for key, part in layers[name].packed.items())
-    unhelpful = ", which was no better on held-out text, so that they are as they were" if same else ""
-    return found, f"Its scales were trained for {training.steps} steps{unhelpful}."
-
-
 def write_notes(
     folder: Path,
     finished: AdapterOutput,
     change: TrainedChange,
     certificate: Certificate | None,
     into: Quantizer,
-    scales: str,
+    trained: str,
 ) -> float:
     """Write what was merged and how good it is beside a merged model; return its bits per weight."""
     report = finished.report()
@@ -212,7 +177,7 @@ def write_notes(
         "adapter": str(change.trained.folder),
         "change": change.digest,
         "format": describe(into),
-        "scales": scales,
+        "training": trained,
         "calibration": finished.plan.source.described(),
         "versions": versions(),
         "certificate": None if certificate is None else certificate.as_dict(),

@@ -19,9 +19,10 @@ from ..bases.reader import READERS
 from ..bases.writer import quantization_config
 from ..calibration.capture import arithmetic
 from ..calibration.gradients import frozen
+from ..calibration.held_out import trained_and_held_out
 from ..calibration.sources import CalibrationSource
 from ..calibration.windows import CalibrationDtype
-from ..errors import CalibrationError, ConfigurationError, NumericalError
+from ..errors import ConfigurationError, NumericalError
 from ..methods.distillation import divergence
 from ..models.layers import Layer
 from ..quantizers import QuantizedWeight
@@ -42,8 +43,8 @@ class ScaleTraining:
     predictions of the quantized model from those of the model that it was made from, with a learning rate that falls to
     zero. The text is that of the calibration.
 
-    Codes are not trained in this way: the predictions of a whole model say too little about each of them, and a model
-    whose codes followed their gradients came out worse on held-out text.
+    Codes are not trained in this way but block by block, see `BlockTraining`: the predictions of a whole model say too
+    little about each of them, and a model whose codes followed their gradients came out worse on held-out text.
 
     Attributes:
         steps: updates; 0 trains nothing.
@@ -73,16 +74,7 @@ class ScaleTraining:
         """
         length = min(self.sequence_length, source.size[1])
         rows = max(1, self.tokens // length)
-        drawn = source.training_windows(tokenizer, (self.steps + _HELD_OUT) * rows, length)
-        # A short text is drawn from several times, and no window of it may be on both sides.
-        different = len(torch.unique(drawn, dim=0))
-        if different < 2:
-            raise CalibrationError(
-                f"Expected at least two different windows of {length} tokens to train scales on, got one. Calibrate on "
-                "more text or on shorter windows."
-            )
-        held_out = torch.unique(drawn.flip(0)[: _HELD_OUT * rows], dim=0)[: different // 2]
-        kept = drawn[~(drawn[:, None] == held_out).all(-1).any(-1)]
+        kept, held_out = trained_and_held_out(source, tokenizer, self.steps * rows, _HELD_OUT * rows, length)
         return kept.repeat(-(-self.steps * rows // len(kept)), 1)[: self.steps * rows], held_out
 
     def train(

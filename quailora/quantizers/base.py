@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from ..core.statistics import InputStatistics
@@ -20,8 +20,9 @@ from ..errors import CalibrationError, ConfigurationError, NumericalError
 class QuantizedWeight(ABC):
     """A weight as it is stored: codes, scales and whatever else the format keeps.
 
-    Laws: `dequantize` has the shape and dtype of the weight that was quantized; `nbytes` is the size of `tensors`; and
-    `rescaled(f).dequantize()` is `dequantize() * spread(f)`, up to the rounding of stored scales.
+    Laws: `dequantize` has the shape and dtype of the weight that was quantized; `nbytes` is the size of `tensors`;
+    `rescaled(f).dequantize()` is `dequantize() * spread(f)`, up to the rounding of stored scales; and
+    `recoded(c).dequantize()` is `decode(c)`, which does not fall where a code rises.
     """
 
     layout: ClassVar[str] = "float"
@@ -83,6 +84,52 @@ class QuantizedWeight(ABC):
         """
         del factors
         raise ConfigurationError(f"The scales of {type(self).__name__} stay as they are.")
+
+    @property
+    def code_count(self) -> int:
+        """How many codes a weight of the matrix may have; 0 where codes may not change."""
+        return 0
+
+    def on(self, device: torch.device) -> QuantizedWeight:
+        """Return the weight with its tensors on a device.
+
+        Raises:
+            ConfigurationError: if neither codes nor scales may change.
+        """
+        del device
+        raise ConfigurationError(f"A {type(self).__name__} stays where it is.")
+
+    def code_matrix(self) -> UInt8[Tensor, "out_features in_features"]:
+        """Return the code of each weight: levels are numbered from the lowest, 0, to the highest, `code_count - 1`.
+
+        Raises:
+            ConfigurationError: if codes may not change.
+        """
+        raise ConfigurationError(f"The codes of {type(self).__name__} stay as they are.")
+
+    def decode(self, codes: Shaped[Tensor, "out_features in_features"]) -> Float[Tensor, "out_features in_features"]:
+        """Return the levels of codes, with the scales as they are, float32.
+
+        Args:
+            codes: a code for each weight, as `code_matrix` numbers them, on the device of the weight.
+
+        Raises:
+            ConfigurationError: if codes may not change.
+        """
+        del codes
+        raise ConfigurationError(f"The codes of {type(self).__name__} stay as they are.")
+
+    def recoded(self, codes: Shaped[Tensor, "out_features in_features"]) -> QuantizedWeight:
+        """Return the weight with the same scales and other codes.
+
+        Args:
+            codes: a code for each weight, as `code_matrix` numbers them, on the device of the weight.
+
+        Raises:
+            ConfigurationError: if codes may not change.
+        """
+        del codes
+        raise ConfigurationError(f"The codes of {type(self).__name__} stay as they are.")
 
     @final
     @property

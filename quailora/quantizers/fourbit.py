@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, final, get_args
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
@@ -72,7 +73,36 @@ class FourBitWeight(QuantizedWeight):
 
     @override
     def rescaled(self, factors: Float[Tensor, " scales"]) -> FourBitWeight:
-        return with_scales(self, scales_of(self).flatten()[:: self.state.blocksize] * factors)
+        return with_scales(self, scales_of(self).flatten()[:: self.state.blocksize] * factors.to(self.codes.device))
+
+    @property
+    @override
+    def code_count(self) -> int:
+        return len(self.state.code)
+
+    @override
+    def on(self, device: torch.device) -> FourBitWeight:
+        state = deepcopy(self.state)  # which bitsandbytes moves in place
+        state.to(device)
+        return replace(self, codes=self.codes.to(device), state=state)
+
+    @override
+    def code_matrix(self) -> UInt8[Tensor, "out_features in_features"]:
+        pairs = self.codes.view(-1, 1)
+        flat = torch.cat([pairs >> 4, pairs & 15], dim=1).flatten()
+        # The table of NF4 ascends; that of FP4 has first the positive values and then the negative ones.
+        rank = self.state.code.argsort(stable=True).argsort().to(torch.uint8)
+        codes: Tensor = rank[flat[: math.prod(self.shape)].long()]
+        return codes.view(self.shape)
+
+    @override
+    def decode(self, codes: Shaped[Tensor, "out_features in_features"]) -> Float[Tensor, "out_features in_features"]:
+        table = self.state.code.sort(stable=True).values
+        return ScaledTable(table, scales_of(self)).decode(codes.float())
+
+    @override
+    def recoded(self, codes: Shaped[Tensor, "out_features in_features"]) -> FourBitWeight:
+        return with_codes(self, self.state.code.argsort(stable=True)[codes.long()])
 
     @override
     def tensors(self) -> Mapping[str, Tensor]:
@@ -138,10 +168,12 @@ def scales_of(stored: FourBitWeight) -> Float[Tensor, "out_features in_features"
     return per_weight
 
 
-def with_codes(stored: FourBitWeight, codes: Float[Tensor, "out_features in_features"]) -> FourBitWeight:
+def with_codes(stored: FourBitWeight, codes: Shaped[Tensor, "out_features in_features"]) -> FourBitWeight:
     """Return a weight with the same scales and other codes: two to a byte, the first one in the upper half."""
     flat = codes.flatten().to(torch.uint8)
-    pairs = functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)
+    if len(flat) % 2:
+        flat = torch.cat([flat, stored.codes.view(-1)[-1:] & 15])  # what fills the last byte stays
+    pairs = flat.view(-1, 2)
     return replace(stored, codes=(pairs[:, :1] << 4) | pairs[:, 1:])
 
 

@@ -16,7 +16,8 @@ from ..core.metrics import SHRINKAGE, check_damping, check_shrinkage, gram
 from ..core.statistics import InputStatistics
 from ..errors import check_choice
 from .base import Quantizer
-from .grid import Grid, GridWeight, check_bits_and_group, consecutive_groups, split_groups
+from .grid import Grid, GridWeight, check_bits_and_group
+from .groups import consecutive_groups, split_groups
 from .uniform import Uniform, nearest
 
 _TIE = 1e-4  # share of the loss by which the sweep has to be better than rounding to nearest; float32 rounds off less

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
@@ -13,6 +14,7 @@ from typing_extensions import override
 
 from ..errors import ConfigurationError, NumericalError
 from .base import QuantizedWeight
+from .groups import check_group_size, consecutive_groups, join_groups, split_groups
 from .packing import pack, pack_words, unpack
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -202,14 +204,45 @@ class GridWeight(QuantizedWeight):
 
     @override
     def spread(self, factors: Float[Tensor, " scales"]) -> Float[Tensor, "out_features in_features"]:
-        index = self.group_index
-        if index is None:
-            index = consecutive_groups(self.columns, self.group_size, factors.device)
-        return factors.view(self.scale.shape)[:, index.long().to(factors.device)]
+        # Where groups are runs of columns, the gradient of a repetition is a sum. That of an index takes longer.
+        matrix = factors.view(self.scale.shape)
+        if self.group_index is not None:
+            return matrix[:, self.group_index.long().to(factors.device)]
+        return matrix.repeat_interleave(self.group_size, dim=1)[:, : self.columns]
 
     @override
     def rescaled(self, factors: Float[Tensor, " scales"]) -> GridWeight:
-        return replace(self, scale=(self.scale.float() * factors.view(self.scale.shape)).half())
+        return replace(self, scale=(self.scale.float() * factors.view(self.scale.shape).to(self.scale.device)).half())
+
+    @property
+    @override
+    def code_count(self) -> int:
+        return int(2**self.bits)
+
+    @override
+    def on(self, device: torch.device) -> GridWeight:
+        index, zero = self.group_index, self.zero_point
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scale=self.scale.to(device),
+            zero_point=None if zero is None else zero.to(device),
+            group_index=None if index is None else index.to(device),
+        )
+
+    @override
+    def code_matrix(self) -> UInt8[Tensor, "out_features in_features"]:
+        return unpack(self.codes, self.bits, self.shape)
+
+    @override
+    def decode(self, codes: Shaped[Tensor, "out_features in_features"]) -> Float[Tensor, "out_features in_features"]:
+        if self.group_index is not None:
+            return self.grid.at(self.group_index.long()).decode(codes.float())
+        return self.grid.decode_groups(codes.float(), self.group_size)
+
+    @override
+    def recoded(self, codes: Shaped[Tensor, "out_features in_features"]) -> GridWeight:
+        return replace(self, codes=pack(codes.to(torch.uint8), self.bits))
 
     @override
     def tensors(self) -> Mapping[str, Tensor]:
@@ -236,7 +269,7 @@ class GridWeight(QuantizedWeight):
             "g_idx": groups if self.group_index is None else self.group_index,
         }
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         """Scales and zero points of the groups."""
         scale = self.scale.float()
@@ -246,31 +279,7 @@ class GridWeight(QuantizedWeight):
 
     @override
     def dequantize(self) -> Float[Tensor, "out_features in_features"]:
-        grid = self.grid
-        codes = unpack(self.codes, self.bits, self.shape).float()
-        if self.group_index is not None:
-            return grid.at(self.group_index.long()).decode(codes).to(self.dtype)
-        return grid.decode_groups(codes, self.group_size).to(self.dtype)
-
-
-def consecutive_groups(columns: int, group_size: int, device: torch.device) -> Int[Tensor, " columns"]:
-    """Return the group of each column where groups are runs of `group_size` columns; the last may be shorter."""
-    return torch.arange(columns, device=device) // group_size
-
-
-def split_groups(
-    weight: Shaped[Tensor, "out_features in_features"], group_size: int
-) -> Shaped[Tensor, "out_features groups group"]:
-    """Reshape to groups of columns; a short last group is filled with zeros, which a range with zero ignores."""
-    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group_size))
-    return padded.view(len(weight), -1, group_size)
-
-
-def join_groups(
-    weight: Shaped[Tensor, "out_features groups group"], columns: int
-) -> Shaped[Tensor, "out_features in_features"]:
-    """Undo `split_groups`."""
-    return weight.flatten(1)[:, :columns]
+        return self.decode(self.code_matrix()).to(self.dtype)
 
 
 def check_bits_and_group(bits: object, group_size: object) -> None:
@@ -279,9 +288,3 @@ def check_bits_and_group(bits: object, group_size: object) -> None:
         raise ConfigurationError(f"Expected 2 to 8 bits, got {bits}.")
     if group_size is not None:
         check_group_size(group_size)
-
-
-def check_group_size(group_size: object) -> None:
-    """Raise a `ConfigurationError` unless a group has at least one column; called when a quantizer is made."""
-    if not isinstance(group_size, int) or group_size < 1:
-        raise ConfigurationError(f"Expected a group size of at least 1, or none for one group a row, got {group_size}.")

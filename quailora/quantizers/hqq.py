@@ -14,7 +14,7 @@ from typing_extensions import override
 from ..core.statistics import InputStatistics
 from ..errors import ConfigurationError, NumericalError, check_choice
 from .base import QuantizedWeight, Quantizer
-from .grid import check_group_size, split_groups
+from .groups import check_group_size, split_groups
 from .packing import pack, unpack
 
 

@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from ..core.statistics import InputStatistics
 from .base import Quantizer
-from .grid import Grid, GridWeight, check_bits_and_group, join_groups, split_groups
+from .grid import Grid, GridWeight, check_bits_and_group
+from .groups import join_groups, split_groups
 
 
 @final

@@ -31,7 +31,8 @@ def merge(
     windows: int = 8,
     window_length: int | None = None,
     max_kl: float | None = None,
-    steps: int = 200,
+    block_steps: int = 200,
+    scale_steps: int = 200,
     calibration: StrPath | None = None,
     calibration_fields: Sequence[str] = (),
     calibration_split: str = "train",
@@ -51,7 +52,7 @@ def merge(
 ) -> Any:
     """Write a trained model as a quantized checkpoint that needs no adapter.
 
-    The codes are chosen with error feedback on the inputs of the trained model, and then the scales are trained.
+    The codes are chosen with error feedback on the inputs of the trained model, and then codes and scales are trained.
     Rounding to nearest, as PEFT's merge_and_unload does, loses what is smaller than a step of the codes. The model's
     README.md says how far it is from the unmerged model, and how far the other ways are.
 
@@ -71,8 +72,10 @@ def merge(
         windows: windows of each text at most; 0 measures nothing.
         window_length: tokens in such a window; 512 by default, or all positions that the model has.
         max_kl: write nothing if the divergence from the unmerged model is larger, in nats a token.
-        steps: updates of a training of the scales, which follows: the codes stay, and the predictions come closer to
-            those of the trained model. The model has to be in memory for it; 0 trains nothing.
+        block_steps: updates of a training of codes and scales, one block of the model after the other, which brings
+            the outputs of each block closer to those of the trained model; 0 trains no codes.
+        scale_steps: updates of a training of all scales together, which follows and brings the predictions closer to
+            those of the trained model. The model has to be in memory for it; 0 leaves it out.
         calibration: text of the task: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such
             files, or the hub name of a data set; the shipped text by default.
         calibration_fields: fields of a record that are the text, see `quailora init --help`.

@@ -147,6 +147,8 @@ def test_fused_experts_are_what_they_were_trained_to_be(tokenizer, tmp_path):
     options = {**FAST, "texts": TEXTS, "training": training}
     result = merge(tmp_path / "trained", NF4(), out=tmp_path / "out", **options)
     assert result.certificate.divergence < 0.05
+    with pytest.raises(ModelError, match=r"24 of 27 layers that are not quantized in Uniform.*experts.* among them"):
+        rebase(tmp_path / "trained", out=tmp_path / "moved", base=Uniform(8, group_size=16), calibration=CALIBRATION)
     expected = trained.merge_and_unload().state_dict()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     experts = [name for name in expected if "experts" in name]

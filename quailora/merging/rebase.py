@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -15,11 +15,11 @@ from ..adapters.given import AdapterGiven
 from ..adapters.lora import LoraScaling
 from ..bases import ExistingBase
 from ..bases.fresh import FreshBase, MadeBase
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, ModelError
 from ..layer.initializer import Initializer
 from ..methods.method import Method
 from ..methods.recipes import Recipe, find_recipe
-from ..models.layers import all_layers
+from ..models.layers import all_layers, linear_layers
 from ..models.load import empty_model
 from ..models.locate import resolve
 from ..pipeline.fine_tuned import FineTuned
@@ -113,10 +113,14 @@ def rebase(
     # The layers that the adapter is in are named one by one, so that one which the other base does not have is refused
     # and not left out: the change in it would be lost.
     empty = empty_model(name, trust_remote_code=resources.trust_remote_code)
-    targets = sorted({layer.group for layer in change.layers(all_layers(empty)).values()})
+    layers = change.layers(all_layers(empty))
+    targets = sorted({layer.group for layer in layers.values()})
     whole = tuple(sorted({key.rpartition(".")[0] for key in change.modules}))
     output = replace(output, modules_to_save=whole)
+    if isinstance(base, Quantizer):  # whose base may take minutes
+        check_layers(change, layers, linear_layers(empty), repr(base))
     chosen, output, staged = other_base(base, name, source, output, resources)
+    check_layers(change, layers, chosen.layers, chosen.title)
     family = None if change.family.name == "lora" else change.family
     wanted = method_of(recipe, scaling_of(change, rank), chosen, family)
     fine_tuned = FineTuned((change,), trained_on=before)
@@ -125,6 +129,24 @@ def rebase(
     if staged is not None and distributed.rank() == 0:
         shutil.rmtree(staged, ignore_errors=True)
     return Rebased(Path(plan.output.folder if plan.output else output.folder), result.report)
+
+
+def check_layers(change: TrainedChange, layers: Collection[str], quantized: Collection[str], title: str) -> None:
+    """Raise a `ModelError` if the adapter changes layers that a base has in full precision.
+
+    Args:
+        change: the change of the training.
+        layers: the layers that it changes.
+        quantized: the quantized layers of the base.
+        title: what the base is called.
+    """
+    missing = sorted(set(layers).difference(quantized))
+    if missing:
+        raise ModelError(
+            f"{change.trained.folder} changes {len(missing)} of {len(layers)} layers that are not quantized in "
+            f"{title}, {missing[0]} among them, and an adapter is moved onto quantized layers only. Choose a base "
+            "that quantizes them, or merge the adapter."
+        )
 
 
 def scaling_of(change: TrainedChange, rank: int | None) -> LoraScaling:

@@ -62,7 +62,7 @@ class Merged:
             self.certificate.show()
 
 
-@within_memory("fewer or shorter windows, or none (`windows=0`), and `device='cpu'`")
+@within_memory("no training of blocks or scales, fewer or shorter windows, or none (`windows=0`), and `device='cpu'`")
 def merge(
     adapter: AdapterGiven,
     into: Quantizer,

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow stock check bench bench-calls gallery docs clean
+.PHONY: demo test test-types test-slow stock check bench bench-calls gallery docs clean
 
 # Folder with the texts of `make gallery`: wikitext2_valid.txt, wikitext2_raw_test.txt and c4_300.jsonl.
 TEXTS ?= texts
@@ -14,6 +14,10 @@ demo: $(VENV)/ready
 # Files of tests go to one process for each core, up to four.
 test: $(VENV)/ready
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
+
+# The same tests, with the types and shapes in all signatures of the package checked while they run.
+test-types: $(VENV)/ready
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --jaxtyping-packages=quailora,beartype.beartype
 
 test-slow: $(VENV)/ready
 	$(BIN)/pytest -m slow

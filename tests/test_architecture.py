@@ -65,6 +65,15 @@ def test_imports_point_down():
     assert [line for file in FILES for line in broken(file, ast.parse(file.read_text(encoding="utf-8")))] == []
 
 
+def test_the_guide_for_contributors_has_the_same_list():
+    """And says of each room what is in it."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    printed = [set(line.strip().split(", ")) for line in text.splitlines() if line.startswith("    ")]
+    rooms = [floor - {"__init__", "__main__"} for floor in FLOORS]
+    assert printed == [floor for floor in rooms if floor]
+    assert all(f"| `{room}` |" in text for floor in rooms[1:] for room in floor)
+
+
 @pytest.mark.parametrize(
     ("place", "code"),
     [

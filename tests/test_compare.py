@@ -258,7 +258,9 @@ def whole_blocks(tmp_path, tokenizer):
     return save_llama(tmp_path / "model", tokenizer)
 
 
-@pytest.mark.parametrize("name", ["loftq", "cloq", "asymmetric-half-srr"])
+@pytest.mark.parametrize(
+    "name", ["cloq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loftq", "asymmetric-half-srr"))]
+)
 def test_a_changed_nf4_base_is_a_stock_checkpoint(name, whole_blocks, tmp_path):
     """Written beside the adapter in 4 bits, it loads without quailora and computes what the row was measured with."""
     from bitsandbytes.nn import Linear4bit

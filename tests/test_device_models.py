@@ -113,6 +113,7 @@ def test_bases_that_are_there(tiny_llama, on_cpu, on_gpu, tmp_path, quantizer):
         assert found.results[name].perplexity == pytest.approx(result.perplexity, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_comparisons(tiny_llama, on_gpu, tmp_path):
     options = {"recipes": ["quailora", "loftq"], "ranks": [2], "baselines": ["int8"], "windows": 2, "window_length": 24}
     options |= {"samples": 4, "sequence_length": 24, "calibration_dtype": "model"}

@@ -40,7 +40,7 @@ def assert_same_corrections(found, expected):
         assert left.norm() < 1e-3 * correction.norm(), name
 
 
-@pytest.mark.parametrize("inputs", ["full", "asymmetric"])
+@pytest.mark.parametrize("inputs", ["full", pytest.param("asymmetric", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(tiny_llama, tmp_path, inputs):
     process = launch(tiny_llama, tmp_path / "two", inputs)
     _, told = process.communicate()
@@ -50,6 +50,7 @@ def test_two_processes_equal_one(tiny_llama, tmp_path, inputs):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_job_and_the_next_one_goes_on(tiny_llama, tmp_path):
     out, state = tmp_path / "two", tmp_path / "two.partial"
     process = launch(tiny_llama, out, "quantized")

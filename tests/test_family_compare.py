@@ -53,6 +53,7 @@ def test_families_of_defaults_and_unknown_ones(layers):
         ComparedFamilies(("dore",)).sized(4, layers)
 
 
+@pytest.mark.slow
 def test_rows_of_families(run, tiny_llama, tmp_path):
     """LoRA is always among them, and the rows join those in the folder, where they are found again."""
     fast = [

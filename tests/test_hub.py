@@ -87,6 +87,7 @@ def test_init_uploads_what_it_has_written(tiny_llama, tmp_path):
     assert load_file(tmp_path / "uploads" / "adapter_model.safetensors").keys() == tensors.keys()
 
 
+@pytest.mark.slow
 def test_a_refused_upload_leaves_the_adapter(tiny_llama, tmp_path):
     command = ["init", tiny_llama, *SMALL, "--push-to-hub", "somebody/new", "--out"]
     with serving(Hub({})) as hub:

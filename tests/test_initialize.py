@@ -534,6 +534,7 @@ for how in ways:
 WAYS = ("not joined yet", "divided", "same", "first")
 
 
+@pytest.mark.slow
 def test_every_process_gets_the_same_factors(folder, windows, tmp_path):
     """As in a script under torchrun: before the trainer has joined the processes, and after.
 

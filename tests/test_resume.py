@@ -214,14 +214,19 @@ def test_the_damaged_weight_is_named_and_earlier_layers_are_kept(tiny_llama, tmp
     assert healthy.isfinite().all()
 
 
-def test_signals(tiny_llama, tmp_path):
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM], pytest.param([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], marks=pytest.mark.slow)],
+    ids=len,
+)
+def test_signals(tiny_llama, tmp_path, signals):
     """SIGINT and SIGTERM say how to go on; after them and SIGKILL the next run does, to the same result."""
     command = [sys.executable, "-m", "quailora", "init", str(tiny_llama), "--out", str(tmp_path / "killed")]
     command += [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command += ["--solver", "quailora", "--solver.iterations", "400"]  # long enough to be met at work
     slow = AlternatingLeastSquares(iterations=400)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    for sent in signals:
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits "ignore"
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
         signal.signal(signal.SIGINT, before)

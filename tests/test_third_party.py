@@ -106,6 +106,7 @@ def test_init_evaluate_and_check(run, tiny_llama, adapter, tmp_path):
     assert "is not quantized" in error
 
 
+@pytest.mark.slow
 def test_check_without_the_package_says_what_to_pass(adapter):
     command = ["-m", "quailora", "check", str(adapter), "--base", str(adapter / "base")]
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)

@@ -77,6 +77,7 @@ def test_the_checkpoint_is_nearer_to_the_trained_model_than_rounding(lora, tmp_p
     )
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"| {MERGED} | {scores[MERGED].divergence:.4f} |" in card
+    assert ("Its codes and scales were not trained." in card) == isinstance(into, Int8)  # which has none to train
 
 
 def test_rounding_is_what_merge_and_unload_does(lora):

@@ -77,28 +77,25 @@ class DequantizedBase(ExistingBase):
         return LayerFiles(resolve(self.name), self._model)
 
     @cached_property
-    def _experts(self) -> frozenset[str]:
-        return frozenset(name for name, layer in all_layers(self._model).items() if layer.expert is not None)
+    def _layers(self) -> Mapping[str, Layer]:
+        return all_layers(self._model)
 
     @cached_property
     def _loaded(self) -> Mapping[str, Layer]:
         """Layers of the model in memory."""
         return all_layers(load_model(self.name, "auto", "cpu").model)
 
-    @cached_property
-    def _names(self) -> frozenset[str]:
-        return frozenset(all_layers(self._model))
-
     @property
     @override
     def layers(self) -> frozenset[str]:
-        return self._names
+        return frozenset(self._layers)
 
     @override
     def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:
-        if layer not in self.layers:
+        if layer not in self._layers:
             raise ModelError(f"Expected a linear layer {layer} in {self.name!r}, and there is none.")
         # Files hold experts one by one or fused, as the family has it. The loaded model has them as slices.
-        found = self._loaded[layer].weight if layer in self._experts else self._files.weight(layer)
+        fused = self._layers[layer].expert is not None
+        found = self._loaded[layer].weight if fused else self._files.weight(layer)
         # As a layer of the model would hold it: in the dtype that is computed in.
         return FloatWeight(found.to(device, dtype))

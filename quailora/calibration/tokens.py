@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 
+_PROBE_TOKENS = 8
+
 TOKENS_PER_PASS = 4096
 """Tokens of a batch, but for sequences that are longer."""
 
@@ -101,9 +103,9 @@ class CalibrationTokens:
             content.update(b"" if kept is None else kept.cpu().numpy().tobytes())
         return content.hexdigest()[:16]
 
-    def probe(self, tokens: int) -> Int[Tensor, "1 length"]:
-        """Return the first few tokens of the first sequence."""
-        return self.sequences[0][None, :tokens]
+    def probe(self) -> Int[Tensor, "1 length"]:
+        """Return the first few tokens of the first sequence, which are enough for `find_chain`."""
+        return self.sequences[0][None, :_PROBE_TOKENS]
 
     def __iter__(self) -> Iterator[tuple[Int[Tensor, " _"], Bool[Tensor, " _"] | None]]:
         """Yield each sequence, and which of its tokens count."""

@@ -32,9 +32,6 @@ RunBlock = Callable[..., Inputs]
 """Runs one block on a batch in one network, and returns what layers were run on; the inner `run` of `Walk._run_at`."""
 
 
-_PROBE_TOKENS = 8
-
-
 @final
 class Block:
     """What a visit gets: layers of one block, whose weights are in memory during the visit.
@@ -158,7 +155,7 @@ class Walk:
 
     def _chain(self) -> Chain | WholeModel:
         try:
-            return find_chain(self.model, self.tokens.probe(_PROBE_TOKENS))
+            return find_chain(self.model, self.tokens.probe())
         except ModelError as error:
             if self.inputs == "full" and not is_offloaded(self.model):
                 return WholeModel(self.model)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..bases.reader import READERS
 from ..bases.writer import quantization_config
+from ..calibration.blocks import forward_replaced
 from ..calibration.capture import arithmetic
 from ..calibration.gradients import frozen
 from ..calibration.held_out import trained_and_held_out
@@ -164,18 +165,13 @@ def quantized(
         values: the dequantized weight of each layer.
         changes: what is added to the factor 1 of each scale.
     """
-    modules = {name: layers[name].module for name in values}
-    before = {name: vars(module).get("forward") for name, module in modules.items()}  # accelerate puts one there
-    try:
-        for name, module in modules.items():
-            module.forward = Rescaled(module, weights.get(name), values[name], changes.get(name))
+    modules = [layers[name].module for name in values]
+    functions = [
+        Rescaled(module, weights.get(name), value, changes.get(name))
+        for module, (name, value) in zip(modules, values.items(), strict=True)
+    ]
+    with forward_replaced(modules, functions):
         yield
-    finally:
-        for name, module in modules.items():
-            del module.forward
-            kept: Any = before[name]
-            if kept is not None:
-                module.forward = kept
 
 
 @dataclass(frozen=True, eq=False)

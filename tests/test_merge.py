@@ -19,7 +19,14 @@ from quailora import GPTQ, NF4, Calibration, Int8, Optimal, Output, Quantizer, R
 from quailora.adapters.change import TrainedChange
 from quailora.bases import StoredBase
 from quailora.calibration.sources import BatchCalibration
-from quailora.errors import CalibrationError, ConfigurationError, ModelError, OutputExistsError, QualityError
+from quailora.errors import (
+    CalibrationError,
+    ConfigurationError,
+    DoesNotFitError,
+    ModelError,
+    OutputExistsError,
+    QualityError,
+)
 from quailora.evaluation.scores import Scores
 from quailora.evaluation.texts import EvaluationTexts
 from quailora.merging.certificate import FULL, MERGED, ROUNDED, Certificate
@@ -230,6 +237,30 @@ def test_scales_that_could_not_be_trained_are_noted(lora, tmp_path):
     merge(lora / "trained", NF4(), out=tmp_path / "out", resources=Resources(offload="always"), **options)
     noted = json.loads((tmp_path / "out" / "merge.json").read_text(encoding="utf-8"))["training"]
     assert noted.endswith("Its scales were not trained together, because the weights of the model were on disk.")
+
+
+def test_a_training_that_does_not_fit_is_told_before_it_begins(lora, tmp_path, monkeypatch, caplog):
+    """Under a limit it is refused. Nothing is said of blocks that are not trained."""
+    monkeypatch.setattr("quailora.merging.training._TRAINED", 10**9)
+    limited = {**FAST, "resources": Resources(memory_limit="2GiB")}
+    merge(lora / "trained", NF4(), out=tmp_path / "out", **limited)
+    blocks = {"training": MergeTraining(BlockTraining(2, 64, 4, 32), ScaleTraining(0))}
+    with pytest.raises(
+        DoesNotFitError, match=r"about .* of memory, and 2\.00 GiB may be used\. Train no blocks, or leave"
+    ):
+        merge(lora / "trained", NF4(), out=tmp_path / "other", **{**limited, **blocks})
+    assert "Train no blocks" not in caplog.text
+    merge(lora / "trained", NF4(), out=tmp_path / "other", **{**FAST, **blocks})
+    assert "Train no blocks, or leave" in caplog.text
+
+
+def test_blocks_are_trained_alike_with_their_hidden_states_on_disk(lora, tmp_path):
+    for offload in ("never", "always"):
+        options = {**FAST, "training": MergeTraining(BlockTraining(4, 64, 4, 32), ScaleTraining(0))}
+        merge(lora / "trained", NF4(), out=tmp_path / offload, resources=Resources(offload=offload), **options)
+    first, second = (load_file(tmp_path / offload / "model.safetensors") for offload in ("never", "always"))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"never", "always"}
 
 
 def test_held_out_windows_are_never_trained_on():

@@ -145,7 +145,8 @@ def adapter(tokenizer, tmp_path):
 
 def test_trl_trains_an_adapter(adapter, tmp_path):
     """The blocks of the page on training, one after the other; `convert` takes what comes out."""
-    load, train = examples("docs/training.md")[:2]
+    blocks = examples("docs/training.md")
+    load, train = (next(one for one in blocks if name in one) for name in ("PeftModel.from_pretrained(", "SFTTrainer("))
     texts = [shipped_text("evaluate")[start : start + 200] for start in range(0, 3200, 200)]
     given = f"MODEL = {str(tmp_path / 'model')!r}"
     data = f"from datasets import Dataset; dataset = Dataset.from_dict({{'text': {texts!r}}})"
@@ -178,7 +179,7 @@ def test_what_comes_after_training(shared_data, tmp_path):
     options = {
         "calibration": calibration,
         "texts": EvaluationTexts(windows=0),
-        "training": MergeTraining(BlockTraining(2), ScaleTraining(2)),
+        "training": MergeTraining(BlockTraining(2, windows=8), ScaleTraining(2)),
     }
     for name, into in (("nf4", NF4()), ("gptq", GPTQ())):
         merge(tmp_path / "trained", into, out=tmp_path / name, **options)

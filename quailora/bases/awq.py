@@ -1,4 +1,4 @@
-"""Layers of checkpoints in AutoAWQ's format (Lin et al., 2023, arXiv 2306.00978)."""
+"""Layers of checkpoints in AutoAWQ's format (Lin et al., 2023, arXiv 2306.00978), read and written."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ConfigurationError, ModelError
 from ..quantizers.grid import Grid, GridWeight
-from ..quantizers.packing import unpack_words
+from ..quantizers.groups import consecutive_groups
+from ..quantizers.packing import pack_words, unpack_words
 from .checks import check_present, check_scales, check_words, misfit
 
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -43,6 +44,57 @@ def read_awq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
     grid = Grid(tensors["scales"].T.float(), codes_of(tensors["qzeros"]).T.float(), bits)
     codes = codes_of(tensors["qweight"]).T
     return GridWeight.store(codes, grid, group_size=columns // groups, dtype=dtype)
+
+
+def awq_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a layer in AutoAWQ's format; codes, scales and zero points stay what they are.
+
+    Args:
+        tensors: the same layer in AutoGPTQ's format, zero points as they are, see `GridWeight.packed`.
+
+    Raises:
+        ConfigurationError: if the codes have other than 4 bits, or groups are not runs of columns of one length.
+    """
+    groups, rows = tensors["scales"].shape
+    columns, bits = len(tensors["g_idx"]), 32 * tensors["qzeros"].shape[1] // rows
+    index, size = tensors["g_idx"].long(), -(-columns // groups)
+    if bits != 4 or columns % groups or not torch.equal(index, consecutive_groups(columns, size, index.device)):
+        raise ConfigurationError(
+            f"AutoAWQ's format holds codes of 4 bits in groups of consecutive columns, all of one size, got {bits} "
+            f"bits and {groups} groups of {columns} columns. Take another `base_format`, or a quantizer with such "
+            "groups."
+        )
+    return {
+        "qweight": words_of(unpack_words(tensors["qweight"].T, bits).T),
+        "qzeros": words_of(unpack_words(tensors["qzeros"], bits)),
+        "scales": tensors["scales"],
+    }
+
+
+def awq_config(packed: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint in AutoAWQ's format.
+
+    Args:
+        packed: tensors of each layer in AutoGPTQ's format.
+
+    Raises:
+        ConfigurationError: if layers differ in the size of their groups.
+    """
+    sizes = {len(tensors["g_idx"]) // len(tensors["scales"]) for tensors in packed.values()}
+    whole = all(len(tensors["scales"]) == 1 for tensors in packed.values())
+    if len(sizes) > 1 and not whole:
+        raise ConfigurationError(
+            f"AutoAWQ's format has one group size for all layers, got {', '.join(map(str, sorted(sizes)))}. Take "
+            "another `base_format`."
+        )
+    size = -1 if whole else sizes.pop()
+    return {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}
+
+
+def words_of(codes: Tensor) -> Tensor:
+    """Pack codes of shape (rows of words, outputs); the inverse of `codes_of`."""
+    place = torch.tensor(ORDER).argsort()
+    return pack_words(codes.reshape(len(codes), -1, 8)[:, :, place].flatten(1), 4).contiguous()
 
 
 def codes_of(words: Tensor) -> Tensor:

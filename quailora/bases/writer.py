@@ -1,4 +1,4 @@
-"""Write a quantized model as the checkpoint that transformers loads: bitsandbytes in 4 or 8 bits, or AutoGPTQ's format.
+"""Write a quantized model as the checkpoint that transformers loads: of bitsandbytes, AutoGPTQ's or AutoAWQ's format.
 
 A checkpoint is the tensors of the model with those of each quantized layer in place of its weight, and a
 `quantization_config` that says what they are.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..models.layers import Layer
 from ..models.load import LoadedModel, save_model
 from ..quantizers.packing import pack_words, unpack_words
+from .awq import awq_config, awq_tensors
 
 Packed = Mapping[str, Mapping[str, Tensor]]
 """`QuantizedWeight.packed` of each layer, by module name."""
@@ -25,26 +26,39 @@ _FOUR_BIT = "weight.quant_state.bitsandbytes__"
 
 def savable(layers: Mapping[str, Layer], packed: Packed) -> bool:
     """Return whether every layer is one that transformers replaces, with tensors that it can load."""
-    plain = all(type(layer.module) is nn.Linear and layer.expert is None for layer in layers.values())
-    if not plain or not all(packed.get(name) for name in layers):
+    if not all(map(is_replaced, layers.values())) or not all(packed.get(name) for name in layers):
         return False
-    in_blocks = all(re.search(r"\.\d+\.", name) for name in layers)
+    in_blocks = all(map(is_in_block, layers))
     return in_blocks or not any("qweight" in tensors for tensors in packed.values())  # of GPTQ, blocks only
 
 
-def save_packed(folder: Path, loaded: LoadedModel, packed: Packed) -> None:
+def is_replaced(layer: Layer) -> bool:
+    """Return whether a layer is of the kind that transformers replaces by a quantized one."""
+    return type(layer.module) is nn.Linear and layer.expert is None
+
+
+def is_in_block(name: str) -> bool:
+    """Return whether a layer is in a block of the model, where alone transformers looks for layers of GPTQ."""
+    return re.search(r"\.\d+\.", name) is not None
+
+
+def save_packed(folder: Path, loaded: LoadedModel, packed: Packed, *, awq: bool = False) -> None:
     """Write the checkpoint and the tokenizer; all that is not quantized keeps its dtype.
 
     Args:
         folder: the folder to write to.
         loaded: the full-precision model, in memory or on disk.
         packed: tensors of its quantized layers, all of one format.
+        awq: write layers of AutoGPTQ's format in AutoAWQ's.
+
+    Raises:
+        ConfigurationError: if AutoAWQ's format cannot hold a layer.
     """
-    config, model = quantization_config(packed), loaded.model
+    config, model = awq_config(packed) if awq else quantization_config(packed), loaded.model
     state = model.state_dict()
     for name, tensors in packed.items():
         del state[f"{name}.weight"]
-        stored = dict(tensors)
+        stored = awq_tensors(tensors) if awq else dict(tensors)
         if config.get("checkpoint_format") == "gptq":
             stored["qzeros"] = pack_words(unpack_words(stored["qzeros"], config["bits"]) - 1, config["bits"])
         state |= {f"{name}.{key}": tensor for key, tensor in stored.items()}

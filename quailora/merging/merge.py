@@ -17,6 +17,7 @@ from ..layer.initializer import Initializer
 from ..methods.method import Method
 from ..models.limits import fitting_length
 from ..models.load import empty_model
+from ..models.quantized import quantization_of
 from ..pipeline.fine_tuned import FineTuned, Target
 from ..pipeline.initialize_model import finished_run
 from ..pipeline.options import Output, Resources
@@ -31,7 +32,7 @@ from ..support.settings import describe
 from .card import merged_card
 from .certificate import Certificate, certify
 from .trained_on import base_trained_on, check_model, model_of
-from .training import MergeTraining, trained_layers
+from .training import MergeTraining, check_memory, trained_layers
 
 logger = logging.getLogger("quailora")
 
@@ -121,6 +122,7 @@ def merge(
         empty = empty_model(name, trust_remote_code=resources.trust_remote_code)
         texts = replace(texts, window_length=fitting_length(empty, texts.window_length, _WINDOW_LENGTH))
     plan = plan_run(name, method, source_of(calibration), ["all-linear"], output, resources, fine_tuned=fine_tuned)
+    check_memory(plan, training)
     folder = Path(plan.output.folder if plan.output else output.folder)
     # Everything that can fail is done inside the folder that is not there yet: a model that is worse than asked for, or
     # a process that is killed, leaves the state of the run and no model.
@@ -184,7 +186,7 @@ def write_notes(
         "layers": {record.name: record.relative_error for record in finished.records},
     }
     write_json(folder / MODEL_MARK, json.loads(json.dumps(content, default=str)))
-    card = merged_card(content, certificate, report["bits_per_weight"])
+    card = merged_card(content, certificate, report["bits_per_weight"], quantization_of(str(folder)))
     (folder / "README.md").write_text(card, encoding="utf-8")
     bits: float = report["bits_per_weight"]
     return bits

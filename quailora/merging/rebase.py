@@ -30,6 +30,7 @@ from ..pipeline.plan import BaseGiven, CalibrationGiven, method_of, plan_run, so
 from ..quantizers import NF4, Quantizer
 from ..solvers import Zero
 from ..support import distributed
+from ..support.choices import BaseFormat
 from ..support.files import StrPath, folder_of
 from ..support.settings import describe
 from ..support.tables import print_table
@@ -184,6 +185,9 @@ def other_base(
     if not (staged / "adapter_config.json").is_file():
         logger.info("First the base is made of the full-precision model by %r.", quantizer)
         alone = Method(Initializer(quantizer, Zero(), rank=1), LoraScaling(1))
-        plan = plan_run(model, alone, source, ["all-linear"], Output(staged, save_base=True), resources)
+        # In a format that keeps its codes. What AutoAWQ's cannot hold is refused here, before minutes are spent.
+        kept: BaseFormat = "awq" if output.base_format == "awq" else "auto"
+        made = Output(staged, save_base=True, base_format=kept)
+        plan = plan_run(model, alone, source, ["all-linear"], made, resources)
         carry_out(plan)
     return MadeBase(base_at(staged / "base"), quantizer), written, staged

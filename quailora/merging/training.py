@@ -11,17 +11,22 @@ import torch
 
 from ..calibration.blocks import find_chain
 from ..calibration.tokens import CalibrationTokens
-from ..errors import ModelError
+from ..errors import DoesNotFitError, ModelError
 from ..methods.block_training import BlockTraining
 from ..models.limits import check_token_ids
 from ..models.weights import is_offloaded
+from ..pipeline.estimate import block_of
 from ..pipeline.fingerprint import digest
 from ..pipeline.output import AdapterOutput
+from ..pipeline.plan import RunPlan
 from ..pipeline.store import Store, StoredLayer
 from ..quantizers import QuantizedWeight
+from ..support.machine import size
 from .scales import ScaleTraining, unpacked
 
 logger = logging.getLogger("quailora")
+
+_TRAINED = 24  # bytes of a weight in training: its place, its number, a gradient, two moments of AdamW, and a product
 
 
 @final
@@ -66,6 +71,35 @@ def trained_layers(finished: AdapterOutput, training: MergeTraining) -> tuple[di
     return layers | found, f"{said} {also}"
 
 
+def check_memory(plan: RunPlan, training: MergeTraining) -> None:
+    """Warn before a run if training its blocks takes more memory than there is.
+
+    Args:
+        plan: the run.
+        training: what is trained after it.
+
+    Raises:
+        DoesNotFitError: if a limit was given, and the training would stay above it.
+    """
+    if not training.blocks.steps:
+        return
+    weights: dict[str, int] = {}
+    for layer in plan.adapter.layers.values():
+        place = block_of(layer.name)
+        weights[place] = weights.get(place, 0) + layer.shape[0] * layer.shape[1]
+    needed = _TRAINED * max(weights.values()) + (0 if plan.on_disk else plan.estimate.model_bytes)
+    if needed <= plan.estimate.available:
+        return
+    other = "" if plan.on_disk else ", or leave the weights on disk with `offload='always'`"
+    message = (
+        f"Training a block takes about {size(needed)} of {plan.estimate.memory}, and {size(plan.estimate.available)} "
+        f"may be used. Train no blocks{other}."
+    )
+    if plan.resources.memory_limit is not None:
+        raise DoesNotFitError(message)
+    logger.warning(message)
+
+
 def _by_block(
     finished: AdapterOutput, training: BlockTraining, layers: Mapping[str, StoredLayer], kept: _Kept
 ) -> tuple[dict[str, StoredLayer], str]:
@@ -78,8 +112,9 @@ def _by_block(
             logger.warning("Codes are not trained. %s", error)
             return dict(layers), f"Its codes were not trained: {error}"
         trained = training.train(
-            chain, finished.run.layers, weights_of(layers), windows, held_out, source.dtype, kept.weights(), kept.save
-        )
+            chain, finished.run.layers, weights_of(layers), windows, held_out, source.dtype, kept.weights(), kept.save,
+            finished.run.store.folder_for("hidden") if is_offloaded(model) else None,
+        )  # fmt: skip
         kept.save({name: weight for name, weight in trained.items() if not kept.has(name)})
     found = kept.layers()
     changed = sum(not _equal(layers[name], found[name]) for name in found)

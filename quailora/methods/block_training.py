@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -93,6 +94,7 @@ class BlockTraining:
         dtype: CalibrationDtype = "auto",
         earlier: Weights | None = None,
         on_block: Callable[[Weights], None] | None = None,
+        folder: Path | None = None,
     ) -> dict[str, QuantizedWeight]:
         """Return the weights with trained codes and scales.
 
@@ -105,6 +107,7 @@ class BlockTraining:
             dtype: arithmetic, see `Calibration`.
             earlier: trained weights of an earlier run; blocks that it has finished are not trained again.
             on_block: called with the trained weights of each block that is not among these.
+            folder: where hidden states wait between two blocks; in memory if None.
 
         Raises:
             NumericalError: if the loss is NaN or infinite.
@@ -112,7 +115,7 @@ class BlockTraining:
         length = windows.shape[1]
         rows = max(1, self.tokens // length)
         batches = [*torch.split(windows, rows), *torch.split(held_out, rows)]
-        walk = _Walk(chain, layers, dtype)
+        walk = _Walk(chain, layers, dtype, Activations(folder))
         walk.begin(batches)
         trained = range(-(-len(windows) // rows))
         others = range(len(trained), len(batches))
@@ -185,7 +188,7 @@ class _Walk:
         chain: the blocks of the model.
         layers: its linear layers.
         dtype: arithmetic, see `Calibration`.
-        activations: the hidden states.
+        activations: the hidden states, of both models and of two blocks at a time.
         calls: the calls of all blocks for each batch.
         rows: number of windows in each batch.
     """
@@ -193,7 +196,7 @@ class _Walk:
     chain: Chain
     layers: Mapping[str, Layer]
     dtype: CalibrationDtype
-    activations: Activations = field(default_factory=Activations)
+    activations: Activations
     calls: dict[int, list[Call]] = field(default_factory=dict)
     rows: dict[int, int] = field(default_factory=dict)
 

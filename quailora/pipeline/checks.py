@@ -9,13 +9,15 @@ from pathlib import Path
 
 from ..adapters.frozen import check_frozen
 from ..adapters.lora import LoraScaling
+from ..bases.writer import is_in_block, is_replaced
 from ..calibration.sources import CalibrationSource
 from ..errors import ConfigurationError, TargetError, named
 from ..families import Family, Lora
 from ..methods.method import Method
 from ..models.layers import Layer, kind
-from ..quantizers import QuantizedWeight
+from ..quantizers import GPTQ, AutoGPTQ, QuantizedWeight
 from ..quantizers.fourbit import FourBitWeight
+from ..quantizers.grid import GridWeight
 from ..support.choices import FactorsDtype
 from ..support.files import StrPath, check_output, check_writable, folder_of
 
@@ -75,6 +77,36 @@ def check_layout(family: Family, layout: str) -> None:
             f"wrongly there; it does on {', '.join(sorted(family.bases))}. Take another family or quantizer, or write "
             "the base in floating point with `save_base=True` and `base_format='dequantized'`."
         )
+
+
+def check_awq(layers: Mapping[str, Layer], method: Method, example: QuantizedWeight) -> None:
+    """Raise a `ConfigurationError` unless a base can be written in AutoAWQ's format.
+
+    Args:
+        layers: the targets.
+        method: how they are quantized.
+        example: a weight that is quantized so.
+    """
+    quantizer = method.quantizer
+    if isinstance(quantizer, (GPTQ, AutoGPTQ)) and quantizer.activation_order and not quantizer.static_groups:
+        raise ConfigurationError(
+            "AutoAWQ's format holds groups of consecutive columns, and `activation_order` makes others. Pass "
+            "`static_groups`, too, which keeps them."
+        )
+    if not isinstance(example, GridWeight) or example.bits != 4:
+        raise ConfigurationError(
+            "AutoAWQ's format holds uniform levels of 4 bits, as `GPTQ` and `Uniform` make them, got "
+            f"{method.base.title if method.base else repr(quantizer)}. Leave out `base_format`, or take one of these."
+        )
+    # The example may be smaller than the layer, so that one group for all of its columns says nothing of the layer.
+    size = example.group_size if example.group_size < example.columns else 1
+    for name, layer in layers.items():
+        rows, columns = layer.shape
+        if not is_replaced(layer) or not is_in_block(name) or rows % 8 or columns % 8 or columns % size:
+            raise ConfigurationError(
+                f"AutoAWQ's format holds linear layers of blocks whose sides are multiples of 8 and whose inputs are "
+                f"whole groups, and {name} is not such a layer: {layer.module}. Leave out `base_format`."
+            )
 
 
 def check_factors_dtype(family: Family, dtype: FactorsDtype) -> None:

@@ -86,10 +86,10 @@ class InitializedModel:
             StorageError: if it cannot be written.
         """
         place, plan = folder_of(folder), self._output.plan
-        dequantized = plan.method.changes_base and base_format == "dequantized"
-        check_written_base(plan.method, plan.adapter, dequantized=dequantized)
+        written = base_format if plan.method.changes_base else None
+        check_written_base(plan.method, plan.adapter, written)
         with new_folder(place, overwrite) as partial:
-            self._output.write(partial, base_format if plan.method.changes_base else None)
+            self._output.write(partial, written)
         return place
 
     def load_into(self, peft_model: Any, adapter_name: str = "default") -> None:

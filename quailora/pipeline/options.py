@@ -42,8 +42,9 @@ class Output:
         overwrite: replace a result that is in the folder.
         fresh: forget what an unfinished run with this folder has done, instead of going on from it.
         save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
-        base_format: format of the base: "auto" is packed as transformers reads it, where there is such a format;
-            "dequantized" needs no package to load.
+        base_format: format of the base: "auto" is packed as transformers reads it, where there is such a format; "awq"
+            is AutoAWQ's for 4-bit codes of `GPTQ` and `Uniform`, which vLLM reads with any zero points; "dequantized"
+            needs no package to load.
         factors_dtype: dtype that the adapter is stored in. In bfloat16 twice the rank takes as many bytes, which closes
             more of the error. PEFT makes float32 of it when it loads it.
         modules_to_save: modules that training shall change as a whole beside the adapter, as in PEFT.

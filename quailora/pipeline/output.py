@@ -21,6 +21,7 @@ from ..adapters.provenance import Origin, read_provenance
 from ..adapters.stacked import adapter_of_change
 from ..adapters.written import check_files
 from ..bases.writer import savable, save_packed
+from ..errors import ConfigurationError
 from ..families import Correction
 from ..layer.record import LayerRecord
 from ..methods.method import Method
@@ -179,8 +180,10 @@ class AdapterOutput:
         """
         layers, finished = self.run.layers, self.finished if finished is None else finished
         packed = {name: stored.packed for name, stored in finished.items()}
-        if base_format == "auto" and savable(layers, packed):
-            save_packed(folder, self.loaded, packed)
+        if base_format == "awq" and not savable(layers, packed):
+            raise ConfigurationError("Expected layers that AutoAWQ's format can hold. Take another `base_format`.")
+        if base_format != "dequantized" and savable(layers, packed):
+            save_packed(folder, self.loaded, packed, awq=base_format == "awq")
             return
         weights = {name: stored.dequantized for name, stored in finished.items() if stored.dequantized is not None}
         replace_for_good(layers, weights, self.run.store.folder_for("base"))

@@ -23,10 +23,11 @@ from ..models.layers import Layer, base_layers
 from ..models.limits import fitting_length
 from ..models.load import empty_copy, empty_model, resolve_device
 from ..quantizers import NF4, Quantizer
-from ..support.choices import Offload
+from ..support.choices import BaseFormat, Offload
 from ..support.files import StrPath
 from ..support.machine import memory_available, size
 from .checks import (
+    check_awq,
     check_factors_dtype,
     check_frozen_rank,
     check_gradients,
@@ -149,7 +150,7 @@ def plan_run(
     source = fitted_to(source, empty)
     check_layers(adapter.layers, method, source, save_base)
     if output is not None:
-        check_written_base(method, adapter, dequantized=save_base and output.base_format == "dequantized")
+        check_written_base(method, adapter, output.base_format if save_base else None)
         check_factors_dtype(method.family, output.factors_dtype)
         find_modules(empty, output.modules_to_save, adapter.layers)
     needed = estimate(
@@ -165,18 +166,20 @@ def plan_run(
     return RunPlan(model, empty, method, adapter, source, tuple(targets), output, resources, needed, fine_tuned)
 
 
-def check_written_base(method: Method, adapter: AdapterPlan, *, dequantized: bool) -> None:
+def check_written_base(method: Method, adapter: AdapterPlan, base_format: BaseFormat | None) -> None:
     """Raise a `ConfigurationError` unless stock PEFT computes the adapter on the base that it will be loaded on.
 
     Args:
         method: how layers are initialized.
         adapter: the layers.
-        dequantized: whether the base is written in floating point.
+        base_format: format in which the base is written; None if it is not written.
     """
-    if dequantized:
+    if base_format == "dequantized":
         check_layout(method.family, "float")
         return
     stored = example_of(method, next(iter(adapter.layers.values())))
+    if base_format == "awq":
+        check_awq(adapter.layers, method, stored)
     check_layout(method.family, stored.layout)
     warn_of_blocks(adapter.layers, stored)
 

@@ -31,8 +31,8 @@ Offload = Literal["auto", "always", "never"]
 FactorsDtype = Literal["float32", "bfloat16"]
 """In which an adapter is stored; PEFT makes float32 of it when it loads it."""
 
-BaseFormat = Literal["auto", "dequantized"]
-"""How a quantized base is written."""
+BaseFormat = Literal["auto", "awq", "dequantized"]
+"""How a quantized base is written; see `Output`."""
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:

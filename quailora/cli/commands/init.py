@@ -122,8 +122,9 @@ def init(
         trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
         save_base: also write the base, for quantizers that stock transformers cannot apply while it loads.
         base_format: format of a base that is written. "auto" packs it as transformers reads it (bitsandbytes in 4 or 8
-            bits, AutoGPTQ's format), and writes it dequantized if there is no such format. "dequantized" writes weights
-            in the dtype of the model, which take more space and need no package to load.
+            bits, AutoGPTQ's format), and writes it dequantized if there is no such format. "awq" packs 4-bit codes of
+            gptq and uniform in AutoAWQ's format, which vLLM reads with any zero points. "dequantized" writes weights in
+            the dtype of the model, which take more space and need no package to load.
         overwrite: replace a result that is in the folder.
         fresh: forget what an unfinished run with this output folder has done, instead of going on from it.
         dry_run: load configuration and shapes only, print what the run would take, and write nothing.

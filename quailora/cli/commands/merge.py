@@ -91,8 +91,8 @@ def merge(
         offload: "always" leaves the weights on disk, see `quailora init`. What is measured is held in memory.
         memory_limit: how much memory to use, see `quailora init`.
         trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
-        base_format: "auto" packs the weights as transformers reads them, and "dequantized" writes them in floating
-            point.
+        base_format: "auto" packs the weights as transformers reads them, "awq" packs 4-bit codes of gptq so that vLLM
+            reads them, too, and "dequantized" writes the weights in floating point.
         overwrite: replace a merged model that is in the folder.
         fresh: forget what an unfinished run with this output folder has done, instead of going on from it.
 

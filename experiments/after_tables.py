@@ -19,26 +19,15 @@ Rows = Mapping[str, Mapping[str, Any]]
 Scores = Mapping[int, Mapping[str, Any]]
 """Scores of each variant, by seeds."""
 
-EARLIER = "earlier-"
-"""How the keys of rows begin that are of other trainings of the adapters, and compared among themselves only."""
-
 TITLES = {"qlora": "QLoRA", "quailora": "`quailora`", "best": "`best`"}
 TEXTS = {"pairs": "instruction pairs", "wikitext2": "WikiText-2"}
 
 
 def draw(rows: Sequence[Mapping[str, Any]], page: Path) -> None:
     """Write the tables into a page, between their marks."""
-    every = {str(row["key"]): row for row in rows}
-    earlier = {key.removeprefix(EARLIER): row for key, row in every.items() if key.startswith(EARLIER)}
-    by_key = {key: row for key, row in every.items() if not key.startswith(EARLIER)}
-    for one in (by_key, earlier):
-        check_adapters(one)
-    tables = {
-        "merges": merges(by_key),
-        "full": full_precision(by_key),
-        "moves": moves(by_key),
-        "earlier": moves(earlier),
-    }
+    by_key = {str(row["key"]): row for row in rows}
+    check_adapters(by_key)
+    tables = {"merges": merges(by_key), "full": full_precision(by_key), "moves": moves(by_key)}
     page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 

@@ -493,7 +493,7 @@ def test_trained_adapters_are_merged_and_moved(protocol, texts, tmp_path, monkey
     assert "| int8 | QLoRA moved, rank 16 |" not in page.read_text()  # rank 32 alone is in the table for QLoRA
 
 
-TABLES = ("merges", "full", "moves", "earlier")
+TABLES = ("merges", "full", "moves")
 
 
 def after_row(key, adapter, **variants):
@@ -523,9 +523,6 @@ def test_shares_of_merges_and_moves_are_those_of_their_rows(tmp_path):
         draw_after([*rows, after_row("merge/best/0/gptq/trained", "b", merged=(2.1, 0.1))], page)
     with pytest.raises(ValueError, match=r"end with the same token, got \[1, 2\]"):
         draw_after([*rows, {**after_row("merge/best/0/gptq/trained", "a", merged=(2.1, 0.1)), "end": 1}], page)
-    earlier = [{**row, "key": f"earlier-{row['key']}", "end": 1} for row in rows]
-    draw_after([*rows, *earlier], page)  # which are not mixed with the others
-    assert page.read_text().count("| gptq4 | `best` moved, rank 32 | 2.600 |") == 2
 
 
 def test_the_page_on_what_comes_after_training_has_the_tables_of_its_results(tmp_path):

@@ -13,14 +13,13 @@ import torch
 from families import save_llama
 from helpers import evaluate, init
 from questions import save_task
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from trainings import train
 from transformers import AutoModelForCausalLM
 
 from examples import examples
 from quailora import GPTQ, NF4, Calibration, Optimal, StoredBase, TextSource, Uniform, merge, rebase
 from quailora.adapters.convert import convert
-from quailora.bases.awq import ORDER
 from quailora.calibration.text import shipped_text
 from quailora.errors import ModelError
 from quailora.evaluation.check import check
@@ -29,9 +28,7 @@ from quailora.evaluation.texts import EvaluationTexts
 from quailora.merging.scales import ScaleTraining
 from quailora.merging.training import MergeTraining
 from quailora.methods.block_training import BlockTraining
-from quailora.models.layers import linear_layers
 from quailora.models.locate import resolve
-from quailora.quantizers.packing import pack_words, unpack_words
 
 PYTHON = os.environ.get("QUAILORA_STOCK")
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -100,27 +97,13 @@ def test_base_of_gptqmodel(shared_data, tmp_path):
             check(str(tmp_path / "a"), base=str(tmp_path / name))
 
 
-def in_awq(packed):
-    """Turn the tensors of a GPTQ layer into those of an AWQ layer."""
-    codes, zeros = unpack_words(packed["qweight"].T, 4).T, unpack_words(packed["qzeros"], 4)
-    places = torch.tensor(ORDER).argsort()
-    words = (pack_words(values.unflatten(1, (-1, 8))[:, :, places].flatten(1), 4) for values in (codes, zeros))
-    return dict(zip(("qweight", "qzeros"), words, strict=True)) | {"scales": packed["scales"]}
-
-
 def test_awq(tokenizer, tmp_path):
-    """What transformers and gptqmodel compute from an AWQ checkpoint is what we read in it."""
+    """What transformers and gptqmodel compute from an AWQ checkpoint is what we have written, and read in it."""
     model = save_llama(tmp_path / "model", tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    tensors = load_file(model / "model.safetensors")
-    for name, layer in linear_layers(loaded).items():
-        del tensors[f"{name}.weight"]
-        packed = in_awq(Uniform(group_size=32).quantize(layer.weight).packed())
-        tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in packed.items()}
-    base = tmp_path / "base"
-    loaded.config.quantization_config = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
-    loaded.config.save_pretrained(base)
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    quantizer = Uniform(group_size=32)
+    init(str(model), out=str(tmp_path / "a"), quantizer=quantizer, rank=4, samples=4, sequence_length=64,
+         save_base=True, base_format="awq")  # fmt: skip
+    base = tmp_path / "a" / "base"
     code = (
         "import sys, torch, transformers; config = transformers.AwqConfig(backend='torch_awq'); "
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float16, "

@@ -43,8 +43,8 @@ _LOADING = {
 
 _SYMMETRIC = "vLLM loads it as it is."
 _ASYMMETRIC = (
-    "vLLM takes this format only with symmetric levels of 4 or 8 bits; `--base-format awq` writes any levels of 4 bits "
-    "so that it loads them."
+    "vLLM takes this format only with symmetric levels of 4 or 8 bits; the base format `awq` holds any levels of 4 "
+    "bits so that it loads them."
 )
 
 _UNMEASURED = "This was not measured."

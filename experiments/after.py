@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,7 +29,6 @@ from quailora import (
     TextSource,
     initialize_model,
     merge,
-    merge_full,
     rebase,
 )
 from quailora.adapters.saved import SavedAdapter
@@ -46,6 +43,7 @@ from quailora.pipeline.fine_tuned import Target
 
 from .after_jobs import BASES, FORMATS, jobs, part_of
 from .after_scores import STARTS, Adapter, Scorer, Weights
+from .after_stock import quantize_by_gptqmodel
 from .after_tables import draw
 from .arms import Arm
 from .data import write_training_pairs
@@ -198,22 +196,12 @@ class After:
         return {"scores": scores, "seconds": round(seconds, 1), "bytes": size}
 
     def _by_gptqmodel(self, adapter: Adapter) -> dict[str, Any]:
-        """Score what people do today: the full-precision merge, quantized by gptqmodel in an environment of its own."""
-        python = os.environ.get("QUAILORA_STOCK")
-        if python is None:
-            raise FileNotFoundError("the interpreter of `make stock`, in the variable QUAILORA_STOCK")
-        scorer, folder = self._scorer(), self._work / f"gptqmodel-{adapter.arm}-{adapter.seed}"
+        """Score what people do today: the full-precision merge, quantized by gptqmodel."""
+        folder = self._work / f"gptqmodel-{adapter.arm}-{adapter.seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        merge_full([adapter.folder], out=folder / "full", initial=adapter.initial, model=self._protocol.model)
         pairs = [json.loads(line)["text"] for line in self._calibration_file().read_text(encoding="utf-8").splitlines()]
-        (folder / "pairs.txt").write_text("\n\n".join(pairs), encoding="utf-8")
-        script = Path(__file__).parents[1] / "benchmarks" / "stock_quantize.py"
-        command = [python, script, folder / "full", folder / "out", "--text", folder / "pairs.txt", "--samples", "64"]
-        began = time.monotonic()
-        absolute = [str(part.absolute()) if isinstance(part, Path) else part for part in command]
-        # gptqmodel refuses to load a model with the number of workers that it takes on a machine of two cores.
-        subprocess.run(absolute, env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}, check=True)
-        seconds = time.monotonic() - began
+        seconds = quantize_by_gptqmodel(adapter, self._protocol.model, "\n\n".join(pairs), folder)
+        scorer = self._scorer()
         scores = scorer.scores(scorer.unmerged(adapter), {"gptqmodel": scorer.of_base(base_at(folder / "out"))})
         shutil.rmtree(folder)
         return {"scores": scores, "seconds": round(seconds, 1)}

@@ -180,11 +180,11 @@ class AdapterOutput:
         """
         layers, finished = self.run.layers, self.finished if finished is None else finished
         packed = {name: stored.packed for name, stored in finished.items()}
-        if base_format == "awq" and not savable(layers, packed):
-            raise ConfigurationError("Expected layers that AutoAWQ's format can hold. Take another `base_format`.")
         if base_format != "dequantized" and savable(layers, packed):
             save_packed(folder, self.loaded, packed, awq=base_format == "awq")
             return
+        if base_format == "awq":
+            raise ConfigurationError("Expected layers that AutoAWQ's format can hold. Take another `base_format`.")
         weights = {name: stored.dequantized for name, stored in finished.items() if stored.dequantized is not None}
         replace_for_good(layers, weights, self.run.store.folder_for("base"))
         save_model(folder, self.loaded)

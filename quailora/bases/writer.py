@@ -6,14 +6,13 @@ A checkpoint is the tensors of the model with those of each quantized layer in p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.layers import Layer
+from ..models.layers import Layer, block_of
 from ..models.load import LoadedModel, save_model
 from ..quantizers.packing import pack_words, unpack_words
 from .awq import awq_config, awq_tensors
@@ -28,18 +27,13 @@ def savable(layers: Mapping[str, Layer], packed: Packed) -> bool:
     """Return whether every layer is one that transformers replaces, with tensors that it can load."""
     if not all(map(is_replaced, layers.values())) or not all(packed.get(name) for name in layers):
         return False
-    in_blocks = all(map(is_in_block, layers))
-    return in_blocks or not any("qweight" in tensors for tensors in packed.values())  # of GPTQ, blocks only
+    # Of GPTQ, transformers looks for quantized layers in the blocks of a model only.
+    return all(map(block_of, layers)) or not any("qweight" in tensors for tensors in packed.values())
 
 
 def is_replaced(layer: Layer) -> bool:
     """Return whether a layer is of the kind that transformers replaces by a quantized one."""
     return type(layer.module) is nn.Linear and layer.expert is None
-
-
-def is_in_block(name: str) -> bool:
-    """Return whether a layer is in a block of the model, where alone transformers looks for layers of GPTQ."""
-    return re.search(r"\.\d+\.", name) is not None
 
 
 def save_packed(folder: Path, loaded: LoadedModel, packed: Packed, *, awq: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -13,9 +14,9 @@ from ..calibration.blocks import find_chain
 from ..calibration.tokens import CalibrationTokens
 from ..errors import DoesNotFitError, ModelError
 from ..methods.block_training import BlockTraining
+from ..models.layers import largest_block
 from ..models.limits import check_token_ids
 from ..models.weights import is_offloaded
-from ..pipeline.estimate import block_of
 from ..pipeline.fingerprint import digest
 from ..pipeline.output import AdapterOutput
 from ..pipeline.plan import RunPlan
@@ -83,11 +84,8 @@ def check_memory(plan: RunPlan, training: MergeTraining) -> None:
     """
     if not training.blocks.steps:
         return
-    weights: dict[str, int] = {}
-    for layer in plan.adapter.layers.values():
-        place = block_of(layer.name)
-        weights[place] = weights.get(place, 0) + layer.shape[0] * layer.shape[1]
-    needed = _TRAINED * max(weights.values()) + (0 if plan.on_disk else plan.estimate.model_bytes)
+    largest = largest_block({name: math.prod(layer.shape) for name, layer in plan.adapter.layers.items()})
+    needed = _TRAINED * largest + (0 if plan.on_disk else plan.estimate.model_bytes)
     if needed <= plan.estimate.available:
         return
     other = "" if plan.on_disk else ", or leave the weights on disk with `offload='always'`"

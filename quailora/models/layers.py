@@ -213,6 +213,25 @@ def explicit_targets(model: Any, chosen: Mapping[str, Layer]) -> list[str]:
     return sorted(endings) if meant == set(linear) else linear
 
 
+def block_of(name: str) -> str:
+    """Return the part of a layer's name up to the number of its block, or nothing for one outside all blocks."""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match[0] if match else ""
+
+
+def largest_block(sizes: Mapping[str, int]) -> int:
+    """Return the sum of sizes in the block where it is largest; what is outside all blocks stands for itself.
+
+    Args:
+        sizes: of layers or parameters, by name.
+    """
+    blocks: dict[str, int] = {}
+    for name, one in sizes.items():
+        place = block_of(name) or name
+        blocks[place] = blocks.get(place, 0) + one
+    return max(blocks.values())
+
+
 def ending(name: str) -> str:
     """Return the last part of a name."""
     return name.rpartition(".")[2]

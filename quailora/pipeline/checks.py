@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ..adapters.frozen import check_frozen
 from ..adapters.lora import LoraScaling
-from ..bases.writer import is_in_block, is_replaced
+from ..bases.writer import is_replaced
 from ..calibration.sources import CalibrationSource
 from ..errors import ConfigurationError, TargetError, named
 from ..families import Family, Lora
 from ..methods.method import Method
-from ..models.layers import Layer, kind
+from ..models.layers import Layer, block_of, kind
 from ..quantizers import GPTQ, AutoGPTQ, QuantizedWeight
 from ..quantizers.fourbit import FourBitWeight
 from ..quantizers.grid import GridWeight
@@ -102,7 +102,7 @@ def check_awq(layers: Mapping[str, Layer], method: Method, example: QuantizedWei
     size = example.group_size if example.group_size < example.columns else 1
     for name, layer in layers.items():
         rows, columns = layer.shape
-        if not is_replaced(layer) or not is_in_block(name) or rows % 8 or columns % 8 or columns % size:
+        if not is_replaced(layer) or not block_of(name) or rows % 8 or columns % 8 or columns % size:
             raise ConfigurationError(
                 f"AutoAWQ's format holds linear layers of blocks whose sides are multiples of 8 and whose inputs are "
                 f"whole groups, and {name} is not such a layer: {layer.module}. Leave out `base_format`."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -18,7 +17,7 @@ from ..calibration.tokens import TOKENS_PER_PASS
 from ..calibration.walk import InputsOf
 from ..core.statistics import InputStatistics
 from ..methods.method import Method
-from ..models.layers import Layer, kind
+from ..models.layers import Layer, block_of, kind, largest_block
 from ..quantizers import QuantizedWeight
 from ..support.machine import duration, flops, size
 from ..support.tables import print_table
@@ -152,7 +151,7 @@ def estimate(
     widest = max(layer.shape[1] for layer in layers.values())
     working = (16 if paired else 4) * widest**2 + 24 * largest.shape[0] * largest.shape[1]
     fixed = _FIXED[device] + grams + captured_bytes + working
-    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    total = sum(parameter_bytes(model).values())
     hidden = tokens * largest_hidden(model) * element * width
     return Estimate(
         model=name,
@@ -162,7 +161,7 @@ def estimate(
         model_bytes=total,
         device=device,
         in_memory=fixed + total,
-        streamed=fixed + largest_block(model),
+        streamed=fixed + largest_block(parameter_bytes(model)),
         available=available,
         disk=4 * sum(row[-1] for row in rows) + 2 * hidden,
         seconds=seconds_for(
@@ -211,19 +210,9 @@ def gram_bytes(layer: Layer, *, paired: bool) -> int:
     return 8 * (5 if paired and layer.expert is None else 1) * layer.shape[1] ** 2
 
 
-def block_of(name: str) -> str:
-    """Return the part of a layer's name up to the number of its block, or nothing for one outside all blocks."""
-    match = re.match(r".*?\.\d+(?=\.)", name)
-    return match[0] if match else ""
-
-
-def largest_block(model: Any) -> int:
-    """Return the bytes of the largest block, or of the largest module outside all blocks."""
-    sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        place = block_of(name) or name
-        sizes[place] = sizes.get(place, 0) + parameter.numel() * parameter.element_size()
-    return max(sizes.values())
+def parameter_bytes(model: Any) -> dict[str, int]:
+    """Return the bytes of each parameter of a model, by name."""
+    return {name: parameter.numel() * parameter.element_size() for name, parameter in model.named_parameters()}
 
 
 def largest_hidden(model: Any) -> int:

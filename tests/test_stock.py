@@ -153,24 +153,39 @@ def test_lm_eval_loads_a_base_and_its_adapter(adapter, tmp_path):
     assert 0 <= json.loads(file.read_text(encoding="utf-8"))["results"]["questions"]["acc,none"] <= 1
 
 
-def test_what_comes_after_training(shared_data, tmp_path):
-    """A merged NF4 model, a merged GPTQ model and a moved adapter: stock packages find our own perplexities."""
-    seen, text = str(shared_data / "wikitext2_valid.txt"), str(shared_data / "wikitext2_raw_test.txt")
+@pytest.fixture
+def trained(shared_data, tmp_path):
+    """A trained adapter on NF4, and what merging and moving it is calibrated on."""
+    seen = str(shared_data / "wikitext2_valid.txt")
     init("demo", out=str(tmp_path / "start"), rank=8, calibration=seen, samples=8, solver=Optimal())
     train(tmp_path / "start", tmp_path / "trained", by=0.2)
-    calibration = Calibration(TextSource(seen), samples=8)
-    options = {
-        "calibration": calibration,
-        "texts": EvaluationTexts(windows=0),
-        "training": MergeTraining(BlockTraining(2, windows=8), ScaleTraining(2)),
-    }
-    for name, into in (("nf4", NF4()), ("gptq", GPTQ())):
-        merge(tmp_path / "trained", into, out=tmp_path / name, **options)
-        ours = evaluate("demo", base=str(tmp_path / name), text=text, windows=WINDOWS).results["quantized"].perplexity
-        (theirs,) = perplexities(tmp_path / name, None, text)
-        print(f"merged into {name}: {ours} here, {theirs} by stock packages")
-        assert theirs == pytest.approx(ours, rel=0.005)
-    rebase(tmp_path / "trained", out=tmp_path / "moved", base=GPTQ(bits=3), calibration=calibration)
+    return tmp_path / "trained", Calibration(TextSource(seen), samples=8)
+
+
+@pytest.mark.parametrize("into", [NF4(), GPTQ()], ids=["nf4", "gptq"])
+def test_a_merged_model(into, trained, shared_data, tmp_path):
+    """Stock packages find our own perplexity of it."""
+    adapter, calibration = trained
+    text = str(shared_data / "wikitext2_raw_test.txt")
+    merge(
+        adapter,
+        into,
+        out=tmp_path / "merged",
+        calibration=calibration,
+        texts=EvaluationTexts(windows=0),
+        training=MergeTraining(BlockTraining(2, windows=8), ScaleTraining(2)),
+    )
+    ours = evaluate("demo", base=str(tmp_path / "merged"), text=text, windows=WINDOWS).results["quantized"].perplexity
+    (theirs,) = perplexities(tmp_path / "merged", None, text)
+    print(f"merged into {into.name}: {ours} here, {theirs} by stock packages")
+    assert theirs == pytest.approx(ours, rel=0.005)
+
+
+def test_a_moved_adapter(trained, shared_data, tmp_path):
+    """Stock packages find our own perplexities of its new base and of itself."""
+    adapter, calibration = trained
+    text = str(shared_data / "wikitext2_raw_test.txt")
+    rebase(adapter, out=tmp_path / "moved", base=GPTQ(bits=3), calibration=calibration)
     results = evaluate("demo", adapter=str(tmp_path / "moved"), text=text, windows=WINDOWS).results
     ours = [results[name].perplexity for name in ("quantized", "quantized + adapter")]
     theirs = perplexities(tmp_path / "moved" / "base", tmp_path / "moved", text)

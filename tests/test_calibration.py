@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import with_special_tokens
 
+from quailora.calibration.capture import has_bfloat16
 from quailora.calibration.text import TextSource, shipped_text
 from quailora.calibration.text.tokens import tokenize
 from quailora.calibration.windows import Calibration, evaluation_windows
@@ -124,3 +125,19 @@ def test_no_more_is_read_than_is_needed(tokenizer):
     """A data set may be endless."""
     documents = itertools.repeat("Once upon a time. " * 10)
     assert evaluation_windows(tokenizer, documents, 2, 32).shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "instructions", "expected"),
+    [
+        ("AVX512", {"avx512_bf16": True}, True),
+        ("AVX512", {"avx512_bf16": False}, False),
+        ("AVX2", {"avx512_bf16": True, "amx_bf16": True}, False),
+        ("DEFAULT", {"amx_bf16": True}, False),
+        ("DEFAULT", {"bf16": True}, True),  # of ARM
+    ],
+)
+def test_bfloat16_is_used_where_torch_makes_use_of_it(kernels, instructions, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert has_bfloat16() == expected

@@ -113,9 +113,11 @@ def arithmetic(model: Any, dtype: CalibrationDtype) -> AbstractContextManager[An
 
 
 def has_bfloat16() -> bool:
-    """Return whether this CPU multiplies in bfloat16, and torch can tell."""
+    """Return whether this CPU multiplies in bfloat16, and torch can tell and makes use of it."""
+    # `ATEN_CPU_CAPABILITY` lets torch compute as on an older CPU. Its attention in bfloat16 then ends in an error.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    used = ("bf16", "avx512_bf16", "amx_bf16") if torch.backends.cpu.get_cpu_capability() == "AVX512" else ("bf16",)
+    return any(capabilities.get(name) for name in used)
 
 
 def shared_inputs(inputs: Inputs) -> list[tuple[str, ...]]:

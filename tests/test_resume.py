@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,27 @@ def state(out):
     return out.with_name(f"{out.name}.partial")
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_llama, tmp_path_factory):
+    """What runs that nothing has ended write, by their inputs."""
+
+    @cache
+    def run(inputs):
+        out = tmp_path_factory.mktemp("uninterrupted") / inputs
+        small_run(tiny_llama, out, inputs=inputs)
+        return content(out)
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("inputs", "writes"),
     [("full", 1), ("full", 6), ("full", 9), ("full", 17), ("quantized", 4), ("quantized", 9), ("quantized", 16)]
     + [("asymmetric", writes) for writes in (1, 8, 14, 20, 26)],
 )
-def test_a_run_goes_on_where_it_ended(tiny_llama, tmp_path, monkeypatch, inputs, writes):
+def test_a_run_goes_on_where_it_ended(tiny_llama, uninterrupted, tmp_path, monkeypatch, inputs, writes):
     """Between boundaries, inside a block, in its second pass: bit by bit the same adapter."""
-    small_run(tiny_llama, tmp_path / "alone", inputs=inputs)
+    expected = uninterrupted(inputs)
     with killed_after(writes, monkeypatch):
         small_run(tiny_llama, tmp_path / "killed", inputs=inputs)
     assert not (tmp_path / "killed").exists()
@@ -44,7 +58,7 @@ def test_a_run_goes_on_where_it_ended(tiny_llama, tmp_path, monkeypatch, inputs,
     saved = []
     monkeypatch.setattr(Checkpoint, "save", lambda *arguments, save=Checkpoint.save: saved.append(save(*arguments)))
     small_run(tiny_llama, tmp_path / "killed", inputs=inputs)
-    assert content(tmp_path / "killed") == content(tmp_path / "alone")
+    assert content(tmp_path / "killed") == expected
     assert len(saved) == 14 - len(before)
     assert not state(tmp_path / "killed").exists()
 

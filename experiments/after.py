@@ -41,7 +41,7 @@ from quailora.models.locate import resolve
 from quailora.models.weights import replaced
 from quailora.pipeline.fine_tuned import Target
 
-from .after_jobs import BASES, FORMATS, jobs, part_of
+from .after_jobs import BASES, FORMATS, PARTS, jobs
 from .after_scores import STARTS, Adapter, Scorer, Weights
 from .after_stock import quantize_by_gptqmodel
 from .after_tables import draw
@@ -141,7 +141,7 @@ class After:
         if kind == "rebase":
             return self._rebased(adapter, rest[0], int(rest[1]))
         if kind == "part":
-            return self._merged(adapter, rest[0], "trained", part_of(rest[1]))
+            return self._merged(adapter, rest[0], "trained", PARTS[rest[1]])
         if kind == "mixed":
             return self._merged(adapter, rest[0], "trained", MergeTraining(), mixed=True)
         return self._merged(adapter, rest[0], "full" if rest[1] == "full" else "trained", MergeTraining())

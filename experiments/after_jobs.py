@@ -18,18 +18,16 @@ BASES: dict[str, Quantizer] = {"gptq4": GPTQ(), "gptq3": GPTQ(bits=3), "hqq4": H
 
 RANKS = (16, 32)
 
-PARTS = {"none": (False, False), "blocks": (True, False), "scales": (False, True)}
-"""Parts of the training of a merged model, to see what each is worth: of blocks, and of all scales together."""
+_NONE, _WHOLE = MergeTraining.none(), MergeTraining()
 
-
-def part_of(name: str) -> MergeTraining:
-    """Return a training of merged models of which some parts are left out, see `PARTS`."""
-    whole = MergeTraining()
-    blocks, scales = PARTS[name]
-    return MergeTraining(
-        whole.blocks if blocks else replace(whole.blocks, steps=0),
-        whole.scales if scales else replace(whole.scales, steps=0),
-    )
+PARTS = {
+    "none": _NONE,
+    "blocks": replace(_NONE, blocks=_WHOLE.blocks),
+    "scales": replace(_NONE, scales=_WHOLE.scales),
+    "longer": replace(_WHOLE, blocks=replace(_WHOLE.blocks, steps=400, windows=512)),
+}
+"""Parts of the training of a merged model, of blocks and of all scales together, and twice as much of the former: what
+each is worth."""
 
 
 def jobs() -> list[str]:
@@ -39,7 +37,8 @@ def jobs() -> list[str]:
     merges = [f"merge/{one}/{name}/trained" for one in adapters for name in FORMATS]
     return [
         *merges,
-        *(f"part/best/0/{name}/{part}" for name in FORMATS for part in PARTS),
+        *(f"part/best/0/{name}/{part}" for name in FORMATS for part in ("none", "blocks", "scales")),
+        *(f"part/best/{seed}/gptq/longer" for seed in seeds),
         *(f"mixed/{one}/gptq" for one in adapters),
         *(f"start/{name}" for name in BASES),
         *(f"again/{name}/{seed}" for seed in seeds for name in BASES),

@@ -79,6 +79,7 @@ def merges(rows: Rows) -> str:
                 ("`merge --scale-steps 0`", found(rows, arm, "part", f"/{name}/blocks"), "merged"),
                 ("`merge --block-steps 0`", found(rows, arm, "part", f"/{name}/scales"), "merged"),
                 ("`merge` without training", found(rows, arm, "part", f"/{name}/none"), "merged"),
+                ("`merge`, blocks trained twice as long", found(rows, arm, "part", f"/{name}/longer"), "merged"),
                 ("`merge`, other text, too", found(rows, arm, "mixed", f"/{name}"), "merged"),
                 ("`merge --target full`", found(rows, arm, "merge", f"/{name}/full"), "merged"),
                 ("the trained weights rounded", reference, f"rounded {name}"),

@@ -474,7 +474,6 @@ def test_trained_adapters_are_merged_and_moved(protocol, texts, tmp_path, monkey
     monkeypatch.setitem(PROTOCOLS, "tiny", protocol)
     few = MergeTraining(BlockTraining(2, 64, 4, 32), ScaleTraining(2, 64, 32))
     monkeypatch.setattr("experiments.after.MergeTraining", lambda: few)
-    monkeypatch.setattr("experiments.after_jobs.MergeTraining", lambda *_: few)
     Bench(protocol, texts, tmp_path).carry_out(Run("qlora", 16, STARTS["qlora"], 0))
     wanted = ["reference/qlora/0", "merge/qlora/0/nf4/trained", "start/int8", "rebase/qlora/0/int8/16"]
     monkeypatch.setattr("experiments.after.jobs", lambda: [*wanted, "reference/qlora/1"])  # which is not trained

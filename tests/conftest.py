@@ -18,7 +18,7 @@ from pretended import PretendedDevice
 from quailora.calibration.text import shipped_text
 from quailora.cli.main import main
 
-settings.register_profile("default", deadline=None, max_examples=35, print_blob=True, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=50, print_blob=True, derandomize=True)
 settings.register_profile("stress", parent=settings.get_profile("default"), max_examples=600, derandomize=False)
 settings.load_profile("default")
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other

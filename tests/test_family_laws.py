@@ -115,7 +115,7 @@ def test_dora_with_an_output_whose_weights_are_zero():
     layer = Initializer(NF4(), Optimal(), 4, family=Dora())(problem.weight, problem.statistics)
     change = layer.correction.dense(layer.quantized.dequantize())
     assert change.isfinite().all()
-    assert change[3].abs().max() < 1e-4 * problem.weight.abs().max()  # zero up to rounding
+    assert change[3].abs().max() < 1e-5  # zero up to rounding, which is larger with kernels of older CPUs
     factors = layer.correction.parameters
     assert (layer.quantized.dequantize() + factors["lora_B.weight"] @ factors["lora_A.weight"]).norm(dim=1).all()
 

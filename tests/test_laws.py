@@ -67,7 +67,7 @@ def test_solver_laws_where_outputs_count_too(solver, problem, data):
 
 
 @each_quantizer
-@settings(max_examples=12)
+@settings(max_examples=18)
 @given(problem=problems(), solver=st.sampled_from(SOLVERS))
 def test_solver_laws_on_quantization_errors(quantizer, solver, problem):
     """Laws 2 and 3 on the error of every quantizer."""

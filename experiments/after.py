@@ -226,7 +226,8 @@ class After:
             resources=self._resources(),
         )
         seconds = time.monotonic() - began
-        scores = scorer.scores(scorer.unmerged(adapter), {"rebased": scorer.on(base_at(out / "base"), out)})
+        variants = {"rebased": scorer.on(base_at(out / "base"), out), "full": scorer.full(adapter)}
+        scores = scorer.scores(scorer.unmerged(adapter), variants, "unmerged")
         shutil.rmtree(out)
         return {"scores": scores, "seconds": round(seconds, 1)}
 

@@ -35,7 +35,8 @@ def check_adapters(rows: Rows) -> None:
     """Raise a `ValueError` if rows are not comparable, which no table may mix.
 
     Rows of one start and seed have to be about one adapter, and all pairs have to end with the same token: releases of
-    transformers read different ones from the file of the demo model.
+    transformers read different ones from the file of the demo model. Moves that have scored the full-precision merge of
+    their adapter themselves need no other row, and may be of another training than the merges.
     """
     seen: dict[tuple[str, ...], str] = {}
     ends = {row["end"] for row in rows.values() if "end" in row}
@@ -44,9 +45,10 @@ def check_adapters(rows: Rows) -> None:
     for key, row in rows.items():
         if "adapter" not in row:
             continue
-        which = tuple(key.split("/")[1:3])
+        kind, arm, seed, *_ = key.split("/")
+        which = ("moved" if kind == "rebase" and "full" in row["scores"] else "merged", arm, seed)
         if seen.setdefault(which, row["adapter"]) != row["adapter"]:
-            raise ValueError(f"{key} is about another adapter than the rows of {'/'.join(which)} before it.")
+            raise ValueError(f"{key} is about another adapter than the rows of {arm}/{seed} before it.")
 
 
 def found(rows: Rows, arm: str, kind: str, end: str) -> Scores:
@@ -166,11 +168,12 @@ def line_of(
     The gain in full precision is the loss of the model before training less that of the full-precision merge.
     """
     title, arm, key_of, variant = way
-    reference = found(rows, arm, "reference", "")
-    seeds = [seed for seed in sorted(reference) if key_of(seed) in rows]
+    ends = {seed: rows[key_of(seed)]["scores"] for seed in range(10) if key_of(seed) in rows}
+    reference = {**found(rows, arm, "reference", ""), **{seed: end for seed, end in ends.items() if "full" in end}}
+    seeds = sorted(ends.keys() & reference)
     if not seeds:
         return []
-    after = [rows[key_of(seed)]["scores"][variant] for seed in seeds]
+    after = [ends[seed][variant] for seed in seeds]
     losses = [one["pairs"] for one in after]
     before, own = [start["start"]["pairs"]] * len(seeds), [start["full"]["pairs"]] * len(seeds)
     full = numbers(reference, seeds, "full", "pairs")

@@ -13,6 +13,7 @@ from torch import Tensor
 from .arms import ARMS
 from .protocol import Run
 from .runs import Bench
+from .scoring import rounds
 from .training import model_of
 from .ways import optimizer_of
 
@@ -46,7 +47,7 @@ class Stepper:
 
         began = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            with torch.autocast(windows.device.type, torch.bfloat16):
+            with torch.autocast(windows.device.type, torch.bfloat16, enabled=rounds(windows.device)):
                 loss = self.model(input_ids=windows, labels=windows, use_cache=False).loss
             loss.backward()
         self.optimizer.step()

@@ -24,7 +24,7 @@ from quailora.models.locate import resolve
 from .arms import ARMS
 from .data import Data, load_data
 from .protocol import Protocol, Run
-from .scoring import held_out_losses, window_losses
+from .scoring import held_out_losses, rounds, window_losses
 from .starts import being_made, start_folder, start_place
 from .tasks import TASKS, answered, bits, read_items
 from .training import model_of, train
@@ -150,8 +150,10 @@ class Bench:
 
 
 def device_name() -> str:
-    """Return the name of the GPU, or "CPU" without one."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    """Return the name of the GPU; "CPU" without one, or "CPU in float32" if it does not multiply in bfloat16."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "CPU" if rounds(torch.device("cpu")) else "CPU in float32"
 
 
 def answer_key(run: Run, *, trained: bool, limit: int | None) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from quailora.calibration.capture import has_bfloat16
+
 from .data import HeldOutPair
 
 _BATCH = 8
@@ -55,6 +57,11 @@ def token_losses(model: Any, ids: Tensor, mask: Tensor | None = None, first: int
     """
     device = next(model.parameters()).device
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=not exact):
+    with torch.autocast(device.type, torch.bfloat16, enabled=not exact and rounds(device)):
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first + 1).logits
     return functional.cross_entropy(logits[:, :-1].float().mT, ids[:, first:], reduction="none").cpu()
+
+
+def rounds(device: torch.device) -> bool:
+    """Return whether runs on a device train and are scored under autocast to bfloat16: not on a CPU without it."""
+    return device.type != "cpu" or has_bfloat16()

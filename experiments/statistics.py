@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -40,15 +41,19 @@ def bootstrapped(statistic: Callable[..., np.ndarray], *losses: Sequence[Sequenc
     shapes = {part.shape for part in arms}
     if len(shapes) != 1:
         raise ValueError(f"Expected losses of the same seeds and pairs in all arms, got {sorted(shapes)}.")
-    seeds, pairs = arms[0].shape
-    generator = np.random.default_rng(0)
-    by_seed = generator.multinomial(seeds, [1 / seeds] * seeds, _RESAMPLES) / seeds
-    by_pair = generator.multinomial(pairs, [1 / pairs] * pairs, _RESAMPLES) / pairs
+    by_seed, by_pair = _resamples(*arms[0].shape)
     draws = statistic(*(np.einsum("ns,sp,np->n", by_seed, part, by_pair, optimize=True) for part in arms))
     value = statistic(*(part.mean(keepdims=True)[0] for part in arms))
     tail = (1 - _LEVEL) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Estimate(float(value[0]), float(low), float(high))
+
+
+@cache
+def _resamples(seeds: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the share of each seed and of each pair in each resample."""
+    generator = np.random.default_rng(0)
+    return tuple(generator.multinomial(size, [1 / size] * size, _RESAMPLES) / size for size in (seeds, pairs))
 
 
 def gap_closed(plain: np.ndarray, eight_bits: np.ndarray, arm: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from quailora.models.locate import resolve
 from .arms import Arm
 from .data import Data
 from .protocol import Protocol, Run
-from .scoring import held_out_losses
+from .scoring import held_out_losses, rounds
 from .ways import optimizer_of, split
 
 _WARM_UP = 0.05  # share of the steps
@@ -170,7 +170,7 @@ def train(model: Any, run: Run, arm: Arm, data: Data, protocol: Protocol, scratc
         lr_scheduler_type="linear",
         warmup_steps=round(_WARM_UP * protocol.steps),
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=rounds(next(model.parameters()).device),
         logging_steps=1,
         save_strategy="no",
         report_to=[],

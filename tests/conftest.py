@@ -24,7 +24,7 @@ settings.load_profile("default")
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def all_threads():
     """Unlike the tiny models of the other tests, the real one gains from every core."""
     few = torch.get_num_threads()

@@ -30,7 +30,7 @@ from experiments.finishing import finished, joined
 from experiments.plan import best_rate, outstanding
 from experiments.protocol import PROTOCOLS, REFERENCE, SMOKE, Protocol, Run
 from experiments.runs import Bench, Store, device_name
-from experiments.scoring import held_out_losses, token_losses
+from experiments.scoring import held_out_losses, rounds, token_losses
 from experiments.statistics import bootstrapped, difference, gap_closed
 from experiments.tables import cost_table, gap_of, rate_table, steps_table, steps_to, tasks_table
 from experiments.tasks import TASKS, answered, read_items
@@ -391,7 +391,9 @@ def test_a_start_costs_no_more_than_plain_lora(bench):
     plain, start, frozen = costs(bench, 4, 2)
     assert [row["arm"] for row in (plain, start, frozen)] == ["qlora", "best", "best-frozen"]
     assert start["state"] == frozen["state"] == plain["state"]
-    assert start["saved"] == plain["saved"] < frozen["saved"]
+    assert start["saved"] == plain["saved"] <= frozen["saved"]
+    # Of frozen factors autograd saves what is not there already: the copies in bfloat16.
+    assert (plain["saved"] < frozen["saved"]) == rounds(torch.device("cpu"))
     assert plain["frozen"] == start["frozen"] == 0
     assert frozen["frozen"] == pytest.approx(plain["state"] / 4, rel=0.01)
     assert plain["ratio"] == 1
@@ -510,6 +512,9 @@ def test_shares_of_merges_and_moves_are_those_of_their_rows(tmp_path):
         after_row("merge/best/0/nf4/trained", "a", merged=(2.1, 0.1)),
         after_row("start/gptq4/32", "", full=(2.5, 0.0), base=(3.0, 0.2), start=(2.6, 0.1)),
         after_row("rebase/best/0/gptq4/32", "a", rebased=(2.03, 0.1)),
+        # Moved by itself: it has scored what it needs, and is of another training than the merges.
+        after_row("rebase/best/1/gptq4/32", "c", rebased=(2.05, 0.1), full=(1.9, 0.05)),
+        after_row("reference/best/1", "b", unmerged=(2.0, 0.0), full=(1.7, 0.05), **{"rounded nf4": (2.4, 0.4)}),
     ]
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in TABLES))
@@ -517,7 +522,7 @@ def test_shares_of_merges_and_moves_are_those_of_their_rows(tmp_path):
     lines = page.read_text().splitlines()
     assert any(line.startswith("| `best` | NF4 | `merge` | 0.1000 | 0.25 (0.25 to 0.25) | +0.100") for line in lines)
     moved = next(line for line in lines if "moved, rank 32" in line)
-    assert moved.startswith("| gptq4 | `best` moved, rank 32 | 2.600 | 2.030 | 0.95 (0.95 to 0.95)")
+    assert moved.startswith("| gptq4 | `best` moved, rank 32 | 2.600 | 2.040 | 0.93 (0.92 to 0.95)")
     with pytest.raises(ValueError, match="about another adapter than the rows of best/0"):
         draw_after([*rows, after_row("merge/best/0/gptq/trained", "b", merged=(2.1, 0.1))], page)
     with pytest.raises(ValueError, match=r"end with the same token, got \[1, 2\]"):

@@ -40,16 +40,21 @@ def run_commands(hub, cache, *commands):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
-def test_adapters_are_fetched_by_name(tiny_llama, tmp_path):
+def test_adapters_are_fetched_and_uploaded_by_name(tiny_llama, tmp_path):
+    """In one process: starting it takes longer than all of these commands."""
     init(str(tiny_llama), out=str(tmp_path / "a"), rank=4, samples=2, sequence_length=32)
     (tmp_path / "a" / "optimizer.pt").write_bytes(b"large")
     names = ("somebody/nothing", "somebody/secret")
-    with serving(Hub({"somebody/adapter": tmp_path / "a"}, gated=("somebody/secret",))) as hub:
-        checked, *refused = run_commands(
+    upload = ["init", tiny_llama, *SMALL, "--push-to-hub"]
+    served = Hub({"somebody/adapter": tmp_path / "a"}, gated=("somebody/secret",), uploads=tmp_path / "uploads")
+    with serving(served) as hub:
+        checked, *refused, wrong, done = run_commands(
             hub,
             tmp_path / "cache",
             ["check", "somebody/adapter", "--base", tiny_llama],
             *(["evaluate", tiny_llama, "--adapter", name] for name in names),
+            [*upload, "new", "--out", tmp_path / "x"],
+            [*upload, "somebody/new", "--out", tmp_path / "b"],
         )
         assert not any("optimizer" in asked for asked in hub.asked if asked.startswith("GET somebody"))
     assert checked[0] == 0, checked[1]
@@ -57,6 +62,13 @@ def test_adapters_are_fetched_by_name(tiny_llama, tmp_path):
     for name, (status, said) in zip(names, refused, strict=True):
         assert status == 1
         assert f"got '{name}': there is no such folder, and the hub gives none" in said
+    assert "Expected a hub name such as owner/adapter" in wrong[1]
+    assert not (tmp_path / "x").exists()
+    assert done[0] == 0, done[1]
+    written = {file.name for file in (tmp_path / "b").iterdir()}
+    assert {file.name for file in (tmp_path / "uploads").iterdir()} == written
+    tensors = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert load_file(tmp_path / "uploads" / "adapter_model.safetensors").keys() == tensors.keys()
 
 
 def test_folders_come_before_the_hub(tmp_path, monkeypatch):
@@ -67,24 +79,6 @@ def test_folders_come_before_the_hub(tmp_path, monkeypatch):
         assert not adapter_folder(name).exists()
     with pytest.raises(ModelError, match="the hub gives none"):
         adapter_folder("owner/nothing")
-
-
-def test_init_uploads_what_it_has_written(tiny_llama, tmp_path):
-    command = ["init", tiny_llama, *SMALL, "--push-to-hub"]
-    with serving(Hub({}, uploads=tmp_path / "uploads")) as hub:
-        wrong, done = run_commands(
-            hub,
-            tmp_path / "cache",
-            [*command, "new", "--out", tmp_path / "x"],
-            [*command, "somebody/new", "--out", tmp_path / "a"],
-        )
-    assert "Expected a hub name such as owner/adapter" in wrong[1]
-    assert not (tmp_path / "x").exists()
-    assert done[0] == 0, done[1]
-    written = {file.name for file in (tmp_path / "a").iterdir()}
-    assert {file.name for file in (tmp_path / "uploads").iterdir()} == written
-    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert load_file(tmp_path / "uploads" / "adapter_model.safetensors").keys() == tensors.keys()
 
 
 @pytest.mark.slow

@@ -153,13 +153,13 @@ def test_lm_eval_loads_a_base_and_its_adapter(adapter, tmp_path):
     assert 0 <= json.loads(file.read_text(encoding="utf-8"))["results"]["questions"]["acc,none"] <= 1
 
 
-@pytest.fixture
-def trained(shared_data, tmp_path):
+@pytest.fixture(scope="module")
+def trained(all_threads, shared_data, tmp_path_factory):
     """A trained adapter on NF4, and what merging and moving it is calibrated on."""
-    seen = str(shared_data / "wikitext2_valid.txt")
-    init("demo", out=str(tmp_path / "start"), rank=8, calibration=seen, samples=8, solver=Optimal())
-    train(tmp_path / "start", tmp_path / "trained", by=0.2)
-    return tmp_path / "trained", Calibration(TextSource(seen), samples=8)
+    seen, folder = str(shared_data / "wikitext2_valid.txt"), tmp_path_factory.mktemp("nf4")
+    init("demo", out=str(folder / "start"), rank=8, calibration=seen, samples=8, solver=Optimal())
+    train(folder / "start", folder / "trained", by=0.2)
+    return folder / "trained", Calibration(TextSource(seen), samples=8)
 
 
 @pytest.mark.parametrize("into", [NF4(), GPTQ()], ids=["nf4", "gptq"])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,7 +23,16 @@ _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def flops(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Return how many operations a second square products of a device do, once they are large enough to fill it."""
+    """Return how many operations a second square products of a device do, once they are large enough to fill it.
+
+    It is measured once in a process for each number of threads.
+    """
+    return _flops(dtype, device, torch.get_num_threads())
+
+
+@cache
+def _flops(dtype: torch.dtype, device: str, threads: int) -> float:
+    del threads  # the speed depends on it
     # A small product does not fill a fast device, and a large one takes seconds on a slow one. So the side is doubled
     # until the product takes a measurable time; the best of four leaves out pauses of the machine.
     best, side = 0.0, _SMALLEST // 2

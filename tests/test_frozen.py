@@ -12,9 +12,11 @@ from helpers import evaluate, init
 from live import live_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from quailora import NF4, RECIPES, LoraScaling, Output, freeze, initialize, initialize_model, load
+from quailora import NF4, RECIPES, LoraScaling, Output, convert, freeze, initialize, initialize_model, load
+from quailora.adapters.change import TrainedChange
+from quailora.adapters.saved import SavedAdapter
 from quailora.adapters.wrapped import wrapped_layers
 from quailora.errors import ConfigurationError
 
@@ -31,7 +33,8 @@ def folder(tmp_path_factory, tokenizer):
 
 def fresh(folder, rank, **options):
     torch.manual_seed(0)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    config = LoraConfig(r=rank, lora_alpha=rank, **options)
     return get_peft_model(live_model("bitsandbytes-4", folder), config)
 
 
@@ -217,3 +220,63 @@ def test_what_is_loaded_to_be_trained_stays_frozen(folder, tmp_path):
         before = {layer: one.kept().lora_A for layer, one in wrapped_layers(loaded, "default").items()}
         train(loaded)
         assert moved(loaded, before) == {(False, True)}
+
+
+@pytest.fixture
+def both(folder, tmp_path):
+    """The folder of an adapter before its training, and that of the trained one, which has no other beside it."""
+    model = fresh(folder, 6, target_modules=["q_proj", "down_proj"])
+    initialize(model, BATCHES, weights=str(folder), frozen_rank=4)
+    model.save_pretrained(tmp_path / "elsewhere" / "and" / "deeper" / "start")
+    train(model, weight_decay=0.0)
+    model.save_pretrained(tmp_path / "trained")
+    return tmp_path / "elsewhere" / "and" / "deeper" / "start", tmp_path / "trained"
+
+
+def test_the_start_of_a_trained_adapter_is_in_its_frozen_directions(both, tmp_path):
+    """The change is the same as with the folder of the start, which need not have been saved."""
+    start, trained = both
+    found, named = TrainedChange.read(trained), TrainedChange.read(trained, start)
+    assert found.before.folder == trained
+    for stem in found.before.stems:
+        lora_B, lora_A = found.before.factors(stem)
+        expected = named.before.factors(stem)
+        torch.testing.assert_close(lora_B @ lora_A, expected.lora_B @ expected.lora_A, rtol=0, atol=0)
+    for name, initial in (("found", None), ("named", start)):
+        convert(trained, out=tmp_path / name, initial=initial)
+    changes = [SavedAdapter.read(tmp_path / name) for name in ("found", "named")]
+    for stem in changes[0].stems:
+        one, other = (each.factors(stem) for each in changes)
+        torch.testing.assert_close(one.lora_B @ one.lora_A, other.lora_B @ other.lora_A, rtol=1e-5, atol=1e-7)
+
+
+def test_frozen_directions_that_have_moved_are_no_start(both):
+    """As weight decay moves them."""
+    _, trained = both
+    file = trained / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("lora_B.weight"))
+    tensors[name][0, 0] += 1
+    save_file(tensors, file)
+    with pytest.raises(ConfigurationError, match=r"save_pretrained wrote after quailora\.initialize"):
+        TrainedChange.read(trained)
+
+
+def test_frozen_directions_of_an_untrained_adapter_are_all_of_it(both):
+    start, _ = both
+    with pytest.raises(ConfigurationError, match="training has changed nothing"):
+        TrainedChange.read(start)
+
+
+def test_an_adapter_that_has_trained_directions_beside_the_frozen_ones_needs_its_start(folder, tmp_path):
+    """Its other directions added something before the training."""
+    model = fresh(folder, 6, target_modules=["q_proj", "down_proj"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    initialize(model, BATCHES, weights=str(folder), frozen_rank=4, callback=lambda _, name: "q_proj" not in name)
+    train(model, weight_decay=0.0)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="no adapter in the folders around"):
+        TrainedChange.read(tmp_path)

@@ -167,13 +167,13 @@ class TrainedChange:
 
     def _parameters(self, saved: SavedAdapter, layers: Mapping[str, Layer]) -> SavedParameters:
         # Kept for the next layer: a model with experts has thousands of them, and each asks for all of its kind.
-        kept = self._sorted.get(saved.folder)
+        kept = self._sorted.get(saved)
         if kept is None or kept.layers is not layers:
-            kept = self._sorted[saved.folder] = SavedParameters(saved, self.family, self.scaling, layers)
+            kept = self._sorted[saved] = SavedParameters(saved, self.family, self.scaling, layers)
         return kept
 
     @cached_property
-    def _sorted(self) -> dict[Path, SavedParameters]:
+    def _sorted(self) -> dict[SavedAdapter, SavedParameters]:
         return {}
 
 

@@ -67,12 +67,10 @@ def combine(
             start = [] if before is None else [(before, 1.0)]
             whole, whole_sizes = stacked(summed([*parts, *start]))
             origin = read_provenance(before.folder).origin if before is not None else None
-            noted = (
-                {}
-                if origin is None
-                else replace(origin, initial=digest_of(whole), holds=digest_of(tensors)).as_config()
-            )
-            write_json(folder / "adapter_config.json", config | whole_sizes | noted)
+            if origin is not None:  # whose frozen directions are no longer the first ones
+                hashes = replace(origin, initial=digest_of(whole), holds=digest_of(tensors), frozen="")
+                config |= replace(hashes, frozen_rank=None).as_config()
+            write_json(folder / "adapter_config.json", config | whole_sizes)
             write_tensors(folder / "adapter_model.safetensors", whole)
             sizes, tensors = whole_sizes, whole
     return Conversion(target, int(sizes["r"]), len(tensors) // 2)

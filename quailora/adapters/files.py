@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from ..families import Correction
 from ..families.adapter import PeftAdapter
 from ..models.layers import Layer
 from ..support.files import write_json, write_tensors
+from .frozen_start import noting_start
 from .lora import PREFIX, ExpertStack, LoraScaling, expert_stacks
-from .provenance import Origin, digest_of
+from .provenance import Origin
 
 
 def write_adapter(
@@ -63,7 +63,7 @@ def write_adapter(
     # PEFT's own `save_pretrained` writes the same content, but its sets in an order that changes from run to run.
     content = config.to_dict() | {"target_modules": sorted(target_modules)}
     if origin is not None:
-        content |= replace(origin, initial=digest_of(tensors)).as_config()
+        content |= noting_start(origin, tensors).as_config()
     write_json(folder / "adapter_config.json", content)
     write_tensors(folder / "adapter_model.safetensors", tensors | dict(modules or {}))
 

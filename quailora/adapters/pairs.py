@@ -10,6 +10,7 @@ import torch
 from ..errors import ConfigurationError, ModelError
 from ..families import Family
 from ..support.files import StrPath
+from .frozen_start import digest_of_frozen, frozen_start
 from .hub import adapter_folder
 from .provenance import digest_of, read_provenance
 from .saved import SCALING, SavedAdapter
@@ -29,14 +30,17 @@ def initial_of(trained: SavedAdapter, initial: StrPath | None) -> SavedAdapter |
 
     Args:
         trained: the adapter after training.
-        initial: its folder or hub name, or "zero"; None looks for it by the hash that training keeps.
+        initial: its folder or hub name, or "zero"; None takes it from the frozen directions of the trained adapter, or
+            looks for it by the hash that training keeps.
 
     Raises:
         ConfigurationError: if it has to be named, or the adapter did add something before its training.
         ModelError: if it cannot be read.
     """
     if initial is None:
-        return SavedAdapter.read(find_initial(trained))
+        origin = read_provenance(trained.folder).origin
+        kept = None if origin is None else frozen_start(trained, origin, adapter_keys(trained))
+        return SavedAdapter.read(find_initial(trained)) if kept is None else kept
     if str(initial) != ZERO:
         return SavedAdapter.read(adapter_folder(initial))
     check_added_nothing(trained)
@@ -65,7 +69,7 @@ def find_initial(trained: SavedAdapter) -> Path:
     raise ConfigurationError(
         f"{trained.folder} notes that its training started from factors with the hash {origin.initial}, and no adapter "
         f"in the folders around {trained.folder.resolve().parent} and {Path.cwd()} has them. Pass the folder that init "
-        "wrote as `initial`."
+        "wrote as `initial`, or the one that save_pretrained wrote after quailora.initialize and before the training."
     )
 
 
@@ -173,6 +177,8 @@ def check_started_from(trained: SavedAdapter, before: SavedAdapter) -> None:
     """
     origin = read_provenance(trained.folder).origin
     if origin is not None and origin.initial:
+        if origin.frozen and digest_of_frozen(before.tensors, origin.frozen_rank) == origin.frozen:
+            return  # it adds what the start added, whatever the rows of `lora_A` beside columns of zeros are
         if origin.initial != before.digest:
             raise ConfigurationError(
                 f"{trained.folder} was not trained from {before.folder}: it notes that training started from factors "

@@ -41,6 +41,7 @@ class Origin:
         frozen_rank: number of directions that are the correction and stay as they are; None if all are trained.
         holds: hash of the trained adapter whose change the factors hold besides the correction, as `rebase` writes
             them; empty for starts. The folder `change` beside them has this change alone.
+        frozen: hash of the frozen directions, where the others added nothing before training; else empty.
     """
 
     version: str
@@ -53,6 +54,7 @@ class Origin:
     initial: str
     frozen_rank: int | None = None
     holds: str = ""
+    frozen: str = ""
 
     def as_config(self) -> dict[str, Any]:
         """Return what `adapter_config.json` holds."""
@@ -108,13 +110,12 @@ class Origin:
             raise ModelError(
                 f"Expected a number of directions as frozen_rank in {file}, got {frozen!r}. It is damaged."
             )
-        holds = found.get("holds", "")
-        if not isinstance(holds, str):
-            raise ModelError(
-                f"Expected the hash of a trained adapter as holds in {file}, got {holds!r}. It is damaged."
-            )
-        read = {name: found[name] for name in expected}
-        return cls(**read | {"base": BaseIdentity.read(found["base"]), "frozen_rank": frozen, "holds": holds})
+        hashes = {name: found.get(name, "") for name in ("holds", "frozen")}
+        for name, one in hashes.items():
+            if not isinstance(one, str):
+                raise ModelError(f"Expected the hash of tensors as {name} in {file}, got {one!r}. It is damaged.")
+        read = {name: found[name] for name in expected} | hashes
+        return cls(**read | {"base": BaseIdentity.read(found["base"]), "frozen_rank": frozen})
 
 
 def earlier_provenance(content: Mapping[str, Any], sidecar: Path) -> Provenance:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..adapters.frozen import freeze_layers
+from ..adapters.frozen_start import noting_start
 from ..adapters.lora import PREFIX
-from ..adapters.provenance import Origin, digest_of
+from ..adapters.provenance import Origin
 from ..adapters.tuned import TunedLayer, adapter_of, place_shared, tensors_of, tuned_layers
 from ..adapters.wrapped import config_of, trained, wrapped_layers
 from ..calibration.loader import LoaderReader, all_tokens
@@ -76,7 +76,8 @@ def initialize(
         show_progress_bar: whether to show one where a person is watching.
         quantizer: how a model in full precision will be quantized; NF4 by default.
         frozen_rank: number of directions of each layer that are the correction and are not trained, see `freeze`. The
-            others start as in plain LoRA. By default all directions are the correction, and all are trained.
+            others start as in plain LoRA. By default all directions are the correction, and all are trained; save such
+            an adapter before its training, since converting, merging and moving it afterwards need its start.
 
     Returns:
         What `init` writes as `report.json`: errors of each layer, and what the run took; the same in every process.
@@ -155,7 +156,7 @@ def note_origin(peft_model: Any, adapter: str, origin: Origin) -> None:
         for end, tensor in tensors_of(layer).items()
     }
     # The hash is over the factors of all layers, those that were left alone among them, since training may change any.
-    noted = replace(origin, initial=digest_of(factors))
+    noted = noting_start(origin, factors)
     config.auto_mapping = {**(config.auto_mapping or {}), **noted.as_config()["auto_mapping"]}
     if config.task_type is None:
         config.task_type = _CAUSAL

@@ -32,8 +32,9 @@ def convert(
     Args:
         adapter: folder of the trained adapter, as PEFT saved it.
         out: folder for the new adapter, or for the model.
-        initial: folder of the adapter that the training started from; looked for around the trained adapter by
-            default. "zero" says that it added nothing before its training, as plain LoRA does.
+        initial: folder of the adapter that the training started from. By default it is read from the frozen directions
+            of the trained adapter, or looked for in the folders around it. "zero" says that it added nothing before its
+            training, as plain LoRA does.
         model: the full-precision model; by default what the adapter notes.
         merge: write the full-precision model with the change, and no adapter.
         add: further trained adapters of the same start, to be added to the first one. The correction of the quantized

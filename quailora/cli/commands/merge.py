@@ -60,8 +60,9 @@ def merge(
         adapter: hub name or folder of the trained adapter, as PEFT saved it.
         out: folder for the model.
         into: the format: nf4 and int8 for bitsandbytes, gptq with `--into.bits 4` for AutoGPTQ's.
-        initial: folder of the adapter that the training started from; looked for around the trained adapter by
-            default. "zero" says that it added nothing before its training, as plain LoRA does.
+        initial: folder of the adapter that the training started from. By default it is read from the frozen directions
+            of the trained adapter, or looked for in the folders around it. "zero" says that it added nothing before its
+            training, as plain LoRA does.
         model: the full-precision model; by default what the adapter notes.
         trained_on: the quantized base that the adapter was trained on, a checkpoint or the name of a quantizer such as
             nf4; by default what the adapter notes.

@@ -57,8 +57,9 @@ def rebase(
     Args:
         adapter: hub name or folder of the trained adapter, as PEFT saved it.
         out: folder for the adapter.
-        initial: folder of the adapter that the training started from; looked for around the trained adapter by
-            default. "zero" says that it added nothing before its training, as plain LoRA does.
+        initial: folder of the adapter that the training started from. By default it is read from the frozen directions
+            of the trained adapter, or looked for in the folders around it. "zero" says that it added nothing before its
+            training, as plain LoRA does.
         base: the other base, a checkpoint that is quantized already: of bitsandbytes in 4 or 8 bits, GPTQ, AWQ, HQQ, or
             torchao in 8 bits.
         quantizer: makes the other base of the full-precision model, in place of a checkpoint; `quailora list` names

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         ended = isinstance(interrupt, Terminated)
         console.print(
-            f"{'terminated' if ended else 'interrupted'}; an unfinished init is kept, and goes on when the same "
+            f"{'terminated' if ended else 'interrupted'}; an unfinished run is kept, and goes on when the same "
             "command is run again"
         )
         return 128 + (signal.SIGTERM if ended else signal.SIGINT)

@@ -80,7 +80,9 @@ def distances(lora, folder, base):
     "quantizer", [GPTQ(3, group_size=32), Uniform(4, group_size=32), HQQ(4, group_size=32)], ids=repr
 )
 def test_the_other_base_is_that_of_init_and_the_adapter_belongs_on_it(lora, tmp_path, quantizer):
-    rebase(lora / "trained-1", out=tmp_path / "moved", base=quantizer, calibration=CALIBRATION).show()
+    moved = rebase(lora / "trained-1", out=tmp_path / "moved", base=quantizer, calibration=CALIBRATION)
+    moved.show()
+    assert len(repr(moved)) < 200 + len(str(tmp_path))  # which a notebook prints
     init(
         str(lora / "model"),
         out=str(tmp_path / "other"),

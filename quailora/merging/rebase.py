@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -50,7 +50,7 @@ class Rebased:
     """
 
     folder: Path
-    report: Mapping[str, Any] | None
+    report: Mapping[str, Any] | None = field(repr=False)  # with a line for each layer
 
     def show(self) -> None:
         """Print a summary of the errors of layers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -64,8 +64,8 @@ class InitializedModel:
         folder: the folder that the adapter was written to; None for a result in memory.
     """
 
-    output: AdapterOutput | None
-    report: Mapping[str, Any] | None
+    output: AdapterOutput | None = field(repr=False)  # with all of its tensors
+    report: Mapping[str, Any] | None = field(repr=False)
     folder: Path | None
 
     @property

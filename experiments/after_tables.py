@@ -53,7 +53,12 @@ def check_adapters(rows: Rows) -> None:
 
 def found(rows: Rows, arm: str, kind: str, end: str) -> Scores:
     """Return the scores of a job for each seed that has been run: `kind/arm/seed/end`."""
-    keys = {seed: f"{kind}/{arm}/{seed}{end}" for seed in range(10)}
+    return by_seed(rows, lambda seed: f"{kind}/{arm}/{seed}{end}")
+
+
+def by_seed(rows: Rows, key_of: Callable[[int], str]) -> Scores:
+    """Return the scores of a job for each seed that has been run."""
+    keys = {seed: key_of(seed) for seed in range(10)}
     return {seed: rows[key]["scores"] for seed, key in keys.items() if key in rows}
 
 
@@ -168,7 +173,7 @@ def line_of(
     The gain in full precision is the loss of the model before training less that of the full-precision merge.
     """
     title, arm, key_of, variant = way
-    ends = {seed: rows[key_of(seed)]["scores"] for seed in range(10) if key_of(seed) in rows}
+    ends = by_seed(rows, key_of)
     reference = {**found(rows, arm, "reference", ""), **{seed: end for seed, end in ends.items() if "full" in end}}
     seeds = sorted(ends.keys() & reference)
     if not seeds:

@@ -487,14 +487,19 @@ def test_trained_adapters_are_merged_and_moved(protocol, texts, tmp_path, monkey
         for variant in row["scores"].values():
             assert [len(variant[name]) for name in ("pairs", "pairs kl")] == [protocol.held_out] * 2
             assert all(kl > -1e-3 for kl in variant["pairs kl"])
-    page = tmp_path / "page.md"
-    page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in TABLES))
+    page = empty_page(tmp_path)
     draw_after(list(rows.values()), page)
     assert "| QLoRA | NF4 | `merge` |" in page.read_text()
     assert "| int8 | QLoRA moved, rank 16 |" not in page.read_text()  # rank 32 alone is in the table for QLoRA
 
 
 TABLES = ("merges", "full", "moves")
+
+
+def empty_page(folder):
+    page = folder / "page.md"
+    page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in TABLES))
+    return page
 
 
 def after_row(key, adapter, **variants):
@@ -512,21 +517,30 @@ def test_shares_of_merges_and_moves_are_those_of_their_rows(tmp_path):
         after_row("merge/best/0/nf4/trained", "a", merged=(2.1, 0.1)),
         after_row("start/gptq4/32", "", full=(2.5, 0.0), base=(3.0, 0.2), start=(2.6, 0.1)),
         after_row("rebase/best/0/gptq4/32", "a", rebased=(2.03, 0.1)),
-        # Moved by itself: it has scored what it needs, and is of another training than the merges.
-        after_row("rebase/best/1/gptq4/32", "c", rebased=(2.05, 0.1), full=(1.9, 0.05)),
-        after_row("reference/best/1", "b", unmerged=(2.0, 0.0), full=(1.7, 0.05), **{"rounded nf4": (2.4, 0.4)}),
     ]
-    page = tmp_path / "page.md"
-    page.write_text("".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in TABLES))
+    page = empty_page(tmp_path)
     draw_after(rows, page)
     lines = page.read_text().splitlines()
     assert any(line.startswith("| `best` | NF4 | `merge` | 0.1000 | 0.25 (0.25 to 0.25) | +0.100") for line in lines)
     moved = next(line for line in lines if "moved, rank 32" in line)
-    assert moved.startswith("| gptq4 | `best` moved, rank 32 | 2.600 | 2.040 | 0.93 (0.92 to 0.95)")
+    assert moved.startswith("| gptq4 | `best` moved, rank 32 | 2.600 | 2.030 | 0.95 (0.95 to 0.95)")
     with pytest.raises(ValueError, match="about another adapter than the rows of best/0"):
         draw_after([*rows, after_row("merge/best/0/gptq/trained", "b", merged=(2.1, 0.1))], page)
     with pytest.raises(ValueError, match=r"end with the same token, got \[1, 2\]"):
         draw_after([*rows, {**after_row("merge/best/0/gptq/trained", "a", merged=(2.1, 0.1)), "end": 1}], page)
+
+
+def test_a_move_that_has_scored_its_own_merge_needs_no_other_row(tmp_path):
+    """Its adapter may be of another training than the one that was merged."""
+    rows = [
+        after_row("reference/best/0", "a", unmerged=(2.0, 0.0), full=(1.7, 0.05), **{"rounded nf4": (2.4, 0.4)}),
+        after_row("start/gptq4/32", "", full=(2.5, 0.0), base=(3.0, 0.2), start=(2.6, 0.1)),
+        after_row("rebase/best/0/gptq4/32", "b", rebased=(2.03, 0.1), full=(1.9, 0.05)),
+        after_row("rebase/best/1/gptq4/32", "c", rebased=(2.03, 0.1), full=(1.9, 0.05)),
+    ]
+    page = empty_page(tmp_path)
+    draw_after(rows, page)
+    assert "| gptq4 | `best` moved, rank 32 | 2.600 | 2.030 | 0.95 (0.95 to 0.95) | 2.030 | 2 |" in page.read_text()
 
 
 def test_the_page_on_what_comes_after_training_has_the_tables_of_its_results(tmp_path):

@@ -14,8 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 
-from quailora import NF4, RECIPES, LoraScaling, Output, convert, freeze, initialize, initialize_model, load
+from quailora import NF4, RECIPES, LoraScaling, Output, combine, convert, freeze, initialize, initialize_model, load
 from quailora.adapters.change import TrainedChange
+from quailora.adapters.provenance import read_provenance
 from quailora.adapters.saved import SavedAdapter
 from quailora.adapters.wrapped import wrapped_layers
 from quailora.errors import ConfigurationError
@@ -223,19 +224,20 @@ def test_what_is_loaded_to_be_trained_stays_frozen(folder, tmp_path):
 
 
 @pytest.fixture
-def both(folder, tmp_path):
+def saved(folder, tmp_path):
     """The folder of an adapter before its training, and that of the trained one, which has no other beside it."""
     model = fresh(folder, 6, target_modules=["q_proj", "down_proj"])
     initialize(model, BATCHES, weights=str(folder), frozen_rank=4)
-    model.save_pretrained(tmp_path / "elsewhere" / "and" / "deeper" / "start")
-    train(model, weight_decay=0.0)
-    model.save_pretrained(tmp_path / "trained")
-    return tmp_path / "elsewhere" / "and" / "deeper" / "start", tmp_path / "trained"
+    start, trained = tmp_path / "elsewhere" / "and" / "deeper" / "start", tmp_path / "trained"
+    model.save_pretrained(start)
+    train(model)
+    model.save_pretrained(trained)
+    return start, trained
 
 
-def test_the_start_of_a_trained_adapter_is_in_its_frozen_directions(both, tmp_path):
+def test_the_start_of_a_trained_adapter_is_in_its_frozen_directions(saved, tmp_path):
     """The change is the same as with the folder of the start, which need not have been saved."""
-    start, trained = both
+    start, trained = saved
     found, named = TrainedChange.read(trained), TrainedChange.read(trained, start)
     assert found.before.folder == trained
     for stem in found.before.stems:
@@ -250,9 +252,9 @@ def test_the_start_of_a_trained_adapter_is_in_its_frozen_directions(both, tmp_pa
         torch.testing.assert_close(one.lora_B @ one.lora_A, other.lora_B @ other.lora_A, rtol=1e-5, atol=1e-7)
 
 
-def test_frozen_directions_that_have_moved_are_no_start(both):
+def test_frozen_directions_that_have_moved_are_no_start(saved):
     """As weight decay moves them."""
-    _, trained = both
+    _, trained = saved
     file = trained / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith("lora_B.weight"))
@@ -262,10 +264,20 @@ def test_frozen_directions_that_have_moved_are_no_start(both):
         TrainedChange.read(trained)
 
 
-def test_frozen_directions_of_an_untrained_adapter_are_all_of_it(both):
-    start, _ = both
+def test_frozen_directions_of_an_untrained_adapter_are_all_of_it(saved):
+    start, _ = saved
     with pytest.raises(ConfigurationError, match="training has changed nothing"):
         TrainedChange.read(start)
+
+
+def test_a_combined_adapter_has_no_frozen_directions(saved, tmp_path):
+    """Its first directions are those of the changes."""
+    _, trained = saved
+    combine([trained], [0.5], out=tmp_path / "combined")
+    origin = read_provenance(tmp_path / "combined").origin
+    assert origin.frozen_rank is None
+    assert not origin.frozen
+    assert read_provenance(trained).origin.frozen_rank == 4
 
 
 def test_an_adapter_that_has_trained_directions_beside_the_frozen_ones_needs_its_start(folder, tmp_path):
@@ -276,7 +288,7 @@ def test_an_adapter_that_has_trained_directions_beside_the_frozen_ones_needs_its
             if "lora_B" in name:
                 parameter.add_(0.1)
     initialize(model, BATCHES, weights=str(folder), frozen_rank=4, callback=lambda _, name: "q_proj" not in name)
-    train(model, weight_decay=0.0)
+    train(model)
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="no adapter in the folders around"):
         TrainedChange.read(tmp_path)

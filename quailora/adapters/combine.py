@@ -68,8 +68,8 @@ def combine(
             whole, whole_sizes = stacked(summed([*parts, *start]))
             origin = read_provenance(before.folder).origin if before is not None else None
             if origin is not None:  # whose frozen directions are no longer the first ones
-                hashes = replace(origin, initial=digest_of(whole), holds=digest_of(tensors), frozen="")
-                config |= replace(hashes, frozen_rank=None).as_config()
+                noted = replace(origin, initial=digest_of(whole), holds=digest_of(tensors), frozen_rank=None, frozen="")
+                config |= noted.as_config()
             write_json(folder / "adapter_config.json", config | whole_sizes)
             write_tensors(folder / "adapter_model.safetensors", whole)
             sizes, tensors = whole_sizes, whole

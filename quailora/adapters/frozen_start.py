@@ -46,7 +46,7 @@ def frozen_start(trained: SavedAdapter, origin: Origin, own: list[str]) -> Saved
         own: names of its tensors, without those of modules that are trained whole.
     """
     rank = origin.frozen_rank
-    if rank is None or not origin.frozen or origin.holds:
+    if rank is None or not origin.frozen:
         return None
     tensors = {key: trained.tensors[key] for key in own}
     for key in [key for key in own if key.endswith(B)]:

@@ -38,19 +38,18 @@ def initial_of(trained: SavedAdapter, initial: StrPath | None) -> SavedAdapter |
         ModelError: if it cannot be read.
     """
     if initial is None:
-        origin = read_provenance(trained.folder).origin
-        kept = None if origin is None else frozen_start(trained, origin, adapter_keys(trained))
-        return SavedAdapter.read(find_initial(trained)) if kept is None else kept
+        return find_initial(trained)
     if str(initial) != ZERO:
         return SavedAdapter.read(adapter_folder(initial))
     check_added_nothing(trained)
     return None
 
 
-def find_initial(trained: SavedAdapter) -> Path:
-    """Return the folder of the adapter that a training started from, by the hash of its factors.
+def find_initial(trained: SavedAdapter) -> SavedAdapter:
+    """Return the adapter that a training started from, by the hash of its factors.
 
-    The folders around the trained adapter and those around the current one are looked through.
+    Where directions were frozen, it is read from them. Otherwise the folders around the trained adapter and those
+    around the current one are looked through.
 
     Raises:
         ConfigurationError: if the adapter does not note a hash, or no folder here holds what has it.
@@ -61,11 +60,17 @@ def find_initial(trained: SavedAdapter) -> Path:
             f"{trained.folder} does not say which adapter its training started from. Pass the folder of that adapter "
             f"as `initial`, or `initial='{ZERO}'` if it added nothing before its training, as plain LoRA does."
         )
+    kept = frozen_start(trained, origin, adapter_keys(trained))
+    if kept is not None:
+        return kept
     # Checkpoints of a trainer lie one or two folders below the run, and starts beside it; nothing is searched further.
     places = [trained.folder.resolve(), *trained.folder.resolve().parents[:_DEPTH], Path.cwd()]
     for folder in adapters_around(places):
-        if noted_digest(folder) == origin.initial and digest_of_adapter(SavedAdapter.read(folder)) == origin.initial:
-            return folder
+        if noted_digest(folder) != origin.initial:
+            continue
+        saved = SavedAdapter.read(folder)
+        if digest_of_adapter(saved) == origin.initial:
+            return saved
     raise ConfigurationError(
         f"{trained.folder} notes that its training started from factors with the hash {origin.initial}, and no adapter "
         f"in the folders around {trained.folder.resolve().parent} and {Path.cwd()} has them. Pass the folder that init "

@@ -13,6 +13,7 @@ from helpers import init
 from quailora import NF4, Initializer, Optimal, Uniform
 from quailora.adapters.lora import LoraScaling
 from quailora.layer.record import LayerRecord
+from quailora.methods.block_training import BlockTraining
 from quailora.methods.distillation import Distillation
 from quailora.methods.method import Method
 from quailora.methods.recipes import RECIPES
@@ -22,7 +23,7 @@ RECORD = LayerRecord("model.layers.0.mlp.up_proj", (8, 8), 2, 4.1, 64, 2.0, 1.5,
 
 
 def card(name, quantizer=NF4(), **options):  # noqa: B008 # frozen
-    parts = {key: options.pop(key) for key in ("distillation", "recipe") if key in options}
+    parts = {key: options.pop(key) for key in ("distillation", "recipe", "blocks") if key in options}
     method = Method(Initializer(quantizer, Optimal()), LoraScaling(16), **parts)
     return model_card(method, [RECORD], model=name, base_model=name, calibration_tokens=64, **options)
 
@@ -47,6 +48,9 @@ def test_training_is_told():
     assert "by the recipe `distilled`" in distilled
     assert "calibration inputs), before the training:" in distilled
     assert "fine-tuned on the text itself" in card("m", distillation=Distillation(target="text"))
+    blocks = card("m", blocks=BlockTraining(steps=7, parts=("scales", "factors")), distillation=Distillation(steps=9))
+    assert "full precision (scales of the base and the adapter): 7 steps of\n1024 tokens" in blocks
+    assert "9 steps of 2 x 512 tokens" in blocks
 
 
 def test_a_distilled_adapter_says_so(tiny_llama, tmp_path, monkeypatch, capsys):

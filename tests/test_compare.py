@@ -45,6 +45,8 @@ def everything(tiny_llama, tmp_path_factory):
         for name, row in list(RECIPES.items()):
             if row.distillation is not None:
                 patch.setitem(RECIPES, name, replace(row, distillation=replace(row.distillation, steps=3)))
+            if row.blocks is not None:
+                patch.setitem(RECIPES, name, replace(row, blocks=replace(row.blocks, steps=5)))
         compare(str(tiny_llama), recipes=TWO, out=str(folder), ranks=(2,), quantizer=base, **SMALL)
         return folder, compare(str(tiny_llama), out=str(folder), ranks=(4,), quantizer=base, **SMALL)
 

@@ -17,6 +17,7 @@ from quailora.errors import DoesNotFitError
 from quailora.evaluation.check import check
 from quailora.evaluation.scores import Corrected, measure
 from quailora.families.lora import lora_correction
+from quailora.methods.block_training import BlockTraining
 from quailora.methods.distillation import Distillation
 from quailora.methods.recipes import RECIPES
 from quailora.models.layers import linear_layers
@@ -84,11 +85,13 @@ def test_adapters(family_folder, on_cpu, on_gpu, tmp_path, family, inputs, offlo
     assert_same_adapter(tmp_path / "out", expected)
 
 
-@pytest.mark.parametrize("recipe", ["best-joint", "polished"])
+@pytest.mark.parametrize("recipe", ["best-joint", "polished", "block-trained-joint"])
 def test_recipes(tiny_llama, on_gpu, tmp_path, monkeypatch, recipe):
-    """One with a random split, held-out tokens and a base of its own, one that is trained."""
+    """One with a random split, held-out tokens and a base of its own, one that is trained, one block by block."""
     short = replace(RECIPES["distilled"], distillation=Distillation(steps=3, batch=1, sequence_length=24))
     monkeypatch.setitem(RECIPES, "distilled", short)
+    blocks = replace(RECIPES["block-trained-joint"], blocks=BlockTraining(steps=3, parts=("scales", "factors")))
+    monkeypatch.setitem(RECIPES, "block-trained-joint", blocks)
     options = {**SETTINGS, "solver": AlternatingLeastSquares(), "recipe": recipe, "targets": ["q_proj"]}
     init(str(tiny_llama), out=str(tmp_path / "cpu"), device="cpu", **options)
     with on_gpu():

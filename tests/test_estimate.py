@@ -84,8 +84,10 @@ def test_time_counts_rounds_and_training(tiny_llama, tmp_path, monkeypatch):
         name: dry(tiny_llama, tmp_path, recipe=name).seconds
         for name in ("qera-exact", "srr", "caldera", "lorc", "lq-lora", "best", "polished", "best-joint")
     }
+    seconds["block-trained"] = dry(tiny_llama, tmp_path, recipe="block-trained").seconds
     assert seconds["qera-exact"] < seconds["srr"] < seconds["caldera"]
     assert seconds["lorc"] < seconds["lq-lora"]
+    assert seconds["best"] < seconds["block-trained"]
     assert seconds["qera-exact"] < seconds["best"] < seconds["best-joint"] < seconds["polished"]
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from quailora import GPTQ, NF4, Calibration, Int8, Optimal, Output, Quantizer, Resources, Uniform, merge, rebase
 from quailora.adapters.change import TrainedChange
 from quailora.bases import StoredBase
+from quailora.bases.packed import unpacked
 from quailora.calibration.sources import BatchCalibration
 from quailora.errors import (
     CalibrationError,
@@ -31,7 +32,7 @@ from quailora.evaluation.scores import Scores
 from quailora.evaluation.texts import EvaluationTexts
 from quailora.merging.certificate import FULL, MERGED, ROUNDED, Certificate
 from quailora.merging.merge import careful_of, nearest_of
-from quailora.merging.scales import ScaleTraining, unpacked
+from quailora.merging.scales import ScaleTraining
 from quailora.merging.training import MergeTraining
 from quailora.methods.block_training import BlockTraining
 from quailora.models.layers import all_layers
@@ -241,7 +242,7 @@ def test_scales_that_could_not_be_trained_are_noted(lora, tmp_path):
 
 def test_a_training_that_does_not_fit_is_told_before_it_begins(lora, tmp_path, monkeypatch, caplog):
     """Under a limit it is refused. Nothing is said of blocks that are not trained."""
-    monkeypatch.setattr("quailora.merging.training._TRAINED", 10**9)
+    monkeypatch.setattr("quailora.merging.training.TRAINED_BYTES", 10**9)
     limited = {**FAST, "resources": Resources(memory_limit="2GiB")}
     merge(lora / "trained", NF4(), out=tmp_path / "out", **limited)
     blocks = {"training": MergeTraining(BlockTraining(2, 64, 4, 32), ScaleTraining(0))}

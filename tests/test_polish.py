@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers import init
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import content
 from torch.nn import functional
 
 from quailora import SVD, Initializer, Uniform
 from quailora.calibration.sources import TextCalibration
 from quailora.calibration.windows import Calibration
+from quailora.cli.main import main
 from quailora.core.objective import Factors
 from quailora.errors import ConfigurationError, NumericalError
 from quailora.evaluation.scores import Corrected, measure
@@ -108,3 +114,42 @@ def test_bad_training_is_refused(tiny_llama, tmp_path):
     distillation = Distillation(steps=1, batch=1, sequence_length=8)
     with pytest.raises(NumericalError, match="The loss of step 1 is nan"):
         distillation.train(model, layers, weights, factors, torch.ones(1, 8).long())
+
+
+def test_distillation_is_a_dial_of_every_recipe(tiny_llama, tmp_path):
+    """On the command line, and again from `config.yaml`; without steps nothing of it is left."""
+    small = {"rank": 4, "samples": 8, "sequence_length": 64}
+    dial = {"distill": 3, "distill_tokens": 128, "distill_rate": 1e-3}
+    init(str(tiny_llama), out=str(tmp_path / "best"), recipe="best", **small)
+    init(str(tiny_llama), out=str(tmp_path / "dial"), recipe="best", **small, **dial)
+    init(str(tiny_llama), out=str(tmp_path / "off"), recipe="distilled", distill=0, **small)
+    adapters = {name: content(tmp_path / name) for name in ("best", "dial", "off")}
+    assert adapters["dial"] != adapters["best"] == adapters["off"]
+    report = json.loads((tmp_path / "dial/report.json").read_text(encoding="utf-8"))
+    said = report["training"]["init_args"]
+    assert (said["steps"], said["batch"] * said["sequence_length"], said["learning_rate"]) == (3, 128, 1e-3)
+    for name in ("dial", "off"):
+        main(["init", "--config", str(tmp_path / name / "config.yaml"), "--out", str(tmp_path / f"{name}-again")])
+        assert content(tmp_path / f"{name}-again") == adapters[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distill_rate": 1e-3}, "steps of a distillation beside its tokens or its learning rate, got none"),
+        ({"distill": -1}, "at least one step"),
+        ({"distill": 2, "distill_tokens": 1}, "at least two tokens in a step of the distillation, got 1"),
+        ({"distill": 2, "distill_rate": 0.0}, "learning rate above 0"),
+    ],
+)
+def test_a_dial_that_says_nothing_is_refused(tiny_llama, tmp_path, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        init(str(tiny_llama), out=str(tmp_path / "out"), recipe="best", rank=4, samples=8, **options)
+
+
+@given(st.integers(1, 1000), st.integers(2, 5000), st.floats(1e-6, 1))
+def test_a_dial_says_what_it_has_set(steps, tokens, rate):
+    found = Distillation().asked(steps, tokens, rate)
+    assert (found.steps, found.learning_rate) == (steps, rate)
+    assert tokens - found.sequence_length < found.tokens <= tokens
+    assert found.asked(found.steps, found.tokens, found.learning_rate) == found

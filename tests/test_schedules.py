@@ -106,6 +106,7 @@ def test_no_two_recipes_are_the_same_method():
             recipe.inputs,
             recipe.distillation,
             recipe.step,
+            recipe.blocks,
         )
         for name, recipe in RECIPES.items()
     }
@@ -123,8 +124,14 @@ def test_no_two_recipes_are_the_same_method():
         ("asymmetric-half", "fine-tuned"),
         ("distilled", "fine-tuned"),
         ("asymmetric-half-srr", "distilled-joint"),
+        ("asymmetric-half", "block-trained"),
+        ("block-trained", "distilled"),
+        ("block-trained", "fine-tuned"),
+        ("asymmetric-half-srr", "block-trained-joint"),
+        ("block-trained-joint", "distilled-joint"),
     }
-    assert all(RECIPES[other].distillation is not None for _, other in same)
+    trained = {name for name, row in RECIPES.items() if row.distillation is not None or row.blocks is not None}
+    assert all(other in trained for _, other in same)
 
 
 PROMISING = [name for name, row in RECIPES.items() if not isinstance(row.schedule, Once | MagR)]

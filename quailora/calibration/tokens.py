@@ -111,12 +111,13 @@ class CalibrationTokens:
         """Yield each sequence, and which of its tokens count."""
         return zip(self.sequences, self.counted, strict=True)
 
-    def batches(self, shares: int, *, hold_out: bool) -> tuple[list[TokenBatch], int]:
+    def batches(self, shares: int, *, hold_out: bool, most: int = TOKENS_PER_PASS) -> tuple[list[TokenBatch], int]:
         """Return batches of sequences of one length, and how many of them come before those that are held out.
 
         Args:
             shares: how many processes share them; each gets some, where there are enough sequences.
             hold_out: whether every fourth sequence is held out.
+            most: tokens in a batch, but for sequences that are longer.
 
         Raises:
             CalibrationError: if there are too few sequences to hold some out.
@@ -128,10 +129,10 @@ class CalibrationTokens:
             )
         numbers = range(len(self.sequences))
         held = {number for number in numbers if hold_out and number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1}
-        first = self._batched([number for number in numbers if number not in held], shares)
-        return first + self._batched(sorted(held), shares), len(first)
+        first = self._batched([number for number in numbers if number not in held], shares, most)
+        return first + self._batched(sorted(held), shares, most), len(first)
 
-    def _batched(self, numbers: Sequence[int], shares: int) -> list[TokenBatch]:
+    def _batched(self, numbers: Sequence[int], shares: int, most: int) -> list[TokenBatch]:
         # Sequences of different lengths would need padding, which would cost time and would have to be kept out of the
         # statistics. A batch is also small enough to leave each process a share.
         by_length: dict[int, list[int]] = {}
@@ -139,7 +140,7 @@ class CalibrationTokens:
             by_length.setdefault(len(self.sequences[number]), []).append(number)
         batches = []
         for length, members in by_length.items():
-            size = max(1, min(TOKENS_PER_PASS // length, math.ceil(len(members) / shares)))
+            size = max(1, min(most // length, math.ceil(len(members) / shares)))
             batches += [self._batch(members[start : start + size]) for start in range(0, len(members), size)]
         return batches
 

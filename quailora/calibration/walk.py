@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,64 +10,32 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.statistics import InputStatistics
-from ..errors import ModelError, NumericalError
-from ..models.layers import Layer
+from ..errors import ModelError
+from ..models.layers import Layer, block_of
 from ..models.weights import execution_device, is_offloaded, replaced, resident
 from ..support import distributed
 from ..support.choices import InputsOf as InputsOf  # noqa: PLC0414 # imported from here, too
 from .activations import Activations
 from .blocks import Call, Chain, WholeModel, explained, find_chain
 from .capture import Inputs, arithmetic, captured, shared_inputs
-from .collector import BlockCollector, LayerInputs
-from .tokens import CalibrationTokens, TokenBatch
+from .collector import BlockCollector
+from .examples import BlockExamples
+from .tokens import TOKENS_PER_PASS, CalibrationTokens, TokenBatch
+from .visit import Block as Block  # noqa: PLC0414 # imported from here, too
+from .visit import Visit, check_finite_parameters
 from .windows import CalibrationDtype
+
+Train = Callable[[BlockExamples, Sequence[str]], Mapping[str, Tensor]]
+"""Trains a block, given the names of its layers; returns what they compute with from then on, as a visit does."""
 
 Forward = Callable[[int, Tensor], Tensor]
 """Runs one block on the hidden states of a batch, given by its number."""
 
 RunBlock = Callable[..., Inputs]
 """Runs one block on a batch in one network, and returns what layers were run on; the inner `run` of `Walk._run_at`."""
-
-
-@final
-class Block:
-    """What a visit gets: layers of one block, whose weights are in memory during the visit.
-
-    For full inputs these are all its layers, else a group of them with one input, so that an index comes several times.
-
-    Args:
-        index: number of the block in the model, from 0. Layers outside all blocks come last, with the next number.
-        inputs: statistics of the inputs of each layer, by the layer's name.
-    """
-
-    def __init__(self, index: int, inputs: Mapping[str, LayerInputs]) -> None:
-        self.index = index
-        self.layers: Mapping[str, Layer] = {name: one.layer for name, one in inputs.items()}
-        self._inputs = dict(inputs)
-
-    def drain(self) -> Iterator[LayerInputs]:
-        """Yield what is known of the inputs of each layer, in the order of the model, once.
-
-        Statistics are freed when the last layer that shares them has been yielded and is not used any more.
-        """
-        previous: InputStatistics | None = None
-        while self._inputs:
-            current = self._inputs.pop(next(iter(self._inputs)))
-            if previous is not None and previous is not current.statistics:
-                previous.clear_cache()
-            previous = current.statistics
-            yield current
-            del current
-        if previous is not None:
-            previous.clear_cache()
-
-
-Visit = Callable[[Block], Mapping[str, Tensor]]
-"""Works on a block. Returns {} for inputs "full", else the new weight, (out_features, in_features), of every layer of
-the block by name, which the quantized network computes with from then on."""
 
 
 @final
@@ -91,6 +59,7 @@ class Walk:
         start: number of blocks that an earlier walk has done, whose results `activations` must hold.
         on_done: called with the number of blocks done, when all that the next block needs is kept.
         on_batch: called with a few words before a block is run on a batch.
+        batch_tokens: tokens that the model is run on at once, but for sequences that are longer.
     """
 
     model: Any
@@ -102,13 +71,15 @@ class Walk:
     start: int = 0
     on_done: Callable[[int], None] | None = None
     on_batch: Callable[[str], object] = str
+    batch_tokens: int = TOKENS_PER_PASS
 
     @torch.no_grad()
-    def run(self, visit: Visit) -> None:
+    def run(self, visit: Visit, train: Train | None = None) -> None:
         """Visit the blocks that have layers, in order.
 
         Args:
             visit: called with each block while its weights are resident.
+            train: called with each block after its visits; inputs have to be "asymmetric".
 
         Raises:
             CalibrationError: if a layer is never run, or there are too few sequences to hold some out.
@@ -133,7 +104,7 @@ class Walk:
             with resident(chain.blocks[index]):
                 check_finite_parameters(chain.names[index], chain.blocks[index])
                 forward = partial(_run_block, chain, calls, index)
-                self._run_at(index, members[index], forward, batches, held_out, visit)
+                self._run_at(index, members[index], forward, batches, held_out, visit, train)
             # All hidden states behind this block are there before it counts as done, and it counts as done before those
             # in front of it go: a run that is killed in between finds one set or the other.
             distributed.barrier()
@@ -163,7 +134,9 @@ class Walk:
 
     def _batches(self) -> tuple[dict[int, TokenBatch], set[int]]:
         """Return this process's batches by number, and which of all batches are held out."""
-        batches, held_from = self.tokens.batches(distributed.world_size(), hold_out=self.inputs == "asymmetric")
+        batches, held_from = self.tokens.batches(
+            distributed.world_size(), hold_out=self.inputs == "asymmetric", most=self.batch_tokens
+        )
         mine = range(distributed.rank(), len(batches), distributed.world_size())
         return {number: batches[number] for number in mine}, set(range(held_from, len(batches)))
 
@@ -178,6 +151,7 @@ class Walk:
         batches: Mapping[int, TokenBatch],
         held_out: set[int],
         visit: Visit,
+        train: Train | None = None,
     ) -> None:
         """Run a block on all batches, visit it, and keep what it returns for the next one."""
         device = execution_device(self.model)
@@ -212,10 +186,44 @@ class Walk:
                 del full, inputs, collected  # they would stay while the block is worked on
             if members:
                 replacements |= self._visited(Block(index, collector.result()), visit)
+        replacements |= self._trained(train, index, tuple(replacements), forward, batches, held_out)
         if self.inputs != "full":
             with replaced(layers, replacements):
                 for batch in batches:
                     run(batch, "quantized", {}, keep=True)
+
+    def _trained(
+        self,
+        train: Train | None,
+        index: int,
+        names: Sequence[str],
+        forward: Forward,
+        batches: Mapping[int, TokenBatch],
+        held_out: set[int],
+    ) -> Mapping[str, Tensor]:
+        """Train a block whose visits are over, and return what its layers compute with from now on, if that changes."""
+        if train is None or not names:
+            return {}
+        # The hidden states of both networks are still there: those in front of the block, and those that full precision
+        # has behind it.
+        device = execution_device(self.model)
+
+        def output(batch: int) -> Tensor:
+            hidden = self.activations.load(index, "quantized", batch, device)
+            with explained(self.model), arithmetic(self.model, self.dtype):
+                return forward(batch, hidden)
+
+        examples = BlockExamples(
+            index,
+            block_of(names[0]),
+            [batch for batch in batches if batch not in held_out],
+            [batch for batch in batches if batch in held_out],
+            output,
+            lambda batch: self.activations.load(index + 1, "full", batch, device),
+            lambda batch: batches[batch].counted,
+            shared=True,
+        )
+        return train(examples, names)
 
     def _visited(self, block: Block, visit: Visit) -> Mapping[str, Tensor]:
         """Visit a block, and return what its layers compute with from now on."""
@@ -259,16 +267,6 @@ def _run_block(
 
 def _run_outside(chain: Chain | WholeModel, batches: Mapping[int, TokenBatch], batch: int, hidden: Tensor) -> Tensor:
     return chain.finish(batches[batch].ids, hidden)
-
-
-def check_finite_parameters(name: str, block: nn.Module) -> None:
-    """Raise a `NumericalError` that names the first weight with NaN or infinite entries."""
-    for parameter, value in block.named_parameters():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise NumericalError(
-                f"Expected finite weights, got NaN or infinite entries in {name}.{parameter}. "
-                "The checkpoint is damaged, or its dtype overflowed."
-            )
 
 
 def collect_statistics(

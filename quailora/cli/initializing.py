@@ -16,6 +16,7 @@ from ..core.weightings import GramWeighting, Weighting
 from ..errors import ConfigurationError
 from ..families import Family
 from ..layer.initializer import Initializer
+from ..methods.distillation import Distillation
 from ..methods.method import Method
 from ..methods.recipes import find_recipe, resolved_name
 from ..pipeline.estimate import Estimate
@@ -62,7 +63,7 @@ class InitResult:
             ["quantized, no correction", "100.00 %"],
             [uncalibrated, f"{share['error_uncalibrated']:.2%}"],
             [
-                "this adapter before its training" if report["training"] else "this adapter",
+                "this adapter before its training" if report["training"] or report["blocks"] else "this adapter",
                 f"{share['error']:.2%}",
             ],
         ]
@@ -101,7 +102,8 @@ def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
     asked = Asked(options["solver"], options["metric"], options["inputs"])
     method = asked_method(options["recipe"], options["quantizer"], as_str(options["base"]), scaling, asked)
     initializer = replace(method.initializer, family=options["family"])
-    method = replace(method, initializer=initializer, frozen_rank=options["frozen_rank"])
+    distillation = asked_distillation(method.distillation, options)
+    method = replace(method, initializer=initializer, frozen_rank=options["frozen_rank"], distillation=distillation)
     output = Output(
         options["out"],
         overwrite=options["overwrite"],
@@ -140,6 +142,26 @@ def asked_rank(rank: int | None, family: Family | None) -> int:
             "say how large it is."
         )
     return default_scaling(family).rank if rank is None else rank
+
+
+def asked_distillation(own: Distillation | None, options: Mapping[str, Any]) -> Distillation | None:
+    """Return the distillation that was asked for.
+
+    Args:
+        own: that of the recipe, if it has one.
+        options: every option of `quailora init` by name.
+
+    Raises:
+        ConfigurationError: if a setting is out of range, or given where nothing is distilled.
+    """
+    steps, tokens, rate = (options[name] for name in ("distill", "distill_tokens", "distill_rate"))
+    if not steps and own is None and (tokens is not None or rate is not None):
+        raise ConfigurationError(
+            "Expected steps of a distillation beside its tokens or its learning rate, got none. Pass `distill`."
+        )
+    if not steps and own is None:
+        return None
+    return (own or Distillation()).asked(steps, tokens, rate)
 
 
 @final

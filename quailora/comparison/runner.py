@@ -157,6 +157,7 @@ class ComparisonRunner:
             activations=checkpoint.activations,
             start=checkpoint.blocks_done,
             on_done=checkpoint.set_blocks_done,
+            batch_tokens=group[0].method.batch_tokens,
         )
         methods = {variant.run_key: replace(variant.method, distillation=None) for variant in group}
         # Weights of a base are kept once for all variants on it, by whichever of them comes last; distillation needs

@@ -39,6 +39,10 @@ class LayerRecord:
         base: tells the quantized weight that the correction belongs to from others.
         parameters: numbers in the adapter of the layer; None in files of earlier versions, which had LoRA only.
         untrained: those of them that training leaves as they are, such as the places of entries.
+        block_error: where blocks were trained: error of the outputs of the layer's block on held-out tokens before
+            that, squared, relative to the squared norm of the output, as the mean over tokens. All other errors are
+            those of the layer before this training.
+        block_error_trained: the same after it.
     """
 
     name: str
@@ -57,6 +61,8 @@ class LayerRecord:
     base: BaseIdentity | None = None
     parameters: int | None = None
     untrained: int = 0
+    block_error: float | None = None
+    block_error_trained: float | None = None
 
     @property
     def numbers(self) -> int:

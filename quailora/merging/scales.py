@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ..bases.reader import READERS
-from ..bases.writer import quantization_config
 from ..calibration.blocks import forward_replaced
 from ..calibration.capture import arithmetic
 from ..calibration.gradients import frozen
@@ -198,12 +196,3 @@ class Rescaled:
             values = values + values * self.weight.spread(change).to(values.dtype)
         bias: Any = getattr(self.module, "bias", None)
         return functional.linear(inputs, values.to(inputs.dtype), bias)
-
-
-def unpacked(packed: Mapping[str, Tensor], dtype: torch.dtype) -> QuantizedWeight:
-    """Return the quantized weight that the tensors of a checkpoint hold, as `QuantizedWeight.packed` returns them."""
-    # What a reader takes from the configuration of a checkpoint follows from the tensors of one layer.
-    config = quantization_config({"": packed})
-    if "qweight" in packed:
-        config["checkpoint_format"] = "gptq_v2"  # zero points as they are
-    return READERS[config["quant_method"]](packed, config, dtype)

@@ -10,10 +10,11 @@ from typing import final
 
 import torch
 
+from ..bases.packed import unpacked
 from ..calibration.blocks import find_chain
 from ..calibration.tokens import CalibrationTokens
 from ..errors import DoesNotFitError, ModelError
-from ..methods.block_training import BlockTraining
+from ..methods.block_training import TRAINED_BYTES, BlockTraining
 from ..models.layers import largest_block
 from ..models.limits import check_token_ids
 from ..models.weights import is_offloaded
@@ -23,11 +24,9 @@ from ..pipeline.plan import RunPlan
 from ..pipeline.store import Store, StoredLayer
 from ..quantizers import QuantizedWeight
 from ..support.machine import size
-from .scales import ScaleTraining, unpacked
+from .scales import ScaleTraining
 
 logger = logging.getLogger("quailora")
-
-_TRAINED = 24  # bytes of a weight in training: its place, its number, a gradient, two moments of AdamW, and a product
 
 
 @final
@@ -85,7 +84,7 @@ def check_memory(plan: RunPlan, training: MergeTraining) -> None:
     if not training.blocks.steps:
         return
     largest = largest_block({name: math.prod(layer.shape) for name, layer in plan.adapter.layers.items()})
-    needed = _TRAINED * largest + (0 if plan.on_disk else plan.estimate.model_bytes)
+    needed = TRAINED_BYTES * largest + (0 if plan.on_disk else plan.estimate.model_bytes)
     if needed <= plan.estimate.available:
         return
     other = "" if plan.on_disk else ", or leave the weights on disk with `offload='always'`"

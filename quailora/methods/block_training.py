@@ -1,50 +1,82 @@
-"""Train the codes and scales of a quantized model, one block after the other."""
+"""Train the codes and scales of a quantized model, and its adapter, one block after the other."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from types import MappingProxyType
+from typing import Any, Literal, final, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from ..calibration.activations import Activations
-from ..calibration.blocks import Call, Chain, explained
-from ..calibration.capture import arithmetic
+from ..calibration.blocks import Chain
+from ..calibration.examples import BlockExamples
 from ..calibration.gradients import frozen
 from ..calibration.held_out import trained_and_held_out
 from ..calibration.sources import CalibrationSource
 from ..calibration.windows import CalibrationDtype
 from ..errors import ConfigurationError, NumericalError
+from ..families import Correction
 from ..models.layers import Layer
-from ..models.weights import execution_device, replaced, resident
+from ..models.weights import replaced, resident
 from ..quantizers import QuantizedWeight
 from ..support.progress import console, track
+from .block_walk import BlockWalk
+from .distillation import detached, trainable
 from .trained_codes import TrainedCodes, computing_with
 
 logger = logging.getLogger("quailora")
 
+TRAINED_BYTES = 24
+"""Bytes of a weight in training: its place, its number, a gradient, two moments of AdamW, and a product."""
+
+ENOUGH_TOKENS = 2**16
+"""Tokens of calibration with which blocks come out better on other text."""
+
 _HELD_OUT = 32  # windows that tell whether the training of a block has helped
 
+TrainedPart = Literal["codes", "scales", "factors"]
+"""What can be trained."""
+
 Weights = Mapping[str, QuantizedWeight]
+Corrections = Mapping[str, Correction]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TrainedBlock:
+    """What has become of one block; as it was before, if training did not help.
+
+    Attributes:
+        weights: the quantized weight of each layer.
+        corrections: the adapters of its layers, before PEFT's scaling.
+        before: loss on held-out examples before the training, see `BlockExamples.loss`.
+        after: the same of what was found, kept or not.
+    """
+
+    weights: Weights
+    corrections: Corrections
+    before: float
+    after: float
 
 
 @final
 @dataclass(frozen=True)
 class BlockTraining:
-    """Settings of a training of codes and scales, one block of the model after the other.
+    """Settings of a training of codes, scales and adapters, one block of the model after the other.
 
     All layers of a block are trained together. Their block, on its inputs in the quantized model, is to return what the
     same block returns in the model that is aimed at: the loss is the squared norm of the error divided by that of the
-    output, as the mean over tokens. Codes move as `TrainedCodes` says, and each scale is multiplied by a factor. AdamW
-    trains both, with learning rates that fall to zero. A block whose training does not lower the loss on held-out
-    windows keeps the codes and scales that it had.
+    output, as the mean over tokens. Codes move as `TrainedCodes` says, each scale is multiplied by a factor, and the
+    numbers of an adapter are trained as they are. AdamW trains all of them, with learning rates that fall to zero. A
+    block whose training does not lower the loss on held-out windows keeps what it had.
 
     Training by blocks is due to Li et al. (2021, "BRECQ", arXiv 2102.05426); of language models, to Cheng et al. (2023,
     "AutoRound", arXiv 2309.05516) and Chen et al. (2024, "EfficientQAT", arXiv 2407.11062).
@@ -52,10 +84,12 @@ class BlockTraining:
     Attributes:
         steps: updates of each block; 0 trains nothing.
         tokens: tokens in a step, as whole windows.
-        windows: windows to train on, which are gone through several times.
+        windows: windows to train on, which are gone through several times; `init` trains on those of the calibration.
         sequence_length: tokens in a window; those of the calibration where they are fewer.
         code_rate: learning rate of the first step for the places of codes, 1 being the way from one level to the next.
         scale_rate: learning rate of the first step for the factors of scales.
+        factor_rate: learning rate of the first step for the numbers of adapters.
+        parts: what is trained, of "codes", "scales" and "factors", which are the numbers of adapters.
         seed: seed of the order of the windows.
     """
 
@@ -65,13 +99,24 @@ class BlockTraining:
     sequence_length: int = 512
     code_rate: float = 0.02
     scale_rate: float = 2e-3
+    factor_rate: float = 1e-3
+    parts: tuple[TrainedPart, ...] = ("codes", "scales", "factors")
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.windows < 1 or self.tokens < 2 or self.sequence_length < 2:
             raise ConfigurationError(f"Expected windows and steps of at least two tokens, got {self!r}.")
-        if not all(0 < rate < math.inf for rate in (self.code_rate, self.scale_rate)):
+        if not all(0 < rate < math.inf for rate in (self.code_rate, self.scale_rate, self.factor_rate)):
             raise ConfigurationError(f"Expected learning rates above 0, got {self!r}.")
+        if not self.parts or not set(self.parts) <= set(get_args(TrainedPart)):
+            raise ConfigurationError(
+                f"Expected some of {', '.join(get_args(TrainedPart))} as trained parts, got {', '.join(self.parts)!r}."
+            )
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether codes or scales are trained."""
+        return self.steps > 0 and self.parts != ("factors",)
 
     def drawn(
         self, source: CalibrationSource, tokenizer: Any
@@ -83,6 +128,83 @@ class BlockTraining:
         """
         trained, held_out = trained_and_held_out(source, tokenizer, self.windows, _HELD_OUT, self.sequence_length)
         return torch.unique(trained, dim=0), held_out
+
+    def improve(
+        self,
+        examples: BlockExamples,
+        layers: Mapping[str, Layer],
+        weights: Weights,
+        corrections: Corrections = MappingProxyType({}),
+    ) -> TrainedBlock:
+        """Train one block, whose layers are in memory.
+
+        Args:
+            examples: its inputs, and the outputs to aim at.
+            layers: its linear layers, which are left as they were.
+            weights: the quantized weight of each layer.
+            corrections: the adapters of some or all of them, before PEFT's scaling.
+
+        Raises:
+            NumericalError: if the loss is NaN or infinite.
+        """
+        # The aim is the output on the inputs of the model that is aimed at, so that a block also makes up for what is
+        # left of the errors of the blocks before it, as far as its codes and adapters allow.
+        codes = {
+            name: TrainedCodes(
+                weight,
+                _beside(layers[name].weight, weight, corrections.get(name)),
+                codes="codes" in self.parts,
+                scales="scales" in self.parts,
+            )
+            for name, weight in weights.items()
+        }
+        adapters = {name: trainable(one, layers[name].weight.device) for name, one in corrections.items()}
+        numbers = [tensor for one in adapters.values() for tensor in one.parameters.values() if tensor.requires_grad]
+        groups = [
+            ([one.places for one in codes.values()], self.code_rate),
+            ([one.changes for one in codes.values()], self.scale_rate),
+            (numbers if "factors" in self.parts else [], self.factor_rate),
+        ]
+        # A format without scales, or a base that stays as it is beside layers without an adapter, has nothing to train.
+        parameters = [tensor for tensors, _ in groups for tensor in tensors if tensor.numel()]
+        before = _held_out_loss(examples, layers, weights, corrections)
+        if not parameters or not self.steps:
+            return TrainedBlock(weights, corrections, before, before)
+        optimizer = torch.optim.AdamW(
+            [{"params": tensors, "lr": rate} for tensors, rate in groups],
+            betas=(0.9, 0.95),
+            eps=1e-15,  # gradients are smaller the larger the model
+            weight_decay=0.0,
+        )
+        rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
+        for number in _in_random_order(examples.trained, self.steps, self.seed + examples.index):
+            with torch.enable_grad(), computing_with(layers, codes, adapters):
+                loss = examples.loss(number)
+                torch.autograd.backward(loss)
+            if not math.isfinite(loss.item()):
+                raise NumericalError(
+                    f"The loss of the training of {examples.name} is {loss.item()}. Lower its learning rates."
+                )
+            for one in codes.values():
+                one.pass_gradient_on()
+            examples.average([tensor.grad for tensor in parameters])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rate.step()
+            for one in codes.values():
+                one.follow()
+        # Compared are weights as they are stored, whose scales are rounded to the format's precision.
+        found = {name: one.weight() for name, one in codes.items()}
+        others = {name: detached(one) for name, one in adapters.items()}
+        # All processes sum up their losses, so that they come to the same decision.
+        after = _held_out_loss(examples, layers, found, others)
+        if not console.is_terminal:  # where nobody sees a progress bar
+            logger.info(
+                "%s: error of its outputs on held-out text %.5f before training, %.5f after.",
+                examples.name, before, after,
+            )  # fmt: skip
+        kept = (found, others) if after < before else (weights, corrections)
+        return TrainedBlock(*kept, before, after)
 
     def train(
         self,
@@ -115,7 +237,7 @@ class BlockTraining:
         length = windows.shape[1]
         rows = max(1, self.tokens // length)
         batches = [*torch.split(windows, rows), *torch.split(held_out, rows)]
-        walk = _Walk(chain, layers, dtype, Activations(folder))
+        walk = BlockWalk(chain, layers, dtype, Activations(folder))
         walk.begin(batches)
         trained = range(-(-len(windows) // rows))
         others = range(len(trained), len(batches))
@@ -128,7 +250,8 @@ class BlockTraining:
                 if earlier is not None and all(name in earlier for name in names):
                     own = {name: earlier[name] for name in names}
                 elif any(weight.code_count or weight.scale_count for weight in own.values()):
-                    own = self._trained(walk, index, own, trained, others)
+                    examples = walk.examples(index, trained, others)
+                    own = self.improve(examples, {name: layers[name] for name in names}, own).weights
                     if on_block is not None:
                         on_block(own)
                 if index + 1 < len(chain.blocks):
@@ -137,108 +260,28 @@ class BlockTraining:
             result |= own
         return result
 
-    def _trained(
-        self, walk: _Walk, index: int, weights: Weights, trained: Sequence[int], others: Sequence[int]
-    ) -> Weights:
-        """Return the weights of one block, trained, or as they were if that is no better."""
-        # The aim is the output on the inputs of the model that is aimed at, so that a block also makes up for what is
-        # left of the errors of the blocks before it, as far as its codes allow.
-        codes = {name: TrainedCodes(weight, walk.layers[name].weight) for name, weight in weights.items()}
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [one.places for one in codes.values()], "lr": self.code_rate},
-                {"params": [one.changes for one in codes.values()], "lr": self.scale_rate},
-            ],
-            betas=(0.9, 0.95),
-            eps=1e-15,  # gradients are smaller the larger the model
-            weight_decay=0.0,
-        )
-        rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
-        for batch in _in_random_order(trained, self.steps, self.seed + index):
-            with torch.enable_grad(), computing_with(walk.layers, codes):
-                loss = walk.loss(index, batch)
-                torch.autograd.backward(loss)
-            if not math.isfinite(loss.item()):
-                raise NumericalError(
-                    f"The loss of the training of {walk.chain.names[index]} is {loss.item()}. Lower its learning rates."
-                )
-            for one in codes.values():
-                one.pass_gradient_on()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            rate.step()
-            for one in codes.values():
-                one.follow()
-        # Compared are weights as they are stored, whose scales are rounded to the format's precision.
-        found = {name: one.weight() for name, one in codes.items()}
-        before, after = (walk.mean_loss(index, one, others) for one in (weights, found))
-        if not console.is_terminal:  # where nobody sees a progress bar
-            logger.info(
-                "%s: error of its outputs on held-out text %.5f before training, %.5f after.",
-                walk.chain.names[index], before, after,
-            )  # fmt: skip
-        return found if after < before else weights
+
+def _beside(weight: Tensor, quantized: QuantizedWeight, correction: Correction | None) -> Tensor:
+    """Return what a quantized weight comes close to: the weight of full precision, less the correction."""
+    return weight if correction is None else weight.float() - _change(correction, quantized, weight.device)
 
 
-@dataclass(frozen=True, eq=False)
-class _Walk:
-    """Hidden states of two models, the one that is aimed at and the quantized one, from block to block.
+def _change(correction: Correction, quantized: QuantizedWeight, device: torch.device) -> Tensor:
+    """Return what an adapter adds to a quantized weight, float32, on a device."""
+    # Layers come from the store of a run, which may keep them in the memory of the processor.
+    change: Tensor = correction.to(device).change(quantized.dequantize().to(device)).weight.float()
+    return change
 
-    Attributes:
-        chain: the blocks of the model.
-        layers: its linear layers.
-        dtype: arithmetic, see `Calibration`.
-        activations: the hidden states, of both models and of two blocks at a time.
-        calls: the calls of all blocks for each batch.
-        rows: number of windows in each batch.
-    """
 
-    chain: Chain
-    layers: Mapping[str, Layer]
-    dtype: CalibrationDtype
-    activations: Activations
-    calls: dict[int, list[Call]] = field(default_factory=dict)
-    rows: dict[int, int] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def begin(self, batches: Sequence[Int[Tensor, "_ sequence_length"]]) -> None:
-        """Compute the inputs of the first block."""
-        for number, ids in enumerate(batches):
-            self.rows[number] = len(ids)
-            with arithmetic(self.chain.model, self.dtype), explained(self.chain.model):
-                hidden, self.calls[number] = self.chain.record(ids)
-            for network in ("full", "quantized"):
-                self.activations.save(0, network, number, hidden.cpu())
-
-    @torch.no_grad()
-    def advance(self, index: int, network: str, weights: Weights) -> None:
-        """Compute the inputs of the next block in one of the two models."""
-        with self._computing_with(weights):
-            for number in self.calls:
-                self.activations.save(index + 1, network, number, self._output(index, network, number).cpu())
-
-    @torch.no_grad()
-    def mean_loss(self, index: int, weights: Weights, batches: Sequence[int]) -> float:
-        """Return the mean loss of some batches with quantized weights in the block."""
-        with self._computing_with(weights):
-            total = sum(self.loss(index, number).item() * self.rows[number] for number in batches)
-            return total / sum(self.rows[number] for number in batches)
-
-    def loss(self, index: int, number: int) -> Float[Tensor, ""]:
-        """Return the mean over tokens of the squared error of the outputs, relative to the aim's squared norm."""
-        # Some tokens have hidden states a thousand times as large as others, the first one above all, and what follows
-        # divides each token's states by their size. Errors of all tokens count alike once they are relative to it.
-        found = self._output(index, "quantized", number).float()
-        aim = self.activations.load(index + 1, "full", number, found.device).float()
-        return ((found - aim).square().sum(-1) / aim.square().sum(-1).clamp(min=torch.finfo(aim.dtype).tiny)).mean()
-
-    def _output(self, index: int, network: str, number: int) -> Tensor:
-        hidden = self.activations.load(index, network, number, execution_device(self.chain.model))
-        with explained(self.chain.model), arithmetic(self.chain.model, self.dtype):
-            return self.chain.run(index, self.calls[number][index], hidden)
-
-    def _computing_with(self, weights: Weights) -> Any:
-        return replaced(self.layers, {name: weight.dequantize() for name, weight in weights.items()})
+def _held_out_loss(
+    examples: BlockExamples, layers: Mapping[str, Layer], weights: Weights, corrections: Corrections
+) -> float:
+    """Return the loss on held-out examples with weights and adapters as they are stored."""
+    values = {name: weight.dequantize().to(layers[name].weight.device) for name, weight in weights.items()}
+    for name, correction in corrections.items():
+        values[name] = values[name] + _change(correction, weights[name], values[name].device).to(values[name].dtype)
+    with replaced(layers, values):
+        return examples.mean_loss(examples.held_out)
 
 
 def _in_random_order(batches: Sequence[int], steps: int, seed: int) -> Iterator[int]:

@@ -59,6 +59,35 @@ class Distillation:
             raise ConfigurationError(f"Expected a learning rate above 0, got {self.learning_rate}.")
         check_choice("a target", self.target, ("full precision", "text"))
 
+    @property
+    def tokens(self) -> int:
+        """Tokens in a step."""
+        return self.batch * self.sequence_length
+
+    def asked(self, steps: int | None, tokens: int | None, learning_rate: float | None) -> Distillation | None:
+        """Return the same distillation with other settings, where they are not None; None if there are to be no steps.
+
+        Args:
+            steps: updates.
+            tokens: tokens in a step, of which there are as many as whole windows fill, and at least one window.
+            learning_rate: learning rate of the first step.
+
+        Raises:
+            ConfigurationError: if a setting is out of range.
+        """
+        if steps == 0:
+            return None
+        if tokens is not None and tokens < 2:
+            raise ConfigurationError(f"Expected at least two tokens in a step of the distillation, got {tokens}.")
+        length = self.sequence_length if tokens is None else min(tokens, self.sequence_length)
+        return replace(
+            self,
+            steps=self.steps if steps is None else steps,
+            batch=self.batch if tokens is None else tokens // length,
+            sequence_length=length,
+            learning_rate=self.learning_rate if learning_rate is None else learning_rate,
+        )
+
     def windows(self, calibration: CalibrationSource, tokenizer: Any) -> Int[Tensor, "samples sequence_length"]:
         """Return the windows to train on, `batch` for each step.
 

@@ -7,6 +7,7 @@ from typing import final
 
 from ..adapters.lora import LoraScaling
 from ..bases.existing import ExistingBase
+from ..calibration.tokens import TOKENS_PER_PASS
 from ..calibration.walk import InputsOf
 from ..errors import ConfigurationError
 from ..families import Family
@@ -14,6 +15,7 @@ from ..layer.asymmetric import STEP
 from ..layer.initializer import Initializer
 from ..models.layers import Layer
 from ..quantizers import QuantizedWeight, Quantizer
+from .block_training import BlockTraining
 from .distillation import Distillation
 
 
@@ -36,6 +38,7 @@ class Method:
         recipe: name of the recipe that the method is; None for one that was put together by hand.
         frozen_rank: rank of the correction, where that is not all of the rank; the other directions start as in plain
             LoRA. None if all directions are the correction.
+        blocks: training of the codes, scales and corrections of each block, before the next one is calibrated, if any.
     """
 
     initializer: Initializer
@@ -47,6 +50,7 @@ class Method:
     base: ExistingBase | None = None
     recipe: str | None = field(default=None, compare=False, repr=False)
     frozen_rank: int | None = None
+    blocks: BlockTraining | None = None
 
     @property
     def quantizer(self) -> Quantizer | None:
@@ -65,7 +69,18 @@ class Method:
     @property
     def changes_base(self) -> bool:
         """Whether the base is another one than the quantizer alone gives, so that it has to be saved."""
-        return self.initializer.schedule.changes_base or self.requested_quantizer is not None
+        trained = self.blocks is not None and self.blocks.changes_base
+        return self.initializer.schedule.changes_base or self.requested_quantizer is not None or trained
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether corrections are trained after they were found layer by layer; their errors are those before."""
+        return self.distillation is not None or self.blocks is not None
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that the model is run on at once, but for sequences that are longer."""
+        return TOKENS_PER_PASS if self.blocks is None else min(TOKENS_PER_PASS, self.blocks.tokens)
 
     @property
     def needs_gradients(self) -> bool:
@@ -107,11 +122,27 @@ class Method:
                 "Asymmetric inputs need a metric that keeps the correlations between inputs, got "
                 f"{initializer.weighting!r}. Take the metric gram or shrunk, or full inputs."
             )
+        if self.blocks is not None:
+            check_blocks(self, self.blocks)
         if schedule.needs_validation and self.inputs != "asymmetric":
             raise ConfigurationError(
                 f"The schedule {schedule!r} needs held-out tokens, which only asymmetric inputs have, got "
                 f"{self.inputs} inputs. Pass `inputs='asymmetric'`, or take another schedule."
             )
+
+
+def check_blocks(method: Method, blocks: BlockTraining) -> None:
+    """Raise a `ConfigurationError` if the blocks of a model cannot be trained with a method."""
+    if method.inputs != "asymmetric":
+        raise ConfigurationError(
+            "Blocks are trained on the inputs of the quantized model, towards the outputs of full precision, for which "
+            f"inputs have to be asymmetric, got {method.inputs} inputs."
+        )
+    if method.base is not None and blocks.changes_base:
+        raise ConfigurationError(
+            f"The base is quantized already, and {blocks!r} would change it. Train nothing but the factors: "
+            '`parts=("factors",)`.'
+        )
 
 
 def check_family(method: Method) -> None:

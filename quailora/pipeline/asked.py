@@ -118,7 +118,7 @@ class Asked:
     def enough(self) -> Enough:
         """When a data loader has given enough tokens."""
         widest = max(layer.shape[1] for layer in self.layers.values())
-        return Enough.of(widest, distilled=self.method.distillation is not None)
+        return Enough.of(widest, distilled=self.method.is_trained)
 
     def outcome(self, tokens: CalibrationTokens) -> Outcome:
         """Run the full-precision model on tokens, and return the correction of each layer in every process."""

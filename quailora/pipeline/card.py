@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import yaml
 
 from ..layer.record import LayerRecord, by_ending, error_reduction
+from ..methods.block_training import BlockTraining
 from ..methods.distillation import Distillation
 from ..methods.method import Method
 from ..support.tables import markdown_table
@@ -127,7 +128,7 @@ def model_card(
         dtype: dtype to load the base in, on which codes depend; "auto" is that of the checkpoint.
         moved: whether the adapter also holds what a training has changed.
     """
-    initializer, distillation = method.initializer, method.distillation
+    initializer = method.initializer
     base = method.quantizer if method.base is None else method.base.title
     share, family = error_reduction(layers), method.family.title
     lora = family == "lora"
@@ -136,7 +137,7 @@ def model_card(
         ["no correction", "100.0%"],
         ["uncalibrated SVD" if lora else "the same family, uncalibrated", f"{share['error_uncalibrated']:.1%}"],
         [
-            "**this adapter**" if distillation is None else "**this adapter before its training**",
+            "**this adapter before its training**" if method.is_trained else "**this adapter**",
             f"**{share['error']:.1%}**",
         ],
     ]
@@ -158,9 +159,9 @@ def model_card(
         tokens=calibration_tokens,
         network=_NETWORKS[method.inputs] + (f", by the recipe `{method.recipe}`" if method.recipe else ""),
         purpose=_MOVED if moved else _START,
-        training="" if moved else trained_how(distillation),
+        training="" if moved else trained_how(method),
         advice=advice(method),
-        before="" if distillation is None else ", before the training",
+        before=", before the training" if method.is_trained else "",
         count=len(layers),
         snippet=loading_snippet(method, base_model, quantized_base, dtype),
         summary=markdown_table(("correction", "output error"), summary),
@@ -170,16 +171,34 @@ def model_card(
     )
 
 
-def trained_how(distillation: Distillation | None) -> str:
-    """Return a sentence on the training that an adapter has had."""
-    if distillation is None:
+def trained_how(method: Method) -> str:
+    """Return a few sentences on the training that an adapter has had."""
+    if not method.is_trained:
         return "It has not been\ntrained."
+    return f"{trained_by_block(method.blocks)}{trained_whole(method.distillation)}It has not been trained on a task."
+
+
+def trained_by_block(blocks: BlockTraining | None) -> str:
+    """Return a sentence on the training of blocks, if there was one."""
+    if blocks is None:
+        return ""
+    parts = " and ".join({"factors": "the adapter"}.get(part, f"{part} of the base") for part in blocks.parts)
+    return (
+        f"Each block of\nthe model has then been trained to return what it returns in full precision ({parts}): "
+        f"{blocks.steps} steps of\n{blocks.tokens} tokens of the calibration text, before the next block was fitted. "
+    )
+
+
+def trained_whole(distillation: Distillation | None) -> str:
+    """Return a sentence on the training of the whole model, if there was one."""
+    if distillation is None:
+        return ""
     purpose = "to predict what full precision does" if distillation.target == "full precision" else "on the text itself"
     kind = "distilled" if distillation.target == "full precision" else "fine-tuned"
     return (
         f"Then it has\nbeen {kind} {purpose}: {distillation.steps} steps of {distillation.batch} x "
         f"{distillation.sequence_length} tokens of the calibration text,\n"
-        f"learning rate {distillation.learning_rate:g}. It has not been trained on a task."
+        f"learning rate {distillation.learning_rate:g}. "
     )
 
 

@@ -13,6 +13,7 @@ from ..bases.writer import is_replaced
 from ..calibration.sources import CalibrationSource
 from ..errors import ConfigurationError, TargetError, named
 from ..families import Family, Lora
+from ..methods.block_training import ENOUGH_TOKENS
 from ..methods.method import Method
 from ..models.layers import Layer, block_of, kind
 from ..quantizers import GPTQ, AutoGPTQ, QuantizedWeight
@@ -246,3 +247,13 @@ def check_tokens(layers: Mapping[str, Layer], source: CalibrationSource) -> None
             widest.shape[1],
             widest.name,
         )
+
+
+def warn_of_few_tokens(method: Method, source: CalibrationSource) -> None:
+    """Warn if the blocks of a model are to be trained on less text than makes them better on other text."""
+    samples, length = source.size
+    if method.blocks is not None and samples * length < ENOUGH_TOKENS:
+        logger.warning(
+            "Blocks are trained on %d tokens at most, and a quarter of these is held out. On so few, most blocks stay "
+            "as they are; calibrate on %d or more.", samples * length, ENOUGH_TOKENS,
+        )  # fmt: skip

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..calibration.sources import TextCalibration
+from ..methods.distillation import Distillation
 from ..methods.method import Method
+from ..methods.recipes import find_recipe
 from ..schedules import Once
 from ..support.settings import describe
 from .options import Output
@@ -20,13 +22,10 @@ def options_of(plan: RunPlan) -> dict[str, Any] | None:
     than the options can.
     """
     method, source = plan.method, plan.source
-    # `config.yaml` repeats a run, so it is written only where options can say all that the run was. A schedule or a
-    # distillation comes by a recipe on the command line; a method with one of its own has no options.
-    by_hand = method.recipe is None and (method.initializer.schedule != Once() or method.distillation is not None)
-    can_be_named = method.base is None or method.base.checkpoint is not None
+    distillation = method.distillation
     if plan.fine_tuned is not None or not isinstance(plan.model, str):
         return None
-    if not isinstance(source, TextCalibration) or by_hand or not can_be_named:
+    if not isinstance(source, TextCalibration) or not can_be_named(method):
         return None
     calibration, scaling, resources = source.calibration, method.scaling, plan.resources
     composed = {
@@ -45,6 +44,9 @@ def options_of(plan: RunPlan) -> dict[str, Any] | None:
         **(composed if method.recipe is None else {}),
         "rank": scaling.rank if method.family.default_rank is not None else None,
         "frozen_rank": method.frozen_rank,
+        "distill": 0 if distillation is None else distillation.steps,
+        "distill_tokens": None if distillation is None else distillation.tokens,
+        "distill_rate": None if distillation is None else distillation.learning_rate,
         "alpha": scaling.alpha,
         "rslora": scaling.rslora,
         "rank_pattern": dict(scaling.rank_pattern) or None,
@@ -69,6 +71,21 @@ def options_of(plan: RunPlan) -> dict[str, Any] | None:
         "save_base": output.save_base,
         "base_format": output.base_format,
     }
+
+
+def can_be_named(method: Method) -> bool:
+    """Return whether options of `quailora init` can say all that a method is."""
+    # `config.yaml` repeats a run, so it is written only where options can say all that the run was. A schedule or a
+    # training of blocks comes by a recipe on the command line; a method with one of its own has no options. A
+    # distillation can be asked for by its steps, tokens and rate, and another target than full precision cannot.
+    recipe = None if method.recipe is None else find_recipe(method.recipe)
+    if recipe is None and (method.initializer.schedule != Once() or method.blocks is not None):
+        return False
+    asked = method.distillation
+    if asked is not None:
+        own = (recipe.distillation if recipe is not None else None) or Distillation()
+        asked = own.asked(asked.steps, asked.tokens, asked.learning_rate)
+    return asked == method.distillation and (method.base is None or method.base.checkpoint is not None)
 
 
 def described_plan(plan: RunPlan) -> dict[str, Any]:
@@ -96,6 +113,7 @@ def described_method(method: Method) -> dict[str, Any]:
         "schedule": describe(initializer.schedule),
         "inputs": method.inputs,
         "step": method.step if method.inputs == "asymmetric" else None,
+        "blocks": describe(method.blocks),
         "distillation": describe(method.distillation),
         "rank": method.scaling.rank,
         "frozen_rank": method.frozen_rank,

@@ -16,6 +16,7 @@ from ..calibration.sources import CalibrationSource
 from ..calibration.tokens import TOKENS_PER_PASS
 from ..calibration.walk import InputsOf
 from ..core.statistics import InputStatistics
+from ..methods.block_training import TRAINED_BYTES
 from ..methods.method import Method
 from ..models.layers import Layer, block_of, kind, largest_block
 from ..quantizers import QuantizedWeight
@@ -141,16 +142,12 @@ def estimate(
     for layer in inputs.values():
         by_block.setdefault(block_of(layer.name), []).append(layer.shape[1])
     # What is in memory at the same time: second moments, inputs that were captured in one pass, the working copies of
-    # one layer (Cholesky factors or a float32 Gram of the widest input; error, weight and quantized weight of the
-    # largest layer in float64 and float32), and the weights of the model or of one block.
+    # one layer, and the weights of the model or of one block.
     at_once = inputs_at_once(inputs, method.inputs)
     element = model.dtype.itemsize
     grams = max(sum(gram_bytes(layer, paired=paired) for layer in group) for group in at_once)
     captured_bytes = max(per_pass * sum(widths) * element * width for widths in by_block.values())
-    largest = max(layers.values(), key=lambda layer: layer.shape[0] * layer.shape[1])
-    widest = max(layer.shape[1] for layer in layers.values())
-    working = (16 if paired else 4) * widest**2 + 24 * largest.shape[0] * largest.shape[1]
-    fixed = _FIXED[device] + grams + captured_bytes + working
+    fixed = _FIXED[device] + captured_bytes + solving_bytes(layers, method, grams)
     total = sum(parameter_bytes(model).values())
     hidden = tokens * largest_hidden(model) * element * width
     return Estimate(
@@ -176,6 +173,23 @@ def estimate(
             low=element == 2 or (device == "cpu" and has_bfloat16()),
         ),
     )
+
+
+def solving_bytes(layers: Mapping[str, Layer], method: Method, grams: int) -> int:
+    """Return the bytes that fitting a layer takes, or training a block, which comes when the moments are gone.
+
+    Args:
+        layers: the layers that get a correction.
+        method: how they are fitted.
+        grams: bytes of the moments of inputs that are held at the same time.
+    """
+    # Cholesky factors or a float32 Gram of the widest input; error, weight and quantized weight of the largest layer in
+    # float64 and float32.
+    sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in layers.items()}
+    widest = max(layer.shape[1] for layer in layers.values())
+    working = (16 if method.inputs == "asymmetric" else 4) * widest**2 + 24 * max(sizes.values())
+    trained = TRAINED_BYTES * largest_block(sizes) if method.blocks is not None else 0
+    return max(grams + working, trained)
 
 
 def distinct_inputs(model: Any, layers: Mapping[str, Layer]) -> dict[str, Layer]:
@@ -271,6 +285,8 @@ def seconds_for(
     passes = 3.0 * tokens if method.initializer.weighting.needs_gradients else 0.0
     if method.distillation is not None:  # forward in full precision; forward and backward in the quantized network
         passes += 4.0 * method.distillation.steps * method.distillation.batch * method.distillation.sequence_length
+    if method.blocks is not None:  # forward and backward
+        passes += 3.0 * method.blocks.steps * method.blocks.tokens
     forward += sum(2 * passes * layer.shape[0] * layer.shape[1] for layer in layers.values())
     each = 2 * 5 / 8 + (2 if width == 2 else 0)  # a symmetric product; of two networks another, which is not
     grams = sum(each * seen[name] * layer.shape[1] ** 2 for name, layer in inputs.items())

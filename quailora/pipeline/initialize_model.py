@@ -260,6 +260,7 @@ def model_run(
         activations=store.activations,
         start=distributed.from_first(store.blocks_done),
         on_done=store.set_blocks_done,
+        batch_tokens=method.batch_tokens,
     )
     return ModelRun(
         walk,

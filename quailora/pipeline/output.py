@@ -87,7 +87,8 @@ class AdapterOutput:
         content = build_report(
             described_plan(self.plan), self.phases.entries, self.records, self.tokens, self.run.seconds
         )
-        return content | {"training": describe(self.plan.method.distillation)}
+        method = self.plan.method
+        return content | {"blocks": describe(method.blocks), "training": describe(method.distillation)}
 
     def write(self, folder: Path, base_format: BaseFormat | None) -> dict[str, Any]:
         """Write all files; return the report.
@@ -204,7 +205,7 @@ class AdapterOutput:
             "base_model": self.loaded.name,
             **described_method(method),
             "recipe": method.recipe,
-            "training": describe(method.distillation),  # errors of layers are those before distillation
+            "training": describe(method.distillation),  # errors of layers are those before any training
             "calibration": self.plan.source.described(),
             "calibration_tokens": report["calibration_tokens"],
             "mean_error_share": report["mean_error_share"],
@@ -229,7 +230,8 @@ def origin_of(method: Method, model: str, base: Mapping[str, BaseIdentity]) -> O
     # quantizer also needs the calibration text, whose inputs in the full-precision model it looks at. "base": it cannot
     # be made again, because it depends on corrections or was not made by quailora, and has to be loaded itself.
     needs = "model"
-    if quantizer is None or checkpoint is not None or method.initializer.schedule.changes_base:
+    trained = method.blocks is not None and method.blocks.changes_base
+    if quantizer is None or checkpoint is not None or method.initializer.schedule.changes_base or trained:
         needs = "base"
     elif quantizer.needs_calibration:
         needs = "calibration" if method.inputs == "full" else "base"

@@ -36,6 +36,7 @@ from .checks import (
     check_seed,
     output_folder,
     warn_of_blocks,
+    warn_of_few_tokens,
 )
 from .estimate import Estimate, estimate, example_of
 from .fine_tuned import FineTuned
@@ -203,11 +204,12 @@ def choose_offload(asked: Offload, limit: str | None, needed: Estimate) -> bool:
 
 
 def check_plan(plan: RunPlan) -> None:
-    """Check just before a run begins that the hub takes an upload; warn if the calibration text is the shipped one."""
+    """Check just before a run begins that the hub takes an upload; warn of a calibration text that is too little."""
     if plan.output is not None:
         check_upload(plan.output.push_to_hub)
     if isinstance(plan.source, TextCalibration) and plan.source.calibration.text.source is None:
         logger.warning("Calibrating on the text that ships with quailora; pass a text like that of your task.")
+    warn_of_few_tokens(plan.method, plan.source)
 
 
 def title_of(model: Any) -> str:

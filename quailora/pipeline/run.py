@@ -11,6 +11,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ..calibration.collector import LayerInputs
+from ..calibration.examples import BlockExamples
 from ..calibration.sources import CalibrationSource
 from ..calibration.walk import Block, Walk
 from ..core.weightings import Sensitivity
@@ -26,9 +27,10 @@ from ..models.weights import resident
 from ..quantizers import QuantizedWeight
 from ..support import distributed
 from ..support.progress import Counter, console, counting
-from .fingerprint import digest
+from .keys import distilled_keys, key, trained_key
 from .layerwise import initialize_layer, initializers, seeded
 from .store import Store, StoredLayer
+from .trained_blocks import compensated, train_block
 
 logger = logging.getLogger("quailora")
 
@@ -65,6 +67,15 @@ class ModelRun:
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
     silent: Mapping[str, Layer] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the blocks are trained, one after the other, as they are finished."""
+        return any(method.blocks is not None for method in self.methods.values())
+
+    @property
+    def _trains_base(self) -> bool:
+        return any(method.blocks is not None and method.blocks.changes_base for method in self.methods.values())
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -105,7 +116,18 @@ class ModelRun:
                 logger.info("Block %d, %d layers: %.1f s.", block.index, len(block.layers), spent)
             return weights
 
-        walk.run(visit)
+        def train(examples: BlockExamples, names: Iterable[str]) -> Mapping[str, Tensor]:
+            ((method_name, method),) = self.methods.items()
+            assert method.blocks is not None
+            counter.describe(f"Block {examples.index}: training")
+            keys = {name: key(method_name, name) for name in names}
+            # What a block was before its training stays in the store, so that a run which is killed trains it again
+            # from exactly there.
+            train_block(method.blocks, examples, self.layers, self.store, keys)
+            self._share({trained_key(stored) for stored in keys.values()})
+            return {name: compensated(self.store.load(self._latest(stored))) for name, stored in keys.items()}
+
+        walk.run(visit, train if self.trained else None)
 
     def _visit(self, block: Block, counter: Counter) -> Mapping[str, Tensor]:
         """Make the layers of a block that are missing; return what all of them compute with from now on."""
@@ -120,11 +142,11 @@ class ModelRun:
                     self.store.save(key(method_name, name), stored)
             if name in names:
                 counter.advance()
-        self._share(block)
+        self._share({key(method_name, name) for method_name in self.methods for name in block.layers})
         if self.walk.inputs == "full":
             return {}
         (method_name,) = self.methods
-        return {name: self.compensated(method_name, name) for name in block.layers}
+        return {name: compensated(self.store.load(key(method_name, name))) for name in block.layers}
 
     def _quantize_silent(self) -> None:
         """Quantize the layers that no text reaches; with a quantizer that needs inputs they stay as they are.
@@ -156,7 +178,8 @@ class ModelRun:
             distillation: the training that followed, if any; see `distil`.
         """
         silent = [name for name in self.silent if self.store.has(key(method_name, name))]
-        layers = {name: self.store.load(key(method_name, name)) for name in (*self.walk.layers, *silent)}
+        keys = {name: key(method_name, name) for name in (*self.walk.layers, *silent)}
+        layers = {name: self.store.load(self._latest(stored)) for name, stored in keys.items()}
         if distillation is not None:
             keys = distilled_keys(method_name, distillation, self.targets)
             layers |= {name: self.store.load(stored) for name, stored in keys.items()}
@@ -194,15 +217,9 @@ class ModelRun:
                 self.store.save(keys[name], replace(before[name], correction=correction))
         distributed.barrier()
 
-    def compensated(self, method_name: str, layer: str) -> Tensor:
-        """Return what a finished layer computes with in the quantized network: `Q + C`, or `Q`."""
-        stored = self.store.load(key(method_name, layer))
-        if stored.dequantized is None:
-            raise RuntimeError(f"no weight of {layer} was kept")
-        if stored.correction is None:
-            return stored.dequantized
-        change = stored.correction.change(stored.dequantized)
-        return stored.dequantized + change.weight.to(stored.dequantized.dtype)
+    def _latest(self, stored: str) -> str:
+        """Return the key of a layer after the training of its block, where there was one."""
+        return trained_key(stored) if self.store.has(trained_key(stored)) else stored
 
     def _missing_here(self, layer: str) -> list[str]:
         return [name for name in self.methods if not self.store.has(key(name, layer))]
@@ -212,11 +229,10 @@ class ModelRun:
         finished = distributed.gather({name for name in block.layers if not self._missing_here(name)})
         return set(block.layers) - set().union(*finished)
 
-    def _share(self, block: Block) -> None:
-        """Give every process the layers of the others, unless all of them see the same files."""
+    def _share(self, keys: set[str]) -> None:
+        """Give every process what the others have of some layers, unless all of them see the same files."""
         # On a shared file system nothing is lacking and nothing is sent. Hosts with folders of their own need the
         # layers of other processes too: to write the adapter, and for the inputs of later layers.
-        keys = {key(method_name, name) for method_name in self.methods for name in block.layers}
         here = {one for one in keys if self.store.has(one)}
         lacking = keys.difference(keys.intersection(*distributed.gather(here)))
         for layers in distributed.gather({one: self.store.load(one) for one in sorted(lacking & here)}):
@@ -267,17 +283,7 @@ class ModelRun:
         yield name, result, asymmetry
 
     def _kept(self, stored: QuantizedWeight) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return stored.dequantize(), stored.packed() if self.keep_packed else {}
-
-
-def key(method_name: str, layer: str) -> str:
-    """Return the name that a layer, as one method made it, has in the store."""
-    return f"{method_name}/{layer}" if method_name else layer
-
-
-def distilled_keys(method_name: str, distillation: Distillation, layers: Iterable[str]) -> dict[str, str]:
-    """Return the name of each distilled layer in the store."""
-    return {layer: key(f"distilled-{digest([repr(distillation)])}", key(method_name, layer)) for layer in layers}
+        return stored.dequantize(), stored.packed() if self.keep_packed or self._trains_base else {}
 
 
 def cost(layer: Layer) -> float:

@@ -34,6 +34,9 @@ def init(
     family: Component | None = None,
     rank: int | None = None,
     frozen_rank: int | None = None,
+    distill: int | None = None,
+    distill_tokens: int | None = None,
+    distill_rate: float | None = None,
     alpha: float | None = None,
     rslora: bool = False,
     rank_pattern: dict[str, int] | None = None,
@@ -85,6 +88,11 @@ def init(
         frozen_rank: rank of the correction, if it is to stay as it is during training; the other directions of the
             adapter start as in plain LoRA. The training script calls quailora.freeze. By default all directions are
             the correction, and all are trained.
+        distill: steps of a distillation, in which the corrections of all layers are trained together so that the model
+            predicts what full precision does; the model has to fit into memory. By default what the recipe says; 0
+            leaves it out.
+        distill_tokens: tokens in a step of the distillation, as windows of 512; 1024 by default.
+        distill_rate: learning rate of the first step of the distillation; by default that of the recipe, or 0.0003.
         alpha: lora_alpha; the rank by default. PEFT's scaling is divided out, so any value gives the same correction.
         rslora: write use_rslora=True to the adapter, with which PEFT scales by alpha / sqrt(rank) in place of
             alpha / rank. The scaling is divided out, so the correction stays the same.

@@ -1,0 +1,241 @@
+"""Few bits: bases of 2 to 4 bits with adapters, before and after each stage; `python -m experiments.few_bits --help`.
+
+Each job is one model and one row of JSON. A job that was killed goes on where it ended, and jobs that are done are left
+out. `docs/few-bits.md` has what `draw` makes of the rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from quailora import NF4, Calibration, LoraScaling, Output, Quantizer, Resources, TextSource, Uniform
+from quailora.calibration.examples import BlockExamples
+from quailora.calibration.walk import Block
+from quailora.evaluation.scores import Corrected, measure
+from quailora.evaluation.texts import EvaluationTexts
+from quailora.methods.block_training import BlockTraining
+from quailora.methods.distillation import Distillation
+from quailora.methods.recipes import Recipe, find_recipe
+from quailora.models.layers import all_layers, block_of
+from quailora.pipeline.initialize_model import finished_run, model_run
+from quailora.pipeline.loading import loaded_model
+from quailora.pipeline.output import AdapterOutput
+from quailora.pipeline.plan import RunPlan, plan_run, source_of
+from quailora.pipeline.store import MemoryStore, StoredLayer
+from quailora.pipeline.trained_blocks import compensated, weight_of
+
+from .after import acquired
+from .data import OTHER_TEXTS, TEST
+from .few_bits_tables import draw
+from .protocol import REFERENCE, Protocol
+from .runs import RESULTS, Store
+
+logger = logging.getLogger("experiments")
+
+BASES: dict[str, Quantizer] = {
+    "2 bits, groups of 32": Uniform(2, 32),
+    "2 bits, groups of 64": Uniform(2, 64),
+    "3 bits, groups of 64": Uniform(3, 64),
+    "4 bits, groups of 64": Uniform(4, 64),
+    "NF4": NF4(),
+}
+
+BLOCKS: dict[str, BlockTraining] = {
+    "factors": BlockTraining(parts=("factors",)),
+    "factors and scales": BlockTraining(parts=("scales", "factors")),
+    "the same, twice as long": BlockTraining(400, parts=("scales", "factors")),
+    "the same, factors at 3e-4": BlockTraining(parts=("scales", "factors"), factor_rate=3e-4),
+    "the same, factors at 3e-3": BlockTraining(parts=("scales", "factors"), factor_rate=3e-3),
+    **{f"factors, scales and codes at {rate:g}": BlockTraining(code_rate=rate) for rate in (1e-3, 5e-3, 2e-2)},
+}
+"""Settings of a training of the first block of the model, which jobs named blocks try out."""
+
+STEPS = 120
+"""Steps of the distillation that ends a job; rows have the model before it as well."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a job calibrates on, and how much it is measured on.
+
+    Attributes:
+        samples: calibration windows, of which three quarters are trained on.
+        sequence_length: tokens in each of them.
+        windows: evaluation windows of each text.
+        window_length: tokens in each of these.
+    """
+
+    samples: int = 160
+    sequence_length: int = 1024
+    windows: int = 8
+    window_length: int = 2048
+
+
+SIZE = Size()
+
+
+def jobs() -> list[str]:
+    """Return the names of all jobs, most important first: base, recipe or "blocks", rank and seed."""
+    two, four = list(BASES)[:2], [*list(BASES)[2:]]
+    trained = [f"{base}/block-trained-joint/{rank}/{seed}" for seed in (0, 1, 2) for base in two for rank in (16, 64)]
+    closed = [f"{base}/best-joint/{rank}/0" for base in BASES for rank in (16, 64)]
+    others = [f"{base}/block-trained-joint/16/0" for base in four]
+    return [
+        *trained,
+        *closed,
+        *(f"{base}/blocks/{rank}/0" for base in two for rank in (16, 64)),
+        *others,
+        *(f"NF4/{recipe}/16/{seed}" for seed in (0, 1, 2) for recipe in ("best", "block-trained")),
+    ]
+
+
+class FewBits:
+    """What models of few bits predict, with adapters that make up for their errors.
+
+    Args:
+        texts: folder with WikiText-2, validation and test, and C4.
+        folder: folder for jobs that are not finished.
+        results: folder of the results.
+        device: what computes, as `quailora init` takes it.
+        model: hub name or folder of the model, or "demo".
+        size: how much text is used.
+    """
+
+    def __init__(
+        self,
+        texts: Path = Path("texts"),
+        folder: Path = Path("runs/few-bits"),
+        results: Path = RESULTS,
+        device: str = "auto",
+        model: str = "demo",
+        size: Size = SIZE,
+    ) -> None:
+        self._protocol: Protocol = replace(REFERENCE, model=model)
+        self._texts, self._folder, self._device, self._size = texts, folder, device, size
+        self._store = Store(self._protocol, results, "few-bits")
+
+    def left(self) -> None:
+        """Print the jobs that are left."""
+        print("\n".join(job for job in jobs() if job not in self._done()))
+
+    def draw(self, page: Path = Path("docs/few-bits.md")) -> None:
+        """Write the tables into the documentation.
+
+        Args:
+            page: the page.
+        """
+        draw(self._store.rows(), page)
+
+    def run(self, only: str = "", seconds: float = 1e9) -> None:
+        """Carry out the jobs that are left, except for those that another process is at.
+
+        Args:
+            only: jobs whose names contain this.
+            seconds: after which no further job is begun.
+        """
+        began = time.monotonic()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for job in jobs():
+            lock = FileLock(self._folder / f"{job.replace('/', '-')}.lock")
+            if only not in job or job in self._done() or time.monotonic() - began > seconds or not acquired(lock):
+                continue
+            try:
+                if job not in self._done():
+                    self._store.add({"key": job, **(self._blocks(job) if "/blocks/" in job else self._made(job))})
+            finally:
+                lock.release()
+
+    def _done(self) -> set[str]:
+        return {row["key"] for row in self._store.rows()}
+
+    def _plan(self, recipe: Recipe, base: str, rank: int, seed: int = 0, out: Path | None = None) -> RunPlan:
+        """Return the plan of a run on the calibration text."""
+        text = TextSource(str(self._texts / OTHER_TEXTS["wikitext2"]))
+        source = source_of(Calibration(text, self._size.samples, self._size.sequence_length, seed=seed))
+        method = recipe.method(BASES[base], LoraScaling(rank))
+        resources = Resources(device="auto" if self._device == "auto" else "cpu")
+        output = None if out is None else Output(out)
+        return plan_run(self._protocol.model, method, source, ["all-linear"], output, resources)
+
+    def _blocks(self, job: str) -> dict[str, Any]:
+        """Train the first block of the model with all settings; return its errors before and after each training."""
+        base, _, rank, _ = job.split("/")
+        plan = self._plan(find_recipe("best-joint"), base, int(rank))
+        loaded = loaded_model(plan, None)
+        targets = plan.adapter.of(all_layers(loaded.model))
+        run = model_run(plan, loaded, targets, plan.source.tokens(loaded.tokenizer), MemoryStore())
+        first = block_of(next(iter(run.walk.layers)))
+        layers = {name: layer for name, layer in run.walk.layers.items() if block_of(name) == first}
+        walk = replace(run.walk, layers=layers, batch_tokens=BlockTraining.tokens)
+        replace(run, walk=walk).finish()
+        errors: dict[str, tuple[float, float]] = {}
+
+        def visit(block: Block) -> Mapping[str, Tensor]:
+            return {name: compensated(run.store.load(name)) for name in block.layers}
+
+        def train(examples: BlockExamples, names: Sequence[str]) -> Mapping[str, Tensor]:
+            stored = {name: run.store.load(name) for name in names}
+            corrections = {name: one.correction for name, one in stored.items() if one.correction is not None}
+            for setting, training in BLOCKS.items():
+                weights = {name: weight_of(one, training) for name, one in stored.items()}
+                found = training.improve(examples, layers, weights, corrections)
+                errors[setting] = found.before, found.after
+            return {}
+
+        walk.run(visit, train)
+        return {"blocks": errors}
+
+    def _made(self, job: str) -> dict[str, Any]:
+        """Make the model of a job, and return its scores before and after the distillation."""
+        base, name, rank, seed = job.split("/")
+        recipe = replace(find_recipe(name), distillation=Distillation(steps=STEPS))
+        plan = self._plan(recipe, base, int(rank), int(seed), self._folder / job.replace("/", "-"))
+        began = time.monotonic()
+        with finished_run(plan) as finished:
+            assert finished is not None
+            seconds = time.monotonic() - began
+            stages = {"undistilled": finished.run.finished(""), "distilled": finished.finished}
+            records = finished.records
+            blocks = {record.name.split(".mlp")[0].split(".self_attn")[0]: record for record in records}
+            return {
+                "scores": self._scores(finished, stages),
+                "bytes": sum(record.bits_per_weight * record.shape[0] * record.shape[1] for record in records) / 8,
+                "adapter": sum(record.numbers for record in records),
+                "blocks": [(one.block_error, one.block_error_trained) for one in blocks.values()],
+                "seconds": round(seconds),
+            }
+
+    def _scores(
+        self, finished: AdapterOutput, stages: Mapping[str, Mapping[str, StoredLayer]]
+    ) -> dict[str, dict[str, list[float]]]:
+        """Return losses and divergences of each window, by stage and text; those of full precision, too."""
+        model = finished.loaded.model
+        variants: dict[str, Mapping[str, Any]] = {"full": {}}
+        for stage, layers in stages.items():
+            weights = {name: one.dequantized for name, one in layers.items() if one.dequantized is not None}
+            corrections = {name: one.correction for name, one in layers.items() if one.correction is not None}
+            variants[stage] = Corrected(weights, corrections, model.device)
+        sources = tuple(str(self._texts / name) for name in (TEST, OTHER_TEXTS["c4"]))
+        texts = EvaluationTexts(sources, windows=self._size.windows, window_length=self._size.window_length)
+        scores: dict[str, dict[str, list[float]]] = {stage: {} for stage in variants}
+        for (_, ids), text in zip(texts.cut(finished.loaded), ("wikitext2", "c4"), strict=True):
+            for stage, found in measure(model, finished.run.layers, variants, ids, f"Evaluating on {text}").items():
+                scores[stage] |= {text: list(found.losses), f"{text} kl": list(found.divergences)}
+        return scores
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    auto_cli(FewBits, as_positional=False)
+    sys.exit(0)

@@ -46,7 +46,21 @@ if TYPE_CHECKING:
     from .pipeline.initialize_model import InitializedModel, initialize_model
     from .pipeline.options import Output, Resources
     from .pipeline.replace_weights import replace_lora_weights
-    from .quantizers import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, AutoGPTQ, Int8, Quantizer, TorchaoInt8, Uniform
+    from .quantizers import (
+        FP4,
+        GPTQ,
+        HQQ,
+        NF4,
+        NF4GPTQ,
+        NF4MSE,
+        AutoGPTQ,
+        Int8,
+        Quantizer,
+        Sign,
+        SignGPTQ,
+        TorchaoInt8,
+        Uniform,
+    )
     from .schedules import Schedule
     from .solvers import SVD, AlternatingLeastSquares, LowRank, Optimal, Solver, Zero
     from .training.finish import factors_of, finish
@@ -83,7 +97,8 @@ _HOMES = {
     "pipeline.options": ("Output", "Resources"),
     "pipeline.replace_weights": ("replace_lora_weights",),
     "quantizers": (
-        *("FP4", "GPTQ", "HQQ", "NF4", "NF4GPTQ", "NF4MSE", "AutoGPTQ", "Int8", "Quantizer", "TorchaoInt8", "Uniform"),
+        *("FP4", "GPTQ", "HQQ", "NF4", "NF4GPTQ", "NF4MSE", "AutoGPTQ", "Int8", "Quantizer", "Sign", "SignGPTQ"),
+        *("TorchaoInt8", "Uniform"),
     ),
     "schedules": ("Schedule",),
     "solvers": ("SVD", "AlternatingLeastSquares", "LowRank", "Optimal", "Solver", "Zero"),
@@ -137,6 +152,8 @@ __all__ = [
     "ScaleTraining",
     "Schedule",
     "ShrunkWeighting",
+    "Sign",
+    "SignGPTQ",
     "Solver",
     "StoredBase",
     "TextSource",

@@ -18,6 +18,8 @@ from quailora import (
     Int8,
     Optimal,
     Quantizer,
+    Sign,
+    SignGPTQ,
     Solver,
     TorchaoInt8,
     Uniform,
@@ -55,6 +57,10 @@ QUANTIZERS: list[tuple[Quantizer, bool]] = [
     (NF4GPTQ(block_size=32, double_quantization=False, damping=0.1), False),
     (HQQ(), False),
     (HQQ(bits=3, group_size=24), False),
+    (Sign(group_size=16), True),
+    (Sign(group_size=None), True),
+    (SignGPTQ(group_size=24), False),
+    (SignGPTQ(group_size=None, damping=0.1, shrinkage=0.0), False),
     (TorchaoInt8(), False),  # its scales reach half a step beyond its highest level
 ]
 

@@ -10,7 +10,22 @@ from hypothesis import strategies as st
 from oracles import load_auto_gptq, run_auto_gptq
 from strategies import problems
 
-from quailora import FP4, GPTQ, HQQ, NF4, NF4GPTQ, NF4MSE, AutoGPTQ, Gram, InputStatistics, Int8, TorchaoInt8, Uniform
+from quailora import (
+    FP4,
+    GPTQ,
+    HQQ,
+    NF4,
+    NF4GPTQ,
+    NF4MSE,
+    AutoGPTQ,
+    Gram,
+    InputStatistics,
+    Int8,
+    Sign,
+    SignGPTQ,
+    TorchaoInt8,
+    Uniform,
+)
 from quailora.errors import CalibrationError, ConfigurationError, NumericalError
 from quailora.quantizers import auto_gptq, fourbit, gptq
 from quailora.quantizers.grid import Grid
@@ -180,7 +195,36 @@ def test_gptq_is_never_worse_than_rounding_to_nearest(quantizer, problem):
 def without_feedback(quantizer):
     if isinstance(quantizer, NF4GPTQ):
         return (NF4MSE if quantizer.mse else NF4)(quantizer.block_size, quantizer.double_quantization)
+    if isinstance(quantizer, SignGPTQ):
+        return Sign(quantizer.group_size)
     return Uniform(quantizer.bits, quantizer.group_size, quantizer.symmetric, quantizer.mse)
+
+
+@pytest.mark.parametrize("group_size", [None, 7, 16])
+def test_signs_have_the_scale_of_least_error_and_one_bit_each(group_size):
+    """The scale by least squares on the signs, group by group; groups of 100 columns end in a short one."""
+    weight = make_problem(5, 100).weight
+    stored = Sign(group_size).quantize(weight)
+    for columns in torch.arange(100).split(group_size or 100):
+        part = weight[:, columns]
+        scales = torch.stack([torch.linalg.lstsq(row.sign()[:, None], row[:, None]).solution[0] for row in part])
+        torch.testing.assert_close(stored.dequantize()[:, columns], part.sign() * scales, rtol=1e-3, atol=0)
+    assert stored.nbytes == 5 * (-(-100 // (group_size or 100))) * 2 + -(-5 * 100 // 8)
+
+
+def test_signs_with_feedback_beat_plain_signs_on_correlated_inputs():
+    problem = make_problem(64, 128, "decaying")
+    metric = Gram(problem.statistics.second_moment)
+    errors = [
+        metric.energy(problem.weight - quantizer.quantize(problem.weight, problem.statistics).dequantize())
+        for quantizer in (SignGPTQ(), Sign())
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_scale_that_does_not_fit_is_refused():
+    with pytest.raises(NumericalError, match=r"scales that fit float16.*mean magnitude 1e\+05"):
+        Sign().quantize(torch.full((2, 64), 1e5))
 
 
 @pytest.mark.parametrize("shape", [(12, 128), (5, 100), (3, 7)])

@@ -6,19 +6,33 @@ import copy
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from families import save_llama
 from helpers import evaluate, init
+from peft import PeftModel
 from questions import save_task
 from safetensors.torch import load_file
 from trainings import train
 from transformers import AutoModelForCausalLM
 
 from examples import examples
-from quailora import GPTQ, NF4, Calibration, Optimal, StoredBase, TextSource, Uniform, merge, rebase
+from quailora import (
+    GPTQ,
+    NF4,
+    Calibration,
+    LoraScaling,
+    Optimal,
+    StoredBase,
+    TextSource,
+    Uniform,
+    initialize_model,
+    merge,
+    rebase,
+)
 from quailora.adapters.convert import convert
 from quailora.calibration.text import shipped_text
 from quailora.errors import ModelError
@@ -28,6 +42,7 @@ from quailora.evaluation.texts import EvaluationTexts
 from quailora.merging.scales import ScaleTraining
 from quailora.merging.training import MergeTraining
 from quailora.methods.block_training import BlockTraining
+from quailora.methods.recipes import find_recipe
 from quailora.models.locate import resolve
 
 PYTHON = os.environ.get("QUAILORA_STOCK")
@@ -75,6 +90,30 @@ def test_our_gptq_base(bits, shared_data, tmp_path):
     theirs = perplexities(tmp_path / "a" / "base", tmp_path / "a", text)
     print(f"{bits} bits: base and adapter {ours} here, {theirs} by stock packages")
     assert theirs == pytest.approx(ours, rel=0.005)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_trained_blocks_of_two_bits(group_size, tokenizer, tmp_path):
+    """What gptqmodel and PEFT compute from a trained base of 2 bits and its adapter is what the run has written."""
+    model = save_llama(tmp_path / "model", tokenizer)
+    recipe = replace(find_recipe("block-trained-joint"), blocks=BlockTraining(20, 128, parts=("scales", "factors")))
+    calibration, base = Calibration(samples=64, sequence_length=64), Uniform(2, group_size)
+    result = initialize_model(
+        str(model), recipe, calibration, scaling=LoraScaling(8, 16.0), base=base, out=tmp_path / "a"
+    )
+    assert any(layer["block_error_trained"] < layer["block_error"] for layer in result.report["layers"])
+    code = (
+        "import sys, torch, transformers, peft; config = transformers.GPTQConfig(bits=2, backend='gptq_torch'); "
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, "
+        "quantization_config=config); model = peft.PeftModel.from_pretrained(model, sys.argv[2]).eval(); "
+        "torch.save(model(torch.arange(64)[None]).logits.float(), sys.argv[3])"
+    )
+    stock("-c", code, tmp_path / "a/base", tmp_path / "a", tmp_path / "logits.pt")
+    ours = AutoModelForCausalLM.from_pretrained(model)
+    quantize_in_place(ours, StoredBase(str(tmp_path / "a/base")))
+    ours = PeftModel.from_pretrained(ours, tmp_path / "a").eval()
+    expected = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(ours(torch.arange(64)[None]).logits, expected, rtol=1e-2, atol=2e-3)
 
 
 def test_base_of_gptqmodel(shared_data, tmp_path):

@@ -17,7 +17,7 @@ from runs import content, killed_after, small_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from quailora import NF4, Calibration, Int8, LoraScaling, Output, Uniform, initialize_model
+from quailora import NF4, Calibration, Int8, LoraScaling, Output, Sign, Uniform, initialize_model
 from quailora.calibration.examples import BlockExamples
 from quailora.errors import ConfigurationError
 from quailora.methods.block_training import BlockTraining
@@ -209,6 +209,12 @@ def test_tokens_that_do_not_count_change_nothing(seed):
     for one in examples:
         torch.testing.assert_close(one.loss(0), expected)
         torch.testing.assert_close(one.mean_loss([0]), expected.item(), rtol=1e-5, atol=0)
+
+
+def test_too_little_to_train_on_or_to_train_is_told(tiny_llama, caplog):
+    made(tiny_llama, recipe(steps=1), Sign(32))
+    assert "trained on 6144 tokens at most" in caplog.text
+    assert "The base of Sign(group_size=32) stays as it is in the training of blocks" in caplog.text
 
 
 def test_what_does_not_go_together_is_refused(tiny_llama, tmp_path):

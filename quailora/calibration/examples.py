@@ -57,6 +57,7 @@ class BlockExamples:
 
     def average(self, gradients: Sequence[Tensor | None]) -> None:
         """Replace gradients by their mean over all processes, where these train together."""
+        # A step then sees an example of each process, and all processes take the same step.
         if not self.shared:
             return
         for gradient in gradients:

@@ -75,6 +75,7 @@ class Distillation:
         Raises:
             ConfigurationError: if a setting is out of range.
         """
+        # Windows keep their length, unless a step is to have fewer tokens than one of them.
         if steps == 0:
             return None
         if tokens is not None and tokens < 2:

@@ -249,9 +249,20 @@ def check_tokens(layers: Mapping[str, Layer], source: CalibrationSource) -> None
         )
 
 
-def warn_of_few_tokens(method: Method, source: CalibrationSource) -> None:
-    """Warn if the blocks of a model are to be trained on less text than makes them better on other text."""
+def warn_of_training(method: Method, source: CalibrationSource, stored: QuantizedWeight) -> None:
+    """Warn if blocks are to be trained on less text than makes them better on other text, or less of them than asked.
+
+    Args:
+        method: how layers are initialized.
+        source: the calibration text.
+        stored: a weight in the format of the base.
+    """
     samples, length = source.size
+    if method.blocks is not None and method.blocks.changes_base and not stored.packed():
+        logger.warning(
+            "The base of %r stays as it is in the training of blocks, because checkpoints have no format for its codes "
+            "and scales. Only corrections are trained.", method.quantizer,
+        )  # fmt: skip
     if method.blocks is not None and samples * length < ENOUGH_TOKENS:
         logger.warning(
             "Blocks are trained on %d tokens at most, and a quarter of these is held out. On so few, most blocks stay "

@@ -36,7 +36,7 @@ from .checks import (
     check_seed,
     output_folder,
     warn_of_blocks,
-    warn_of_few_tokens,
+    warn_of_training,
 )
 from .estimate import Estimate, estimate, example_of
 from .fine_tuned import FineTuned
@@ -209,7 +209,7 @@ def check_plan(plan: RunPlan) -> None:
         check_upload(plan.output.push_to_hub)
     if isinstance(plan.source, TextCalibration) and plan.source.calibration.text.source is None:
         logger.warning("Calibrating on the text that ships with quailora; pass a text like that of your task.")
-    warn_of_few_tokens(plan.method, plan.source)
+    warn_of_training(plan.method, plan.source, example_of(plan.method, next(iter(plan.adapter.layers.values()))))
 
 
 def title_of(model: Any) -> str:

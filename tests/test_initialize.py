@@ -133,7 +133,7 @@ def test_every_live_base_gives_the_factors_of_its_command(kind, folder, loader, 
     assert_same(factors_of(model), written(folder, tmp_path / "a", scaling=LoraScaling(8), base=base))
 
 
-@pytest.mark.parametrize("recipe", ["best", "qlora", "lqer"])
+@pytest.mark.parametrize("recipe", ["best", "qlora", "lqer", "block-trained"])
 def test_recipes_are_those_of_the_command_line(recipe, folder, loader, tmp_path):
     model = adapted(folder)
     initialize(model, loader, recipe=recipe)

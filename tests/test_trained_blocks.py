@@ -106,6 +106,17 @@ def test_the_stock_base_stays_what_it_is(tiny_llama, tmp_path):
     assert any(record.block_error_trained < record.block_error for record in trained)
 
 
+def test_a_model_in_memory_is_left_as_it_was(tiny_llama, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    batches = [{"input_ids": ids[None]} for ids in CALIBRATION.windows(tokenizer)]
+    initialize_model(model, recipe(), batches, scaling=LoraScaling(4), base=TWO_BITS)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
 def test_a_base_that_is_there_gets_trained_corrections(tiny_llama, tmp_path):
     small_run(tiny_llama, tmp_path / "first", quantizer=TWO_BITS, save_base=True)
     base = tmp_path / "first/base"

@@ -23,6 +23,7 @@ from .blocks import Call, Chain, WholeModel, explained, find_chain
 from .capture import Inputs, arithmetic, captured, shared_inputs
 from .collector import BlockCollector
 from .examples import BlockExamples
+from .gradients import frozen
 from .tokens import TOKENS_PER_PASS, CalibrationTokens, TokenBatch
 from .visit import Block as Block  # noqa: PLC0414 # imported from here, too
 from .visit import Visit, check_finite_parameters
@@ -223,7 +224,9 @@ class Walk:
             lambda batch: batches[batch].counted,
             shared=True,
         )
-        return train(examples, names)
+        # The parameters of the model itself would collect gradients, which nobody reads.
+        with frozen(self.model):
+            return train(examples, names)
 
     def _visited(self, block: Block, visit: Visit) -> Mapping[str, Tensor]:
         """Visit a block, and return what its layers compute with from now on."""

@@ -58,7 +58,6 @@ QUANTIZERS: list[tuple[Quantizer, bool]] = [
     (HQQ(), False),
     (HQQ(bits=3, group_size=24), False),
     (Sign(group_size=16), True),
-    (Sign(group_size=None), True),
     (SignGPTQ(group_size=24), False),
     (SignGPTQ(group_size=None, damping=0.1, shrinkage=0.0), False),
     (TorchaoInt8(), False),  # its scales reach half a step beyond its highest level

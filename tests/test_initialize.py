@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ from quailora.calibration.windows import Calibration
 from quailora.core.objective import Factors
 from quailora.errors import ArgumentTypeError, CalibrationError, ConfigurationError, ModelError, TargetError
 from quailora.evaluation.check import check
+from quailora.methods.block_training import BlockTraining
+from quailora.methods.recipes import RECIPES
 from quailora.pipeline.initialize import initialize
 from quailora.pipeline.initialize_model import initialize_model
 
@@ -134,7 +137,9 @@ def test_every_live_base_gives_the_factors_of_its_command(kind, folder, loader, 
 
 
 @pytest.mark.parametrize("recipe", ["best", "qlora", "lqer", "block-trained"])
-def test_recipes_are_those_of_the_command_line(recipe, folder, loader, tmp_path):
+def test_recipes_are_those_of_the_command_line(recipe, folder, loader, tmp_path, monkeypatch):
+    short = replace(RECIPES["block-trained"], blocks=BlockTraining(10, parts=("factors",)))
+    monkeypatch.setitem(RECIPES, "block-trained", short)
     model = adapted(folder)
     initialize(model, loader, recipe=recipe)
     assert_same(factors_of(model), written(folder, tmp_path / "a", recipe, scaling=LoraScaling(8)))

@@ -15,7 +15,7 @@ from quailora.adapters.files import write_adapter
 from quailora.adapters.lora import LoraScaling, expert_stacks
 from quailora.adapters.peft_check import dropped
 from quailora.adapters.written import check_files
-from quailora.calibration.empty_pass import empty_inputs, find_reach
+from quailora.calibration.empty_pass import find_reach
 from quailora.calibration.walk import collect_statistics
 from quailora.core.objective import Factors
 from quailora.errors import ModelError, NumericalError, TargetError
@@ -63,9 +63,11 @@ def test_a_model_without_weights_shows_what_text_reaches(kind):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_that_share_an_input_are_found_without_weights(family):
     model = empty(make_model(family).config)
-    inputs = empty_inputs(model, linear_layers(model))
-    assert inputs is not None
-    assert inputs.keys() == linear_layers(model).keys()
+    reach = find_reach(model)
+    assert {name for group in reach.shared for name in group} == linear_layers(model).keys()
+    fused = len(reach.shared) == len(linear_layers(model))  # one matrix for all that have the same input
+    assert fused == (family in {"Bloom", "GPTNeoX", "GPT2", "Phi3"})
+    assert len(reach.distinct(linear_layers(model))) == len(reach.shared)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from quailora.errors import ConfigurationError
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.recipes import RECIPES, find_recipe
 from quailora.pipeline.checkpoint import Checkpoint
+from quailora.quantizers.identity import BaseIdentity
 
-CALIBRATION = Calibration(samples=96, sequence_length=64, dtype="model")
+CALIBRATION = Calibration(samples=64, sequence_length=64, dtype="model")
 JOINT = ("scales", "factors")
 EVERY = ("codes", "scales", "factors")
 TWO_BITS = Uniform(2, group_size=32)
@@ -33,7 +34,7 @@ TWO_BITS = Uniform(2, group_size=32)
 def recipe(parts=JOINT, name="block-trained-joint", **options):
     """A recipe that trains for a few steps of two short windows."""
     rates = {"code_rate": 1e-3, "scale_rate": 1e-3, "factor_rate": 3e-4}
-    blocks = BlockTraining(**{"steps": 60, "tokens": 128, "parts": parts, **rates, **options})
+    blocks = BlockTraining(**{"steps": 40, "tokens": 256, "parts": parts, **rates, **options})
     return replace(RECIPES[name], blocks=blocks)
 
 
@@ -96,14 +97,12 @@ def test_codes_stay_and_scales_move(joint):
 
 def test_the_stock_base_stays_what_it_is(tiny_llama, tmp_path):
     """Only the adapter is another one than in closed form."""
-    closed, trained = (
-        made(tiny_llama, of, NF4()).output.records
-        for of in (RECIPES["asymmetric-half"], recipe(("factors",), "block-trained"))
-    )
-    made(tiny_llama, recipe(("factors",), "block-trained"), NF4(), out=tmp_path / "out")
+    trained = made(tiny_llama, recipe(("factors",), "block-trained"), NF4(), out=tmp_path / "out").output
     assert not (tmp_path / "out/base").exists()
-    assert [record.base for record in closed] == [record.base for record in trained]
-    assert any(record.block_error_trained < record.block_error for record in trained)
+    for record in trained.records:
+        layer = trained.run.layers[record.name]
+        assert record.base == BaseIdentity.of(NF4().quantize(layer.weight), layer.weight)
+    assert any(record.block_error_trained < record.block_error for record in trained.records)
 
 
 def test_a_model_in_memory_is_left_as_it_was(tiny_llama, tokenizer):
@@ -141,7 +140,7 @@ def short_run(tiny_llama, tmp_path_factory):
     return run, folder
 
 
-@pytest.mark.parametrize("writes", [24, 31, 35, 60, 65])
+@pytest.mark.parametrize("writes", [31, 35, 60])
 def test_a_run_goes_on_where_it_ended(short_run, tmp_path, monkeypatch, writes):
     """Before, in and after the training of a block: bit by bit the same adapter and the same base."""
     run, alone = short_run
@@ -224,7 +223,7 @@ def test_tokens_that_do_not_count_change_nothing(seed):
 
 def test_too_little_to_train_on_or_to_train_is_told(tiny_llama, caplog):
     made(tiny_llama, recipe(steps=1), Sign(32))
-    assert "trained on 6144 tokens at most" in caplog.text
+    assert "trained on 4096 tokens at most" in caplog.text
     assert "The base of Sign(group_size=32) stays as it is in the training of blocks" in caplog.text
 
 

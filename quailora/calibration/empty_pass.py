@@ -6,6 +6,7 @@ its decisions about data included, and costs next to nothing.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..models.layers import Layer, linear_layers
 from .blocks import FROM_MODELS, run_body
-from .capture import Inputs, captured
+from .capture import Inputs, shared_inputs
 
 _TOKENS = 4
 
@@ -78,17 +79,6 @@ def run_empty(model: Any) -> None:
         run_body(model, torch.zeros(1, _TOKENS, dtype=torch.long))
 
 
-def empty_inputs(model: Any, layers: Mapping[str, Layer]) -> Inputs | None:
-    """Return what each linear layer of an empty model is run on; None if the model does not run without weights."""
-    linear = {name: layer for name, layer in layers.items() if layer.expert is None}
-    try:
-        with captured(linear) as inputs:
-            run_empty(model)
-    except FROM_MODELS:
-        return None
-    return inputs
-
-
 @final
 @dataclass(frozen=True)
 class Reach:
@@ -99,15 +89,23 @@ class Reach:
         silent: layers that no text reaches.
         odd: layers of derived classes that do not turn one input into one output: some routers return more than one
             tensor, some layers work on groups.
+        shared: layers in groups that are run on the very same tensors, in the order in which they are run.
     """
 
     known: bool
     silent: frozenset[str] = frozenset()
     odd: frozenset[str] = frozenset()
+    shared: tuple[tuple[str, ...], ...] = ()
 
     def watched(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
         """Return the layers that are quantized with statistics of their inputs."""
         return {name: layer for name, layer in layers.items() if name not in self.silent | self.odd}
+
+    def distinct(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+        """Return one layer for each tensor that layers are run on; all of them where that is not known."""
+        groups = [[name for name in names if name in layers] for names in self.shared]
+        others = {name for group in groups for name in group[1:]}
+        return {name: layer for name, layer in layers.items() if name not in others}
 
     def idle(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
         """Return the layers that can be quantized without statistics only."""
@@ -121,9 +119,10 @@ def find_reach(model: Any) -> Reach:
     of them a token takes depends on the weights.
     """
     layers, plain = linear_layers(model), dict[str, bool]()
+    inputs: Inputs = defaultdict(list)
     with ExitStack() as hooks:
         for layer in layers.values():
-            hook = _noting(plain, layer)
+            hook = _noting(plain, inputs, layer)
             hooks.enter_context(layer.module.register_forward_hook(hook, with_kwargs=True))
         try:
             run_empty(model)
@@ -134,12 +133,16 @@ def find_reach(model: Any) -> Reach:
         known=True,
         silent=frozenset(name for name in layers if _any_sibling(name) not in reached),
         odd=frozenset(name for name in plain if not plain[name]),
+        shared=tuple(shared_inputs(inputs)),
     )
 
 
-def _noting(plain: dict[str, bool], layer: Layer) -> Callable[[nn.Module, Any, dict[str, Any], Any], None]:
+def _noting(
+    plain: dict[str, bool], inputs: Inputs, layer: Layer
+) -> Callable[[nn.Module, Any, dict[str, Any], Any], None]:
     def hook(_: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
         first = next(iter((*arguments, *named.values())))
+        inputs[layer.name].append(first)
         plain[layer.name] = isinstance(output, Tensor) and output.shape == (*first.shape[:-1], layer.shape[0])
 
     return hook

@@ -10,8 +10,8 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from ..calibration.capture import has_bfloat16, shared_inputs
-from ..calibration.empty_pass import empty_inputs
+from ..calibration.capture import has_bfloat16
+from ..calibration.empty_pass import Reach
 from ..calibration.sources import CalibrationSource
 from ..calibration.tokens import TOKENS_PER_PASS
 from ..calibration.walk import InputsOf
@@ -100,6 +100,7 @@ def estimate(
     layers: Mapping[str, Layer],
     method: Method,
     source: CalibrationSource,
+    reach: Reach,
     *,
     device: str,
     available: int,
@@ -113,6 +114,7 @@ def estimate(
         layers: the layers that get a correction.
         method: quantizer and ranks.
         source: how much there is to calibrate on.
+        reach: which layers are run on the same tensors.
         device: kind of device that computes.
         available: bytes of its memory that may be used.
         number_bytes: bytes of a number of the adapter in its file.
@@ -137,7 +139,7 @@ def estimate(
     per_pass = max(length, min(tokens, TOKENS_PER_PASS))
     paired = method.inputs == "asymmetric"
     width = 2 if paired else 1
-    inputs = distinct_inputs(model, layers)
+    inputs = reach.distinct(layers)
     by_block: dict[str, list[int]] = {}
     for layer in inputs.values():
         by_block.setdefault(block_of(layer.name), []).append(layer.shape[1])
@@ -190,18 +192,6 @@ def solving_bytes(layers: Mapping[str, Layer], method: Method, grams: int) -> in
     working = (16 if method.inputs == "asymmetric" else 4) * widest**2 + 24 * max(sizes.values())
     trained = TRAINED_BYTES * largest_block(sizes) if method.blocks is not None else 0
     return max(grams + working, trained)
-
-
-def distinct_inputs(model: Any, layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """Return one layer for each tensor that layers are run on, found by a pass of an empty model over a few tokens.
-
-    All layers, where the model does not run without weights.
-    """
-    inputs = empty_inputs(model, layers)
-    if inputs is None:
-        return dict(layers)
-    first = {names[0] for names in shared_inputs(inputs)} | (layers.keys() - inputs.keys())
-    return {name: layer for name, layer in layers.items() if name in first}
 
 
 def inputs_at_once(inputs: Mapping[str, Layer], inputs_of: InputsOf) -> list[list[Layer]]:

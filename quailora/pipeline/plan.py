@@ -160,6 +160,7 @@ def plan_run(
         adapter.layers,
         method,
         source,
+        adapter.reach,
         device=device,
         available=memory_available(resources.memory_limit, device),
         number_bytes=2 if output is not None and output.factors_dtype == "bfloat16" else 4,

@@ -16,6 +16,7 @@ from .draw import filled
 from .statistics import Estimate, bootstrapped
 
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
+NOTHING = "Nothing of this table has been measured yet."
 STAGES = {"undistilled": "", "distilled": " + distillation"}
 
 
@@ -23,6 +24,7 @@ def draw(rows: Sequence[Mapping[str, Any]], page: Path) -> None:
     """Write the tables into a page, between their marks."""
     whole = [row for row in rows if "scores" in row]
     tables = {"models": models(whole), "blocks": blocks([row for row in rows if "scores" not in row])}
+    tables = {name: table if table.count("\n") > 1 else NOTHING for name, table in tables.items()}
     page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 

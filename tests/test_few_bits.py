@@ -70,6 +70,7 @@ def test_the_table_has_the_means_over_seeds(tmp_path):
     page.write_text(PAGE, encoding="utf-8")
     draw([row(0, math.log(10)), row(1, math.log(40))], page)
     text = page.read_text(encoding="utf-8")
+    assert "<!-- begin blocks -->\n\nNothing of this table has been measured yet." in text
     assert "| 2 bits, groups of 64 | `best-joint` | 16 | 2.0 | 20.00 (10.00 to 40.00) | 0.500 |" in text
 
 

@@ -206,7 +206,7 @@ class FewBits:
             seconds = time.monotonic() - began
             stages = {"undistilled": finished.run.finished(""), "distilled": finished.finished}
             records = finished.records
-            blocks = {record.name.split(".mlp")[0].split(".self_attn")[0]: record for record in records}
+            blocks = {block_of(record.name): record for record in records}
             return {
                 "scores": self._scores(finished, stages),
                 "bytes": sum(record.bits_per_weight * record.shape[0] * record.shape[1] for record in records) / 8,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 from helpers import init
 
+from quailora.pipeline.checkpoint import Checkpoint
 from quailora.support.files import write_tensors
 
 SMALL = {"rank": 4, "samples": 8, "sequence_length": 32}
@@ -24,6 +25,22 @@ def small_run(model, out, **options):
 def content(out):
     """Return the bytes of the files that make an adapter."""
     return b"".join((out / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
+@contextmanager
+def stopped_after_a_block(monkeypatch):
+    """Let a run end when its first block is done."""
+    done = Checkpoint.set_blocks_done
+
+    def stop(checkpoint, blocks):
+        done(checkpoint, blocks)
+        if blocks == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "set_blocks_done", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 @contextmanager

@@ -6,13 +6,13 @@ import math
 from dataclasses import replace
 
 import pytest
+from runs import stopped_after_a_block
 
 from experiments import few_bits
 from experiments.few_bits import FewBits, Size, jobs
 from experiments.few_bits_tables import draw
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.recipes import RECIPES
-from quailora.pipeline.checkpoint import Checkpoint
 
 PAGE = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("models", "blocks"))
 JOB = "2 bits, groups of 32/block-trained-joint/4/0"
@@ -33,17 +33,8 @@ def experiment(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_a_job_goes_on_and_is_scored_at_each_stage(experiment, tmp_path, monkeypatch):
-    done = Checkpoint.set_blocks_done
-
-    def stop(checkpoint, blocks):
-        done(checkpoint, blocks)
-        if blocks == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "set_blocks_done", stop)
-        with pytest.raises(KeyboardInterrupt):
-            experiment.run()
+    with stopped_after_a_block(monkeypatch):
+        experiment.run()
     assert experiment._store.rows() == []
     experiment.run()
     experiment.run()

@@ -13,7 +13,7 @@ import torch
 from families import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import content, killed_after, small_run
+from runs import content, killed_after, small_run, stopped_after_a_block
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,6 @@ from quailora.calibration.examples import BlockExamples
 from quailora.errors import ConfigurationError
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.recipes import RECIPES, find_recipe
-from quailora.pipeline.checkpoint import Checkpoint
 from quailora.quantizers.identity import BaseIdentity
 
 CALIBRATION = Calibration(samples=64, sequence_length=64, dtype="model")
@@ -159,17 +158,8 @@ def test_a_finished_training_is_not_done_again(tiny_llama, tmp_path, monkeypatch
     improve = BlockTraining.improve
     monkeypatch.setattr(BlockTraining, "improve", lambda *given: trained.append(given) or improve(*given))
     options = {"recipe": "block-trained-joint", "quantizer": TWO_BITS}
-    done = Checkpoint.set_blocks_done
-
-    def stop(checkpoint, blocks):
-        done(checkpoint, blocks)
-        if blocks == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "set_blocks_done", stop)
-        with pytest.raises(KeyboardInterrupt):
-            small_run(tiny_llama, tmp_path / "out", **options)
+    with stopped_after_a_block(monkeypatch):
+        small_run(tiny_llama, tmp_path / "out", **options)
     small_run(tiny_llama, tmp_path / "out", **options)
     assert len(trained) == 2  # blocks of the model
 

@@ -69,8 +69,13 @@ class Method:
     @property
     def changes_base(self) -> bool:
         """Whether the base is another one than the quantizer alone gives, so that it has to be saved."""
-        trained = self.blocks is not None and self.blocks.changes_base
-        return self.initializer.schedule.changes_base or self.requested_quantizer is not None or trained
+        chosen = self.initializer.schedule.changes_base or self.requested_quantizer is not None
+        return chosen or self.trains_base
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether codes or scales of the base are trained with the blocks of the model."""
+        return self.blocks is not None and self.blocks.changes_base
 
     @property
     def is_trained(self) -> bool:

@@ -21,6 +21,7 @@ from ..quantizers.fourbit import FourBitWeight
 from ..quantizers.grid import GridWeight
 from ..support.choices import FactorsDtype
 from ..support.files import StrPath, check_output, check_writable, folder_of
+from .estimate import example_of
 
 logger = logging.getLogger("quailora")
 
@@ -249,16 +250,16 @@ def check_tokens(layers: Mapping[str, Layer], source: CalibrationSource) -> None
         )
 
 
-def warn_of_training(method: Method, source: CalibrationSource, stored: QuantizedWeight) -> None:
+def warn_of_training(method: Method, source: CalibrationSource, layer: Layer) -> None:
     """Warn if blocks are to be trained on less text than makes them better on other text, or less of them than asked.
 
     Args:
         method: how layers are initialized.
         source: the calibration text.
-        stored: a weight in the format of the base.
+        layer: a layer with a correction.
     """
     samples, length = source.size
-    if method.blocks is not None and method.blocks.changes_base and not stored.packed():
+    if method.trains_base and not example_of(method, layer).packed():
         logger.warning(
             "The base of %r stays as it is in the training of blocks, because checkpoints have no format for its codes "
             "and scales. Only corrections are trained.", method.quantizer,

@@ -274,7 +274,7 @@ def seconds_for(
     forward = sum(2 * seen[name] * layer.shape[0] * layer.shape[1] for name, layer in layers.items()) * runs
     passes = 3.0 * tokens if method.initializer.weighting.needs_gradients else 0.0
     if method.distillation is not None:  # forward in full precision; forward and backward in the quantized network
-        passes += 4.0 * method.distillation.steps * method.distillation.batch * method.distillation.sequence_length
+        passes += 4.0 * method.distillation.steps * method.distillation.tokens
     if method.blocks is not None:  # forward and backward
         passes += 3.0 * method.blocks.steps * method.blocks.tokens
     forward += sum(2 * passes * layer.shape[0] * layer.shape[1] for layer in layers.values())

@@ -210,7 +210,7 @@ def check_plan(plan: RunPlan) -> None:
         check_upload(plan.output.push_to_hub)
     if isinstance(plan.source, TextCalibration) and plan.source.calibration.text.source is None:
         logger.warning("Calibrating on the text that ships with quailora; pass a text like that of your task.")
-    warn_of_training(plan.method, plan.source, example_of(plan.method, next(iter(plan.adapter.layers.values()))))
+    warn_of_training(plan.method, plan.source, next(iter(plan.adapter.layers.values())))
 
 
 def title_of(model: Any) -> str:

@@ -74,10 +74,6 @@ class ModelRun:
         return any(method.blocks is not None for method in self.methods.values())
 
     @property
-    def _trains_base(self) -> bool:
-        return any(method.blocks is not None and method.blocks.changes_base for method in self.methods.values())
-
-    @property
     def layers(self) -> dict[str, Layer]:
         """All layers that the run quantizes, those that no text reaches among them."""
         return {**self.walk.layers, **self.silent}
@@ -283,7 +279,9 @@ class ModelRun:
         yield name, result, asymmetry
 
     def _kept(self, stored: QuantizedWeight) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return stored.dequantize(), stored.packed() if self.keep_packed or self._trains_base else {}
+        return stored.dequantize(), stored.packed() if self.keep_packed or any(
+            method.trains_base for method in self.methods.values()
+        ) else {}
 
 
 def cost(layer: Layer) -> float:

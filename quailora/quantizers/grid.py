@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from ..errors import ConfigurationError, NumericalError
 from .base import QuantizedWeight
-from .groups import check_group_size, consecutive_groups, join_groups, split_groups
+from .groups import check_group_size, consecutive_groups, join_groups, over_columns, split_groups
 from .packing import pack, pack_words, unpack
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -208,7 +208,7 @@ class GridWeight(QuantizedWeight):
         matrix = factors.view(self.scale.shape)
         if self.group_index is not None:
             return matrix[:, self.group_index.long().to(factors.device)]
-        return matrix.repeat_interleave(self.group_size, dim=1)[:, : self.columns]
+        return over_columns(matrix, self.group_size, self.columns)
 
     @override
     def rescaled(self, factors: Float[Tensor, " scales"]) -> GridWeight:

@@ -29,6 +29,13 @@ def join_groups(
     return weight.flatten(1)[:, :columns]
 
 
+def over_columns(
+    groups: Shaped[Tensor, "out_features groups"], group_size: int, columns: int
+) -> Shaped[Tensor, "out_features in_features"]:
+    """Return the number of its group for each of the columns; differentiable."""
+    return groups.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
 def check_group_size(group_size: object) -> None:
     """Raise a `ConfigurationError` unless a group has at least one column; called when a quantizer is made."""
     if not isinstance(group_size, int) or group_size < 1:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from ..core.statistics import InputStatistics
 from ..errors import NumericalError
 from .base import QuantizedWeight, Quantizer
-from .groups import check_group_size, split_groups
+from .groups import check_group_size, over_columns, split_groups
 from .packing import pack, unpack
 
 
@@ -57,7 +57,7 @@ class SignWeight(QuantizedWeight):
 
     @override
     def spread(self, factors: Float[Tensor, " scales"]) -> Float[Tensor, "out_features in_features"]:
-        return factors.view(self.scale.shape).repeat_interleave(self.group_size, dim=1)[:, : self.columns]
+        return over_columns(factors.view(self.scale.shape), self.group_size, self.columns)
 
     @override
     def rescaled(self, factors: Float[Tensor, " scales"]) -> SignWeight:

@@ -3,7 +3,7 @@
     python benchmarks/stock_perplexity.py BASE ADAPTER... --text wikitext2_raw_test.txt
 
 A base in full precision is quantized to NF4 by bitsandbytes while it loads; a base in AutoGPTQ's format needs gptqmodel
-and optimum. `quailora evaluate` must print the same numbers.
+and optimum, and one whose layers have different bits gptqmodel alone. `quailora evaluate` must print the same numbers.
 """
 
 import argparse
@@ -33,6 +33,16 @@ def quantization_of(base):
     return {}
 
 
+def model_of(base, dtype):
+    """Return a base, loaded by transformers, or by gptqmodel if its layers have different bits."""
+    stored = getattr(AutoConfig.from_pretrained(base), "quantization_config", None) or {}
+    if any(key.startswith("+:") for key in stored.get("dynamic") or {}):
+        from gptqmodel import GPTQModel  # takes 16 bits only
+
+        return GPTQModel.load(base, backend="gptq_torch", dtype=torch.float16, device="cpu").model.to(dtype)
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **quantization_of(base))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="hub name or folder of a full-precision or quantized model")
@@ -48,7 +58,7 @@ def main():
     windows = tokens[: options.windows * 2048].view(-1, 2048)
     for adapter in [None, *options.adapter]:
         dtype = getattr(torch, options.dtype)
-        model = AutoModelForCausalLM.from_pretrained(options.base, dtype=dtype, **quantization_of(options.base))
+        model = model_of(options.base, dtype)
         if adapter:
             model = PeftModel.from_pretrained(model, adapter)
         print(f"{adapter or 'base'}: {perplexity(model.eval(), windows):.4f}", flush=True)

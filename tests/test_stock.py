@@ -116,6 +116,32 @@ def test_trained_blocks_of_two_bits(group_size, tokenizer, tmp_path):
     torch.testing.assert_close(ours(torch.arange(64)[None]).logits, expected, rtol=1e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_base_of_many_bits(bits, tokenizer, tmp_path):
+    """gptqmodel loads layers of their own bits and in full precision, and PEFT the adapter: our logits."""
+    model, block = save_llama(tmp_path / "model", tokenizer), "model.layers.0"
+    quantizers = {
+        f"{block}.self_attn.q_proj": Uniform(8, 64),
+        f"{block}.self_attn.v_proj": Uniform(3, 32),
+        f"{block}.mlp.down_proj": None,
+        "model.layers.1.mlp.up_proj": Uniform(2, 32),
+    }
+    method = find_recipe("best-joint").method(Uniform(bits, 64), LoraScaling(8, 16.0), quantizers=quantizers)
+    initialize_model(str(model), method, Calibration(samples=16, sequence_length=64), out=tmp_path / "a")
+    code = (
+        "import sys, torch, gptqmodel, peft; "
+        "model = gptqmodel.GPTQModel.load(sys.argv[1], backend='gptq_torch', dtype=torch.float16, device='cpu').model; "
+        "model = peft.PeftModel.from_pretrained(model.float(), sys.argv[2]).eval(); "
+        "torch.save(model(torch.arange(64)[None]).logits.float(), sys.argv[3])"
+    )
+    stock("-c", code, tmp_path / "a/base", tmp_path / "a", tmp_path / "logits.pt")
+    ours = AutoModelForCausalLM.from_pretrained(model)
+    quantize_in_place(ours, StoredBase(str(tmp_path / "a/base")))
+    ours = PeftModel.from_pretrained(ours, tmp_path / "a").eval()
+    expected = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(ours(torch.arange(64)[None]).logits, expected, rtol=1e-2, atol=2e-3)
+
+
 def test_base_of_gptqmodel(shared_data, tmp_path):
     """An adapter for it closes half of its gap, and belongs on no other base."""
     seen, text = str(shared_data / "wikitext2_valid.txt"), str(shared_data / "wikitext2_raw_test.txt")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..quantizers.grid import STOCK_BITS, Grid, GridWeight
+from ..quantizers.groups import consecutive_groups
 from ..quantizers.packing import unpack_words
 from .checks import check_present, check_scales, check_words, described, misfit
 
@@ -48,7 +49,7 @@ def read_gptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: t
     return GridWeight.store(
         unpack_words(tensors["qweight"].T, bits),
         Grid(tensors["scales"].T.float(), zero_point, bits),
-        group_size=group_size_of(tensors, config, columns, groups),
+        group_size=own_group_size(group_index) or group_size_of(tensors, config, columns, groups),
         dtype=dtype,
         group_index=group_index,
     )
@@ -62,6 +63,15 @@ def group_size_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], colu
     if groups == 0 or columns % groups:
         raise misfit(tensors, f"one layer in groups of {size}")
     return columns // groups
+
+
+def own_group_size(group_index: Tensor | None) -> int | None:
+    """Return how many columns share a scale in a layer of several groups of consecutive columns; None for any other."""
+    if group_index is None or not group_index.any():
+        return None
+    size = int(group_index.bincount().max())
+    implied = consecutive_groups(len(group_index), size, group_index.device)
+    return size if torch.equal(group_index, implied.to(group_index.dtype)) else None
 
 
 def check_group_index(group_index: Tensor, columns: int, groups: int) -> None:

@@ -6,16 +6,16 @@ A checkpoint is the tensors of the model with those of each quantized layer in p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.layers import Layer, block_of
+from ..models.layers import Layer, block_of, linear_layers, output_head
 from ..models.load import LoadedModel, save_model
-from ..quantizers.packing import pack_words, unpack_words
 from .awq import awq_config, awq_tensors
+from .gptq_config import gptq_config, in_first_version
 
 Packed = Mapping[str, Mapping[str, Tensor]]
 """`QuantizedWeight.packed` of each layer, by module name."""
@@ -48,13 +48,15 @@ def save_packed(folder: Path, loaded: LoadedModel, packed: Packed, *, awq: bool 
     Raises:
         ConfigurationError: if AutoAWQ's format cannot hold a layer.
     """
-    config, model = awq_config(packed) if awq else quantization_config(packed), loaded.model
+    model = loaded.model
+    kept = [name for name in linear_layers(model) if name not in packed]
+    config = awq_config(packed) if awq else quantization_config(packed, kept, head_of(model))
     state = model.state_dict()
     for name, tensors in packed.items():
         del state[f"{name}.weight"]
         stored = awq_tensors(tensors) if awq else dict(tensors)
         if config.get("checkpoint_format") == "gptq":
-            stored["qzeros"] = pack_words(unpack_words(stored["qzeros"], config["bits"]) - 1, config["bits"])
+            stored = in_first_version(stored)
         state |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
     model.config.quantization_config = config
     try:
@@ -63,49 +65,35 @@ def save_packed(folder: Path, loaded: LoadedModel, packed: Packed, *, awq: bool 
         del model.config.quantization_config
 
 
-def quantization_config(packed: Packed) -> dict[str, Any]:
-    """Return what the configuration of the checkpoint says of its quantized layers, found from their tensors."""
+def head_of(model: Any) -> str:
+    """Return the name of the output head, which is never quantized; an empty string if the model does not say."""
+    head = output_head(model)
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def quantization_config(packed: Packed, kept: Sequence[str] = (), head: str = "") -> dict[str, Any]:
+    """Return what the configuration of the checkpoint says of its quantized layers, found from their tensors.
+
+    Args:
+        packed: tensors of the quantized layers.
+        kept: names of the linear layers that are left in full precision.
+        head: name of the output head.
+    """
     keys = set(next(iter(packed.values())))
     if "qweight" in keys:
-        return gptq_config(packed)
+        return gptq_config(packed, kept)
     from transformers import BitsAndBytesConfig
 
+    # A list of what is left in full precision takes the place of transformers' own, which is the output head.
+    skipped = {"llm_int8_skip_modules": [*kept, *([head] if head else [])]} if kept else {}
     if "SCB" in keys:
-        config = BitsAndBytesConfig(load_in_8bit=True)
+        config = BitsAndBytesConfig(load_in_8bit=True, **skipped)
     else:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=next(key for key in keys if key.startswith(_FOUR_BIT)).removeprefix(_FOUR_BIT),
             bnb_4bit_use_double_quant="weight.nested_absmax" in keys,
+            **skipped,
         )
     content: dict[str, Any] = config.to_dict()
     return content
-
-
-def gptq_config(packed: Packed) -> dict[str, Any]:
-    """Return the same for AutoGPTQ's format.
-
-    Its first version, "gptq", which everything reads, stores zero points less one and has no place for zero; "gptq_v2"
-    stores them as they are.
-    """
-    # One configuration stands for all layers: the group size is that of the largest group, `desc_act` is needed if any
-    # layer has its columns out of order, and `sym` holds only if every zero point of every layer is in the middle.
-    first = next(iter(packed.values()))
-    bits = len(first["qweight"]) * 32 // len(first["g_idx"])
-    group_size, ordered, symmetric, lowest = -1, True, True, 2**bits
-    for tensors in packed.values():
-        groups, zeros = tensors["g_idx"], unpack_words(tensors["qzeros"], bits)
-        if groups.any():
-            group_size = max(group_size, int(groups.bincount().max()))
-        ordered = ordered and bool((groups.diff() >= 0).all())
-        symmetric = symmetric and bool((zeros == 2 ** (bits - 1)).all())
-        lowest = min(lowest, int(zeros.min()))
-    return {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": group_size,
-        "desc_act": not ordered,
-        "sym": symmetric,
-        "checkpoint_format": "gptq" if lowest > 0 else "gptq_v2",
-        "lm_head": False,
-    }

@@ -27,7 +27,7 @@ from ..models.layers import Layer, all_layers, linear_layers, stock_quantizes
 from ..models.limits import check_token_ids
 from ..models.load import LoadedModel, empty_model, load_model
 from ..pipeline.options import Resources
-from ..pipeline.plan import quantized_layers
+from ..pipeline.targets import quantized_layers
 from ..quantizers import QuantizedWeight, Quantizer
 from ..quantizers.base import check_finite
 from ..quantizers.identity import BaseIdentity

@@ -15,6 +15,7 @@ from ..bases.live import LiveBase
 from ..errors import ConfigurationError, ModelError, named, summary
 from ..models.layers import all_layers
 from ..models.locate import NO_ADAPTER, quiet_transformers, resolve
+from ..models.quantized import quantization_of
 from ..quantizers.identity import BaseIdentity
 from ..support.files import StrPath
 from .attach import with_adapter
@@ -91,6 +92,11 @@ def loaded_base(name: str, config: Any, arguments: dict[str, Any]) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    if config is None and any(key.startswith("+:") for key in quantization_of(name).get("dynamic") or {}):
+        raise ModelError(
+            f"The layers of the base {name!r} have different bits, which transformers does not load. Load it by "
+            "`GPTQModel.load` of gptqmodel, and the adapter by PEFT; the card beside the adapter has the lines."
+        )
     quantized = {} if config is None else {"quantization_config": config}
     try:
         with quiet_transformers():

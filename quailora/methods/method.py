@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from ..adapters.lora import LoraScaling
@@ -39,6 +40,9 @@ class Method:
         frozen_rank: rank of the correction, where that is not all of the rank; the other directions start as in plain
             LoRA. None if all directions are the correction.
         blocks: training of the codes, scales and corrections of each block, before the next one is calibrated, if any.
+        quantizers: quantizers of single layers by module name, in place of that of `initializer`; None for a layer that
+            stays in full precision.
+        budget: the file with the budget plan that quantizers and ranks come from, if any.
     """
 
     initializer: Initializer
@@ -51,11 +55,29 @@ class Method:
     recipe: str | None = field(default=None, compare=False, repr=False)
     frozen_rank: int | None = None
     blocks: BlockTraining | None = None
+    quantizers: Mapping[str, Quantizer | None] = field(default_factory=dict)
+    budget: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def quantizer(self) -> Quantizer | None:
-        """What quantizes the base; None if the base is quantized already."""
+        """What quantizes the base, but for the layers in `quantizers`; None if the base is quantized already."""
         return self.initializer.quantizer
+
+    @property
+    def every_quantizer(self) -> tuple[Quantizer, ...]:
+        """All quantizers of the base, that of most layers first; none if the base is quantized already."""
+        every = (self.quantizer, *self.quantizers.values())
+        return tuple(dict.fromkeys(one for one in every if one is not None))
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Names of the layers that stay in full precision."""
+        return frozenset(name for name, quantizer in self.quantizers.items() if quantizer is None)
+
+    def initializer_of(self, layer: Layer) -> Initializer:
+        """Return the initializer with the rank and the quantizer of a layer that is quantized."""
+        quantizer = self.quantizers.get(layer.name, self.quantizer)
+        return replace(self.initializer, rank=self.rank_of(layer.group), quantizer=quantizer)
 
     def rank_of(self, group: str) -> int:
         """Return the rank of the correction of a layer, or of the layers of a fused parameter."""
@@ -69,8 +91,9 @@ class Method:
     @property
     def changes_base(self) -> bool:
         """Whether the base is another one than the quantizer alone gives, so that it has to be saved."""
+        # No quantizer of stock packages makes a base of several kinds of layers while it loads a model.
         chosen = self.initializer.schedule.changes_base or self.requested_quantizer is not None
-        return chosen or self.trains_base
+        return chosen or self.trains_base or bool(self.quantizers)
 
     @property
     def trains_base(self) -> bool:
@@ -114,9 +137,14 @@ class Method:
                 f"Expected either a quantizer or a base that is quantized already, got {came}. Give the initializer a "
                 "quantizer and leave `base` out, or give the method a `base` and the initializer None as quantizer."
             )
-        if initializer.quantizer is not None:
-            schedule.check(initializer.quantizer)
-        elif schedule.changes_base:
+        if initializer.quantizer is None and self.quantizers:
+            raise ConfigurationError(
+                "The base is quantized already, so its layers cannot have quantizers of their own. Leave out "
+                "`quantizers`."
+            )
+        for quantizer in self.every_quantizer:
+            schedule.check(quantizer)
+        if initializer.quantizer is None and schedule.changes_base:
             raise ConfigurationError(
                 f"The base is quantized already, and {schedule!r} would quantize it again. Take a recipe that keeps "
                 "the base, such as quailora or best."
@@ -134,6 +162,19 @@ class Method:
                 f"The schedule {schedule!r} needs held-out tokens, which only asymmetric inputs have, got "
                 f"{self.inputs} inputs. Pass `inputs='asymmetric'`, or take another schedule."
             )
+
+
+def with_feedback(quantizer: Quantizer | None) -> Quantizer:
+    """Return the quantizer that rounds to the format of another one with error feedback.
+
+    Raises:
+        ConfigurationError: if there is none, or no quantizer because the base is quantized already.
+    """
+    chosen = None if quantizer is None else quantizer.with_feedback()
+    if chosen is None:
+        base_name = "a base that is quantized already" if quantizer is None else repr(quantizer)
+        raise ConfigurationError(f"There is no rounding with error feedback for {base_name}; take NF4 or Uniform.")
+    return chosen
 
 
 def check_blocks(method: Method, blocks: BlockTraining) -> None:

@@ -5,7 +5,9 @@ Rows are compositions of the same parts on the same statistics, so differences b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, final
 
 from ..adapters.lora import LoraScaling
@@ -31,7 +33,7 @@ from ..solvers import SVD, AlternatingLeastSquares, Optimal, Solver, Zero
 from ..support.choices import did_you_mean
 from .block_training import BlockTraining
 from .distillation import Distillation
-from .method import Method
+from .method import Method, with_feedback
 
 Rounding = Literal["as given", "feedback"]
 
@@ -71,28 +73,39 @@ class Recipe:
         trained = self.blocks is not None and self.blocks.changes_base
         return self.rounding == "feedback" or self.schedule.changes_base or trained
 
-    def method(self, quantizer: Quantizer | None, scaling: LoraScaling, base: ExistingBase | None = None) -> Method:
+    def method(
+        self,
+        quantizer: Quantizer | None,
+        scaling: LoraScaling,
+        base: ExistingBase | None = None,
+        quantizers: Mapping[str, Quantizer | None] = MappingProxyType({}),
+    ) -> Method:
         """Return the method for a base and ranks.
 
         Args:
             quantizer: quantizer of the base; None if the base is quantized already.
             scaling: ranks and alphas of layers.
             base: the base, if it is quantized already.
+            quantizers: quantizers of single layers by module name; None for a layer that stays in full precision.
 
         Raises:
             ConfigurationError: if the method needs error feedback and there is none for this base.
         """
         chosen, requested = quantizer, None
         if self.rounding == "feedback":
-            chosen, requested = quantizer.with_feedback() if quantizer is not None else None, quantizer
-            if chosen is None:
-                base_name = "a base that is quantized already" if quantizer is None else repr(quantizer)
-                raise ConfigurationError(
-                    f"There is no rounding with error feedback for {base_name}; take NF4 or Uniform."
-                )
+            chosen, requested = with_feedback(quantizer), quantizer
+            quantizers = {name: one and with_feedback(one) for name, one in quantizers.items()}
         initializer = Initializer(chosen, self.solver, scaling.rank, self.weighting, self.schedule)
         return Method(
-            initializer, scaling, self.inputs, requested, self.distillation, self.step, base, blocks=self.blocks
+            initializer,
+            scaling,
+            self.inputs,
+            requested,
+            self.distillation,
+            self.step,
+            base,
+            blocks=self.blocks,
+            quantizers=dict(quantizers),
         )
 
 

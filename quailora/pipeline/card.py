@@ -104,6 +104,13 @@ base = AutoModelForCausalLM.from_pretrained(
 )
 model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True)"""
 
+_MANY_BITS = """\
+from gptqmodel import GPTQModel
+from peft import PeftModel
+
+base = GPTQModel.load({place}).model  # transformers loads no base whose layers have different bits
+model = PeftModel.from_pretrained(base, "path/to/this/folder", is_trainable=True)"""
+
 
 def model_card(
     method: Method,
@@ -129,7 +136,7 @@ def model_card(
         moved: whether the adapter also holds what a training has changed.
     """
     initializer = method.initializer
-    base = method.quantizer if method.base is None else method.base.title
+    base = base_of(method)
     share, family = error_reduction(layers), method.family.title
     lora = family == "lora"
     front_matter = {"base_model": base_model, "library_name": "peft", "tags": [family, "quailora"]}
@@ -151,8 +158,8 @@ def model_card(
     return _CARD.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True, width=10**6),
         model=" ".join(model.split()),
-        quantizer_name=base if isinstance(base, str) else type(base).__name__,
-        quantizer=base,
+        quantizer_name=base,
+        quantizer=method.quantizer if method.base is None else base,
         solver=initializer.solver,
         metric=initializer.weighting,
         schedule=initializer.schedule,
@@ -211,6 +218,16 @@ def advice(method: Method) -> str:
     return (_WHOLE_BASE if method.initializer.schedule.changes_base else _WHOLE) + _FIGURES
 
 
+def base_of(method: Method) -> str:
+    """Return what the base of a method is, in words."""
+    if method.base is not None:
+        return method.base.title
+    others = len(method.quantizers) - len(method.kept)
+    own = f", with other bits in {others} layers" if others else ""
+    kept = f", {len(method.kept)} layers in full precision" if method.kept else ""
+    return f"{type(method.quantizer).__name__}{own}{kept}"
+
+
 def quoted(text: str) -> str:
     """Return a string as Python code, in double quotes, whatever is in it."""
     return json.dumps(text, ensure_ascii=False)
@@ -225,6 +242,8 @@ def loading_snippet(method: Method, base_model: str, quantized_base: str | None,
     snippet = _SNIPPET
     if method.frozen_rank is not None:
         snippet = f"import quailora\n{_SNIPPET}\nquailora.freeze(model, {method.frozen_rank})"
+    if len(method.every_quantizer) > 1:
+        return _MANY_BITS.format(place=quoted(quantized_base or f"{BESIDE}/base"))
     if quantized_base is not None or config is None:
         place = f"{quoted(quantized_base or f'{BESIDE}/base')}, dtype={quoted(dtype)},"
         remark = "" if quantized_base is not None else "  # which init writes with save_base=True"

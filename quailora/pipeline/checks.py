@@ -21,7 +21,7 @@ from ..quantizers.fourbit import FourBitWeight
 from ..quantizers.grid import GridWeight
 from ..support.choices import FactorsDtype
 from ..support.files import StrPath, check_output, check_writable, folder_of
-from .estimate import example_of
+from .formats import example_of
 
 logger = logging.getLogger("quailora")
 
@@ -94,6 +94,11 @@ def check_awq(layers: Mapping[str, Layer], method: Method, example: QuantizedWei
         raise ConfigurationError(
             "AutoAWQ's format holds groups of consecutive columns, and `activation_order` makes others. Pass "
             "`static_groups`, too, which keeps them."
+        )
+    if method.kept:
+        raise ConfigurationError(
+            "This base keeps some layers in full precision, which is written in AutoGPTQ's format only. Leave out "
+            "`base_format`."
         )
     if not isinstance(example, GridWeight) or example.bits != 4:
         raise ConfigurationError(

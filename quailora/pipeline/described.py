@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..adapters.lora import LoraScaling
 from ..calibration.sources import TextCalibration
 from ..methods.distillation import Distillation
 from ..methods.method import Method
 from ..methods.recipes import find_recipe
+from ..models.layers import ALL_LINEAR
 from ..schedules import Once
 from ..support.settings import describe
 from .options import Output
@@ -35,23 +37,25 @@ def options_of(plan: RunPlan) -> dict[str, Any] | None:
     }
     output = plan.output or Output("")
     quantizer = method.requested_quantizer or method.quantizer
+    planned = method.budget is not None  # and then the plan has bits, ranks and targets
     return {
         "model": plan.model,
-        "quantizer": None if quantizer is None else describe(quantizer),
+        "plan": method.budget,
+        "quantizer": None if quantizer is None or planned else describe(quantizer),
         "base": method.base.checkpoint if method.base is not None else None,
         "recipe": method.recipe,
         "family": describe(method.initializer.family),
         **(composed if method.recipe is None else {}),
-        "rank": scaling.rank if method.family.default_rank is not None else None,
+        "rank": scaling.rank if method.family.default_rank is not None and not planned else None,
         "frozen_rank": method.frozen_rank,
         "distill": 0 if distillation is None else distillation.steps,
         "distill_tokens": None if distillation is None else distillation.tokens,
         "distill_rate": None if distillation is None else distillation.learning_rate,
-        "alpha": scaling.alpha,
+        "alpha": scaling.alpha_for(LoraScaling.rank, scaling.scale_of("")) if planned else scaling.alpha,
         "rslora": scaling.rslora,
-        "rank_pattern": dict(scaling.rank_pattern) or None,
-        "alpha_pattern": dict(scaling.alpha_pattern) or None,
-        "targets": list(plan.targets),
+        "rank_pattern": None if planned else dict(scaling.rank_pattern) or None,
+        "alpha_pattern": None if planned else dict(scaling.alpha_pattern) or None,
+        "targets": [ALL_LINEAR] if planned else list(plan.targets),
         "factors_dtype": output.factors_dtype,
         "modules_to_save": list(output.modules_to_save),
         "calibration": calibration.text.source,
@@ -80,6 +84,8 @@ def can_be_named(method: Method) -> bool:
     # distillation can be asked for by its steps, tokens and rate, and another target than full precision cannot.
     recipe = None if method.recipe is None else find_recipe(method.recipe)
     if recipe is None and (method.initializer.schedule != Once() or method.blocks is not None):
+        return False
+    if method.quantizers and method.budget is None:
         return False
     asked = method.distillation
     if asked is not None:
@@ -121,6 +127,7 @@ def described_method(method: Method) -> dict[str, Any]:
         "rslora": method.scaling.rslora,
         "rank_pattern": dict(method.scaling.rank_pattern),
         "alpha_pattern": dict(method.scaling.alpha_pattern),
+        "quantizers": {name: describe(quantizer) for name, quantizer in method.quantizers.items()},
     }
 
 

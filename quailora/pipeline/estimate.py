@@ -15,17 +15,16 @@ from ..calibration.empty_pass import Reach
 from ..calibration.sources import CalibrationSource
 from ..calibration.tokens import TOKENS_PER_PASS
 from ..calibration.walk import InputsOf
-from ..core.statistics import InputStatistics
 from ..methods.block_training import TRAINED_BYTES
 from ..methods.method import Method
 from ..models.layers import Layer, block_of, kind, largest_block
-from ..quantizers import QuantizedWeight
+from ..quantizers import Quantizer
 from ..support.machine import duration, flops, size
 from ..support.tables import print_table
+from .formats import example_of
 
 _FIXED = {"cpu": 450 * 2**20, "cuda": 256 * 2**20}  # Python with torch and transformers; libraries of a GPU
 _MEMORY = {"cpu": "memory", "cuda": "GPU memory"}
-_SAMPLE = 64, 1024  # of a weight, to count the bits of a quantizer
 
 
 @final
@@ -120,16 +119,17 @@ def estimate(
         number_bytes: bytes of a number of the adapter in its file.
     """
     scaling = method.scaling
-    groups: dict[tuple[str, tuple[int, int], int], list[Layer]] = {}
+    groups: dict[tuple[str, tuple[int, int], int, Quantizer | None], list[Layer]] = {}
     for layer in layers.values():
-        groups.setdefault((kind(layer.name), layer.shape, scaling.rank_of(layer.group)), []).append(layer)
+        quantizer = method.initializer_of(layer).quantizer
+        groups.setdefault((kind(layer.name), layer.shape, scaling.rank_of(layer.group), quantizer), []).append(layer)
     rows = [
         (what, len(same), shape, rank, len(same) * method.family.numbers(shape, rank))
-        for (what, shape, rank), same in groups.items()
+        for (what, shape, rank, _), same in groups.items()
     ]
     shared = method.family.shared_numbers({name: layer.shape for name, layer in layers.items()}, scaling.rank)
     adapter_bytes = number_bytes * shared + sum(
-        len(same) * method.family.layer_bytes(shape, rank, number_bytes) for (_, shape, rank), same in groups.items()
+        len(same) * method.family.layer_bytes(shape, rank, number_bytes) for (_, shape, rank, _), same in groups.items()
     )
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
     stored = sum(len(same) * math.prod(same[0].shape) * bits_of(method, same[0]) for same in groups.values())
@@ -228,18 +228,6 @@ def largest_hidden(model: Any) -> int:
 def bits_of(method: Method, layer: Layer) -> float:
     """Return the stored bits of each weight of a layer: of the base that is there already, or of a small random one."""
     return example_of(method, layer).bits_per_weight
-
-
-def example_of(method: Method, layer: Layer) -> QuantizedWeight:
-    """Return a quantized weight in the format of a layer: that of the base, or a small random one."""
-    if method.base is not None:
-        return method.base.weight(layer.name, torch.float32)
-    assert method.quantizer is not None  # or a base, which `Method.check` sees to
-    rows, columns = (min(side, limit) for side, limit in zip(layer.shape, _SAMPLE, strict=True))
-    statistics = InputStatistics(columns)
-    statistics.add(torch.eye(columns, dtype=torch.float64), 1)
-    sample = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return method.quantizer.quantize(sample, statistics)
 
 
 def share_of_tokens(model: Any, layer: Layer) -> float:

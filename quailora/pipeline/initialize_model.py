@@ -43,11 +43,11 @@ from .plan import (
     check_written_base,
     method_of,
     plan_run,
-    quantized_layers,
     source_of,
 )
 from .run import ModelRun
 from .store import MemoryStore, Store
+from .targets import quantized_layers
 
 _ADVICE = "`offload='always'`, fewer or shorter samples, fewer targets, or `device='cpu'`"
 
@@ -250,7 +250,7 @@ def model_run(
     """
     method, reach = plan.method, plan.adapter.reach
     whole_base = plan.save_base or method.inputs != "full"
-    of_base = quantized_layers(loaded.model, layers, method.base) if whole_base else layers
+    of_base = quantized_layers(loaded.model, layers, method.base, method.kept) if whole_base else layers
     walk = Walk(
         loaded.model,
         reach.watched(of_base),

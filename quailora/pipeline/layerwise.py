@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 
@@ -52,8 +51,8 @@ def initialize_layer(
 
 
 def initializers(layer: Layer, methods: Mapping[str, Method]) -> dict[str, Initializer]:
-    """Return the initializer of each method with the rank of a layer, highest rank first."""
-    ranked = {name: replace(method.initializer, rank=method.rank_of(layer.group)) for name, method in methods.items()}
+    """Return the initializer of each method with the rank and the quantizer of a layer, highest rank first."""
+    ranked = {name: method.initializer_of(layer) for name, method in methods.items()}
     return dict(sorted(ranked.items(), key=lambda item: -item[1].rank))
 
 

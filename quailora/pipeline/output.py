@@ -230,7 +230,7 @@ def origin_of(method: Method, model: str, base: Mapping[str, BaseIdentity]) -> O
     # quantizer also needs the calibration text, whose inputs in the full-precision model it looks at. "base": it cannot
     # be made again, because it depends on corrections or was not made by quailora, and has to be loaded itself.
     needs = "model"
-    chosen = method.initializer.schedule.changes_base or method.trains_base
+    chosen = method.initializer.schedule.changes_base or method.trains_base or bool(method.quantizers)
     if quantizer is None or checkpoint is not None or chosen:
         needs = "base"
     elif quantizer.needs_calibration:

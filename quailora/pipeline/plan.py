@@ -19,7 +19,7 @@ from ..errors import ConfigurationError, DoesNotFitError
 from ..families import Family, find_family
 from ..methods.method import Method
 from ..methods.recipes import Recipe, find_recipe, resolved_name
-from ..models.layers import Layer, base_layers
+from ..models.layers import linear_layers
 from ..models.limits import fitting_length
 from ..models.load import empty_copy, empty_model, resolve_device
 from ..quantizers import NF4, Quantizer
@@ -38,8 +38,9 @@ from .checks import (
     warn_of_blocks,
     warn_of_training,
 )
-from .estimate import Estimate, estimate, example_of
+from .estimate import Estimate, estimate
 from .fine_tuned import FineTuned
+from .formats import check_single_layers, examples_of_base
 from .options import Output, Resources
 from .targets import AdapterPlan, plan_adapter
 
@@ -143,8 +144,16 @@ def plan_run(
         empty = empty_copy(model)
     if fine_tuned is not None:
         fine_tuned.check(empty)
+    check_single_layers(method, linear_layers(empty))
     adapter = plan_adapter(
-        empty, targets, method.scaling, method.base, family=method.family, stock=not save_base, wrapped=wrapped
+        empty,
+        targets,
+        method.scaling,
+        method.base,
+        family=method.family,
+        stock=not save_base,
+        wrapped=wrapped,
+        kept=method.kept,
     )
     method = replace(method, scaling=adapter.scaling)
     check_frozen_rank(method, adapter.layers)
@@ -179,11 +188,11 @@ def check_written_base(method: Method, adapter: AdapterPlan, base_format: BaseFo
     if base_format == "dequantized":
         check_layout(method.family, "float")
         return
-    stored = example_of(method, next(iter(adapter.layers.values())))
-    if base_format == "awq":
-        check_awq(adapter.layers, method, stored)
-    check_layout(method.family, stored.layout)
-    warn_of_blocks(adapter.layers, stored)
+    for stored in examples_of_base(method, adapter.layers):
+        if base_format == "awq":
+            check_awq(adapter.layers, method, stored)
+        check_layout(method.family, stored.layout)
+        warn_of_blocks(adapter.layers, stored)
 
 
 def choose_offload(asked: Offload, limit: str | None, needed: Estimate) -> bool:
@@ -286,15 +295,3 @@ def base_of(given: BaseGiven | None) -> tuple[Quantizer | None, ExistingBase | N
     if given is None or isinstance(given, Quantizer):
         return given or NF4(), None
     return None, given if isinstance(given, ExistingBase) else StoredBase(str(given))
-
-
-def quantized_layers(model: Any, chosen: Mapping[str, Layer], base: ExistingBase | None) -> dict[str, Layer]:
-    """Return every layer that the base of a model has in quantized form, chosen or not.
-
-    Args:
-        model: the full-precision model.
-        chosen: the layers that get a correction.
-        base: the base, if it is quantized already.
-    """
-    layers = base_layers(model, chosen)
-    return layers if base is None else base.among(layers)

@@ -152,15 +152,21 @@ class ModelRun:
         if not self.silent or distributed.rank() != 0:
             return
         for method_name, method in self.methods.items():
-            quantizer = method.quantizer if method.base is None else method.base.quantizer
-            if quantizer is None or quantizer.needs_calibration:
+            quantizers = {
+                name: method.initializer_of(layer).quantizer if method.base is None else method.base.quantizer
+                for name, layer in self.silent.items()
+            }
+            waiting = [one for one in quantizers.values() if one is None or one.needs_calibration]
+            if waiting:
                 logger.warning(
                     "The base keeps %d layers that text never reaches in full precision: %r needs their inputs.",
-                    len(self.silent),
-                    quantizer,
+                    len(waiting),
+                    waiting[0],
                 )
-                continue
             for name, layer in self.silent.items():
+                quantizer = quantizers[name]
+                if quantizer is None or quantizer.needs_calibration:
+                    continue
                 if not self.store.has(key(method_name, name)):
                     with resident(layer.module):
                         stored = method.quantized(layer) or quantizer.quantize(layer.weight)
@@ -243,8 +249,7 @@ class ModelRun:
         if layer.name not in self.targets:
             for name, method in methods.items():
                 with named(layer.name):
-                    given = method.quantized(layer)
-                    base = method.initializer.base(given)
+                    base = method.initializer_of(layer).base(method.quantized(layer))
                     quantized = (
                         base if isinstance(base, QuantizedWeight) else base.quantize(layer.weight, inputs.statistics)
                     )

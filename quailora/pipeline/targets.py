@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -13,7 +13,16 @@ from ..bases import ExistingBase
 from ..calibration.empty_pass import Reach, find_reach
 from ..errors import TargetError
 from ..families import Family, Lora
-from ..models.layers import Layer, all_layers, ending, kind, named_layers, select_layers, stock_quantizes
+from ..models.layers import (
+    Layer,
+    all_layers,
+    base_layers,
+    ending,
+    kind,
+    named_layers,
+    select_layers,
+    stock_quantizes,
+)
 from .checks import check_scaling
 
 logger = logging.getLogger("quailora")
@@ -50,6 +59,7 @@ def plan_adapter(
     family: Family = Lora(),  # noqa: B008 # frozen
     stock: bool = False,
     wrapped: bool = False,
+    kept: Collection[str] = (),
 ) -> AdapterPlan:
     """Return what an adapter for these targets consists of, found on a model without weights.
 
@@ -63,6 +73,7 @@ def plan_adapter(
         family: the kind of adapter.
         stock: whether stock transformers will quantize the base while it loads it, and decides likewise.
         wrapped: whether PEFT has put the adapter into a model already, so that it need not be asked whether it can.
+        kept: names of layers that the base keeps in full precision, so that there is nothing to correct.
 
     Raises:
         TargetError: if a target matches nothing, names a layer that cannot be used, or one too small for its rank.
@@ -78,6 +89,7 @@ def plan_adapter(
     reasons |= {name: "they do not turn one input into one output" for name in chosen if name in reach.odd}
     linear = {name: layer for name, layer in chosen.items() if layer.expert is None and name not in reasons}
     reasons |= unquantized(linear, base, stock=stock)
+    reasons |= {name: "the base keeps them in full precision" for name in chosen if name in kept}
     left = {name: layer for name, layer in chosen.items() if name not in reasons}
     fitted = fit_ranks(left, named, scaling, family)
     if left:
@@ -194,3 +206,18 @@ def tell_ranks(layers: Mapping[str, Layer], asked: LoraScaling, fitted: LoraScal
             lowered.setdefault(fitted.rank_of(layer.group), []).append(layer.name)
     for rank, names in lowered.items():
         logger.warning("Rank %d, the largest they can carry, for: %s.", rank, in_short(names))
+
+
+def quantized_layers(
+    model: Any, chosen: Mapping[str, Layer], base: ExistingBase | None, kept: Collection[str] = ()
+) -> dict[str, Layer]:
+    """Return every layer that the base of a model has in quantized form, chosen or not.
+
+    Args:
+        model: the full-precision model.
+        chosen: the layers that get a correction.
+        base: the base, if it is quantized already.
+        kept: names of layers that stay in full precision.
+    """
+    layers = {name: layer for name, layer in base_layers(model, chosen).items() if name not in kept}
+    return layers if base is None else base.among(layers)

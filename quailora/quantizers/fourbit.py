@@ -234,7 +234,8 @@ class ScaledTable:
         """Return the code of the nearest value, held in float32."""
         # The levels ascend, so the nearest one changes in the middle between two neighbours.
         middles = (self.table[1:] + self.table[:-1]) / 2
-        return torch.bucketize(value / self.scale.clamp(min=torch.finfo(value.dtype).tiny), middles).to(value.dtype)
+        scaled = value / self.scale.clamp(min=torch.finfo(value.dtype).tiny)
+        return torch.bucketize(scaled.contiguous(), middles).to(value.dtype)  # weights of GPT-2 are stored transposed
 
     def decode(self, codes: Float[Tensor, "*weights"]) -> Float[Tensor, "*weights"]:
         """Return the values of codes."""

@@ -1,0 +1,75 @@
+"""The formats of the layers of a base, told from small examples before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..core.statistics import InputStatistics
+from ..errors import ConfigurationError, TargetError
+from ..methods.method import Method
+from ..models.layers import Layer
+from ..quantizers import QuantizedWeight, Quantizer
+
+_SAMPLE = 64, 1024  # of a weight, to count the bits of a quantizer
+
+
+def example_of(method: Method, layer: Layer) -> QuantizedWeight:
+    """Return a quantized weight in the format of a layer: that of the base, or a small random one."""
+    if method.base is not None:
+        return method.base.weight(layer.name, torch.float32)
+    quantizer = method.initializer_of(layer).quantizer
+    assert quantizer is not None  # or a base, which `Method.check` sees to
+    return example_by(quantizer, layer)
+
+
+def example_by(quantizer: Quantizer, layer: Layer) -> QuantizedWeight:
+    """Return a small random weight in the format that a quantizer gives a layer."""
+    # A few rows and columns have as many bits each as the whole layer, and take no time.
+    rows, columns = (min(side, limit) for side, limit in zip(layer.shape, _SAMPLE, strict=True))
+    statistics = InputStatistics(columns)
+    statistics.add(torch.eye(columns, dtype=torch.float64), 1)
+    sample = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    return quantizer.quantize(sample, statistics)
+
+
+def check_single_layers(method: Method, layers: Mapping[str, Layer]) -> None:
+    """Raise a `TargetError` if a method has quantizers for layers that the model does not have.
+
+    Args:
+        method: how layers are quantized.
+        layers: the linear layers of the model.
+    """
+    unknown = [name for name in method.quantizers if name not in layers]
+    if unknown:
+        raise TargetError(
+            f"Expected quantizers for linear layers of this model, got some for {unknown[0]!r} and {len(unknown) - 1} "
+            f"others that it does not have. Its first linear layer is {next(iter(layers), 'missing')}. A budget plan "
+            "belongs to the model that it was made for."
+        )
+
+
+def examples_of_base(method: Method, layers: Mapping[str, Layer]) -> list[QuantizedWeight]:
+    """Return an example for each quantizer of a base, all of formats that one checkpoint can hold.
+
+    Args:
+        method: how layers are quantized.
+        layers: the layers that get a correction.
+
+    Raises:
+        ConfigurationError: if no checkpoint holds layers of all these formats.
+    """
+    first = next(iter(layers.values()))
+    if len(method.every_quantizer) < 2:
+        return [example_of(method, first)]
+    # AutoGPTQ's format has bits and groups for each layer, in gptqmodel's `dynamic`. Checkpoints of other formats have
+    # one configuration for all layers that are quantized.
+    examples = {quantizer: example_by(quantizer, first) for quantizer in method.every_quantizer}
+    others = [quantizer for quantizer, example in examples.items() if "qweight" not in example.packed()]
+    if others:
+        raise ConfigurationError(
+            f"A checkpoint holds layers of several formats only where all are in AutoGPTQ's, which {others[0]!r} is "
+            "not. Take Uniform or GPTQ of 2, 3, 4 or 8 bits for each layer, or one quantizer for all."
+        )
+    return list(examples.values())

@@ -10,35 +10,31 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from jsonargparse import auto_cli
 from torch import Tensor
 
 from quailora import NF4, Calibration, LoraScaling, Output, Quantizer, Resources, TextSource, Uniform
 from quailora.calibration.examples import BlockExamples
 from quailora.calibration.walk import Block
-from quailora.evaluation.scores import Corrected, measure
-from quailora.evaluation.texts import EvaluationTexts
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.distillation import Distillation
 from quailora.methods.recipes import Recipe, find_recipe
 from quailora.models.layers import all_layers, block_of
 from quailora.pipeline.initialize_model import finished_run, model_run
 from quailora.pipeline.loading import loaded_model
-from quailora.pipeline.output import AdapterOutput
 from quailora.pipeline.plan import RunPlan, plan_run, source_of
-from quailora.pipeline.store import MemoryStore, StoredLayer
+from quailora.pipeline.store import MemoryStore
 from quailora.pipeline.trained_blocks import compensated, weight_of
 
-from .after import acquired
-from .data import OTHER_TEXTS, TEST
+from .data import OTHER_TEXTS
 from .few_bits_tables import draw
 from .protocol import REFERENCE, Protocol
 from .runs import RESULTS, Store
+from .scored import Size, open_jobs, scores_of
 
 logger = logging.getLogger("experiments")
 
@@ -62,23 +58,6 @@ BLOCKS: dict[str, BlockTraining] = {
 
 STEPS = 120
 """Steps of the distillation that ends a job; rows have the model before it as well."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much a job calibrates on, and how much it is measured on.
-
-    Attributes:
-        samples: calibration windows, of which three quarters are trained on.
-        sequence_length: tokens in each of them.
-        windows: evaluation windows of each text.
-        window_length: tokens in each of these.
-    """
-
-    samples: int = 160
-    sequence_length: int = 1024
-    windows: int = 8
-    window_length: int = 2048
 
 
 SIZE = Size()
@@ -143,17 +122,8 @@ class FewBits:
             only: jobs whose names contain this.
             seconds: after which no further job is begun.
         """
-        began = time.monotonic()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for job in jobs():
-            lock = FileLock(self._folder / f"{job.replace('/', '-')}.lock")
-            if only not in job or job in self._done() or time.monotonic() - began > seconds or not acquired(lock):
-                continue
-            try:
-                if job not in self._done():
-                    self._store.add({"key": job, **(self._blocks(job) if "/blocks/" in job else self._made(job))})
-            finally:
-                lock.release()
+        for job in open_jobs(jobs(), self._done, self._folder, only, seconds):
+            self._store.add({"key": job, **(self._blocks(job) if "/blocks/" in job else self._made(job))})
 
     def _done(self) -> set[str]:
         return {row["key"] for row in self._store.rows()}
@@ -208,30 +178,12 @@ class FewBits:
             records = finished.records
             blocks = {block_of(record.name): record for record in records}
             return {
-                "scores": self._scores(finished, stages),
+                "scores": scores_of(finished, stages, self._texts, self._size),
                 "bytes": sum(record.bits_per_weight * record.shape[0] * record.shape[1] for record in records) / 8,
                 "adapter": sum(record.numbers for record in records),
                 "blocks": [(one.block_error, one.block_error_trained) for one in blocks.values()],
                 "seconds": round(seconds),
             }
-
-    def _scores(
-        self, finished: AdapterOutput, stages: Mapping[str, Mapping[str, StoredLayer]]
-    ) -> dict[str, dict[str, list[float]]]:
-        """Return losses and divergences of each window, by stage and text; those of full precision, too."""
-        model = finished.loaded.model
-        variants: dict[str, Mapping[str, Any]] = {"full": {}}
-        for stage, layers in stages.items():
-            weights = {name: one.dequantized for name, one in layers.items() if one.dequantized is not None}
-            corrections = {name: one.correction for name, one in layers.items() if one.correction is not None}
-            variants[stage] = Corrected(weights, corrections, model.device)
-        sources = tuple(str(self._texts / name) for name in (TEST, OTHER_TEXTS["c4"]))
-        texts = EvaluationTexts(sources, windows=self._size.windows, window_length=self._size.window_length)
-        scores: dict[str, dict[str, list[float]]] = {stage: {} for stage in variants}
-        for (_, ids), text in zip(texts.cut(finished.loaded), ("wikitext2", "c4"), strict=True):
-            for stage, found in measure(model, finished.run.layers, variants, ids, f"Evaluating on {text}").items():
-                scores[stage] |= {text: list(found.losses), f"{text} kl": list(found.divergences)}
-        return scores
 
 
 if __name__ == "__main__":

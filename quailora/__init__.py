@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .adapters.frozen import freeze
     from .adapters.lora import LoraScaling
     from .bases import ExistingBase, StoredBase
+    from .budget.plan import BudgetPlan
     from .calibration.text import TextSource
     from .calibration.windows import Calibration
     from .core.metrics import Diagonal, Gram, Identity, Metric
@@ -72,6 +73,7 @@ _HOMES = {
     "adapters.frozen": ("freeze",),
     "adapters.lora": ("LoraScaling",),
     "bases": ("ExistingBase", "StoredBase"),
+    "budget.plan": ("BudgetPlan",),
     "calibration.text": ("TextSource",),
     "calibration.windows": ("Calibration",),
     "core.metrics": ("Diagonal", "Gram", "Identity", "Metric"),
@@ -120,6 +122,7 @@ __all__ = [
     "AlternatingLeastSquares",
     "AutoGPTQ",
     "BlockTraining",
+    "BudgetPlan",
     "Calibration",
     "Correction",
     "Diagonal",

@@ -21,7 +21,7 @@ FLOORS = (
     {"methods"},
     {"pipeline"},
     {"evaluation", "training"},
-    {"comparison", "merging"},
+    {"budget", "comparison", "merging"},
     {"cli", "testing", "__init__"},
     {"__main__"},
 )

@@ -9,8 +9,9 @@ import pytest
 from runs import stopped_after_a_block
 
 from experiments import few_bits
-from experiments.few_bits import FewBits, Size, jobs
+from experiments.few_bits import FewBits, jobs
 from experiments.few_bits_tables import draw
+from experiments.scored import Size
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.recipes import RECIPES
 

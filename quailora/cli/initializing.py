@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, final
 
 from ..adapters.lora import LoraScaling
 from ..bases import StoredBase
+from ..budget.plan import BudgetPlan
 from ..calibration.sources import TextCalibration
 from ..calibration.text import TextSource
 from ..calibration.windows import Calibration
@@ -19,6 +21,7 @@ from ..layer.initializer import Initializer
 from ..methods.distillation import Distillation
 from ..methods.method import Method
 from ..methods.recipes import find_recipe, resolved_name
+from ..models.layers import ALL_LINEAR
 from ..pipeline.estimate import Estimate
 from ..pipeline.initialize_model import carry_out
 from ..pipeline.options import Output, Resources
@@ -29,6 +32,8 @@ from ..support.choices import InputsOf
 from ..support.files import as_str
 from ..support.tables import print_note, print_table
 from .next_steps import next_steps
+
+logger = logging.getLogger("quailora")
 
 
 @final
@@ -100,7 +105,12 @@ def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
     rank = asked_rank(options["rank"], options["family"])
     scaling = LoraScaling(rank, options["alpha"], options["rslora"], *patterns)
     asked = Asked(options["solver"], options["metric"], options["inputs"])
-    method = asked_method(options["recipe"], options["quantizer"], as_str(options["base"]), scaling, asked)
+    targets = options["targets"]
+    if options["plan"] is None:
+        method = asked_method(options["recipe"], options["quantizer"], as_str(options["base"]), scaling, asked)
+    else:
+        budget = asked_plan(options, asked)
+        method, targets = budget.method(options["recipe"] or budget.recipe, scaling), budget.targets
     initializer = replace(method.initializer, family=options["family"])
     distillation = asked_distillation(method.distillation, options)
     method = replace(method, initializer=initializer, frozen_rank=options["frozen_rank"], distillation=distillation)
@@ -123,11 +133,37 @@ def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
         options["trust_remote_code"],
     )
     # The same two steps as in `initialize_model`. Between them a dry run ends.
-    plan = plan_run(str(options["model"]), method, TextCalibration(source), options["targets"], output, resources)
+    plan = plan_run(str(options["model"]), method, TextCalibration(source), targets, output, resources)
     if options["dry_run"]:
         return plan.estimate
     result = carry_out(plan)
     return InitResult(Path(plan.output.folder if plan.output else output.folder), result.report)
+
+
+def asked_plan(options: Mapping[str, Any], asked: Asked) -> BudgetPlan:
+    """Return the budget plan that was asked for.
+
+    Args:
+        options: every option of `quailora init` by name.
+        asked: the parts of a method that were asked for.
+
+    Raises:
+        ConfigurationError: if an option contradicts the plan.
+        ModelError: if the plan cannot be read.
+    """
+    defaults = {"quantizer": None, "base": None, "rank": None, "rank_pattern": None, "alpha_pattern": None}
+    given = [name for name, default in defaults.items() if options[name] != default]
+    given += ["targets"] if tuple(options["targets"]) != (ALL_LINEAR,) else []
+    given += ["solver, metric or inputs"] if asked != Asked() else []
+    if given:
+        raise ConfigurationError(
+            f"A budget plan decides bits, ranks and targets, and a recipe the rest, got {', '.join(given)} as well. "
+            "Leave that out, or plan again."
+        )
+    plan = BudgetPlan.read(options["plan"])
+    if plan.model != str(options["model"]):
+        logger.warning("This budget plan was made for %s; it is used for %s.", plan.model, options["model"])
+    return plan
 
 
 def asked_rank(rank: int | None, family: Family | None) -> int:

@@ -16,12 +16,14 @@ from .evaluate import evaluate
 from .init import init
 from .list import list_components
 from .merge import merge
+from .plan import plan
 from .rebase import rebase
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "init": init,
     "evaluate": evaluate,
     "compare": compare,
+    "plan": plan,
     "check": check,
     "convert": convert,
     "merge": merge,

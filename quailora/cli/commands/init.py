@@ -28,6 +28,7 @@ def init(
     out: StrPath,
     quantizer: Component = NF4,
     base: StrPath | None = None,
+    plan: StrPath | None = None,
     solver: Component = Component("quailora"),  # noqa: B008 # frozen
     metric: Component = Component("gram"),  # noqa: B008
     recipe: str | None = None,
@@ -74,6 +75,9 @@ def init(
         quantizer: how the base will be quantized, NF4 by default; `quailora list` names them.
         base: a checkpoint of this model that is quantized already, hub name or folder, to make the adapter for, in
             place of a quantizer: of bitsandbytes in 4 or 8 bits, GPTQ, AWQ, HQQ, or torchao in 8 bits.
+        plan: a budget plan, file or folder, which `quailora plan` has written: bits and rank of each layer, and which
+            layers stay in full precision. It takes the place of quantizer, rank, patterns and targets. The recipe is
+            best-joint by default, and best for bitsandbytes.
         solver: how the correction is found; `quailora list` names them.
         metric: what the solver minimises: gram is the output error, shrunk the same with less weight on
             correlations of the inputs, which generalises better, diagonal ignores them, magnitude weighs them by mean
@@ -146,6 +150,7 @@ def init(
 
     made = {name: options[name].made(name) for name in ("quantizer", "solver", "metric")}
     made["family"] = None if family is None else family.made("family")
-    if quantizer is NF4 and base is not None:  # the default does not contradict a base, NF4 that was asked for does
+    # The default does not contradict a base or a plan, NF4 that was asked for does.
+    if quantizer is NF4 and (base is not None or plan is not None):
         made["quantizer"] = None
     return run_init(options | made)

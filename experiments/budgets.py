@@ -1,0 +1,215 @@
+"""Budgets: plans against what is the same in all layers, at the same bytes; `python -m experiments.budgets --help`.
+
+Each job is one model and one row of JSON. A job that was killed goes on where it ended, and jobs that are done are left
+out. `docs/budgets.md` has what `draw` makes of the rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+
+from quailora import NF4, Calibration, LoraScaling, Output, Quantizer, Resources, TextSource, Uniform
+from quailora.budget.choices import Choice
+from quailora.budget.measurements import Measurements
+from quailora.budget.plan import Budget, BudgetPlan
+from quailora.budget.planning import Planner
+from quailora.methods.method import Method
+from quailora.methods.recipes import Recipe, find_recipe
+from quailora.models.layers import Layer
+from quailora.pipeline.formats import example_by
+from quailora.pipeline.initialize_model import finished_run
+from quailora.pipeline.plan import plan_run, source_of
+from quailora.schedules import HeldOut, Once
+from quailora.solvers import Zero
+
+from .budgets_tables import draw
+from .data import OTHER_TEXTS
+from .protocol import REFERENCE, Protocol
+from .runs import RESULTS, Store
+from .scored import Size, open_jobs, scores_of
+
+BUDGETS = (3.5, 4.5)
+"""Bits for each weight of the layers, adapters included."""
+
+BASES: dict[str, Quantizer] = {
+    "2 bits": Uniform(2, 32),
+    "3 bits": Uniform(3, 64),
+    "4 bits": Uniform(4, 64),
+    "NF4": NF4(),
+}
+"""Bases that are the same in all layers; each gets the highest rank that the budget leaves."""
+
+POINTS: dict[str, tuple[Quantizer, int]] = {
+    "3 bits + rank 16": (Uniform(3, 64), 16),
+    "4 bits": (Uniform(4, 64), 0),
+    "NF4 + rank 16": (NF4(), 16),
+    "2 bits + rank 64": (Uniform(2, 32), 64),
+}
+"""Models that are the same in all layers, with whose bytes plans are made as well; a rank of 0 is no adapter."""
+
+RECIPE = "best-joint"
+
+BARE = Recipe("no adapter, rounded as held-out tokens choose", Zero(), schedule=HeldOut(Once()), inputs="asymmetric")
+"""What makes a base without an adapter, as carefully as `RECIPE` makes one with an adapter."""
+
+SIZE = Size(samples=64, sequence_length=512)
+
+
+def jobs() -> list[str]:
+    """Return the names of all jobs, most important first: budget, what is chosen, and seed."""
+    found = []
+    for seed in (0, 1, 2):
+        for budget in BUDGETS:
+            names = [name for name, quantizer in BASES.items() if bits_of(quantizer) <= budget]
+            found += [f"{budget}/{what}/{seed}" for what in ("plan", *reversed(names), "skips")]
+        found += [f"{point}/{what}/{seed}" for point in POINTS for what in ("same", "plan")]
+    return found
+
+
+def bits_of(quantizer: Quantizer, layer: Layer | None = None) -> float:
+    """Return the bits of a weight, of a layer or of any that is large."""
+    from torch import nn
+
+    return example_by(quantizer, layer or Layer("", nn.Linear(576, 576, bias=False, device="meta"))).bits_per_weight
+
+
+class Budgets:
+    """What models of the same bytes predict, whose bits and ranks were chosen in different ways.
+
+    Args:
+        measured: folder of `quailora plan` with the measurements that plans are made from.
+        texts: folder with WikiText-2, validation and test, and C4.
+        folder: folder for jobs that are not finished.
+        results: folder of the results.
+        device: what computes, as `quailora init` takes it.
+        model: hub name or folder of the model, or "demo".
+        size: how much text is used.
+    """
+
+    def __init__(
+        self,
+        measured: Path = Path("plans"),
+        texts: Path = Path("texts"),
+        folder: Path = Path("runs/budgets"),
+        results: Path = RESULTS,
+        device: str = "auto",
+        model: str = "demo",
+        size: Size = SIZE,
+    ) -> None:
+        self._protocol: Protocol = replace(REFERENCE, model=model)
+        self._measured, self._texts, self._folder, self._device, self._size = measured, texts, folder, device, size
+        self._store = Store(self._protocol, results, "budgets")
+
+    def left(self) -> None:
+        """Print the jobs that are left."""
+        print("\n".join(job for job in jobs() if job not in self._done()))
+
+    def draw(self, page: Path = Path("docs/budgets.md")) -> None:
+        """Write the tables into the documentation.
+
+        Args:
+            page: the page.
+        """
+        draw(self._store.rows(), page)
+
+    def run(self, only: str = "", seconds: float = 1e9) -> None:
+        """Carry out the jobs that are left, except for those that another process is at.
+
+        Args:
+            only: jobs whose names contain this.
+            seconds: after which no further job is begun.
+        """
+        for job in open_jobs(jobs(), self._done, self._folder, only, seconds):
+            self._store.add({"key": job, **self._made(job)})
+
+    def _done(self) -> set[str]:
+        return {row["key"] for row in self._store.rows()}
+
+    def _asked(self, budget: str, what: str) -> tuple[Method, list[str], BudgetPlan | None]:
+        """Return the method of a job, the layers with an adapter, and the plan, if there is one."""
+        measured = Measurements.read(self._measured / "measurements.json")
+        planner, sides = Planner(measured), sum(sum(layer.shape) for layer in measured.layers.values())
+
+        def bytes_of(quantizer: Quantizer) -> float:
+            weights = (layer.shape[0] * layer.shape[1] for layer in measured.layers.values())
+            return sum(bits_of(quantizer) * count / 8 for count in weights)
+
+        if budget in POINTS:
+            quantizer, rank = POINTS[budget]
+            nbytes = bytes_of(quantizer) + 2 * rank * sides
+            if what == "same":
+                recipe = find_recipe(RECIPE) if rank else BARE
+                return recipe.method(quantizer, LoraScaling(max(1, rank))), ["all-linear"], None
+        else:
+            nbytes = Budget(f"{budget}bits").nbytes(measured.weights, measured.other_bytes)
+        if what == "plan":
+            plan = planner.within(nbytes, f"{budget} bits")
+            if plan.targets:
+                return plan.method(RECIPE), plan.targets, plan
+            return BARE.method(plan.quantizer, LoraScaling(1), quantizers=plan.quantizers), ["all-linear"], plan
+        if what == "skips":
+            found = planner.skipping(nbytes)
+            assert found is not None  # there are choices as small as every budget
+            return BARE.method(found.quantizer, LoraScaling(1), quantizers=found.quantizers), ["all-linear"], found
+        # The highest rank whose bytes fit, even if it is not one of those that plans choose from.
+        rank = int((nbytes - bytes_of(BASES[what])) // (2 * sides))
+        return find_recipe(RECIPE).method(BASES[what], LoraScaling(max(1, rank))), ["all-linear"], None
+
+    def _made(self, job: str) -> dict[str, Any]:
+        """Make the model of a job, and return its scores."""
+        budget, what, seed = job.split("/")
+        method, targets, planned = self._asked(budget, what)
+        text = TextSource(str(self._texts / OTHER_TEXTS["wikitext2"]))
+        source = source_of(Calibration(text, self._size.samples, self._size.sequence_length, seed=int(seed)))
+        output = Output(self._folder / job.replace("/", "-"))
+        resources = Resources(device="auto" if self._device == "auto" else "cpu")
+        plan = plan_run(self._protocol.model, method, source, targets, output, resources)
+        began = time.monotonic()
+        with finished_run(plan) as finished:
+            assert finished is not None
+            seconds = time.monotonic() - began
+            scores = scores_of(finished, {"made": finished.finished}, self._texts, self._size)
+            return {
+                "scores": scores,
+                **sizes(finished.loaded.model, finished.run.layers, method, finished.records),
+                "expected": None if planned is None else planned.divergence,
+                "rank": method.scaling.rank,
+                "seconds": round(seconds),
+            }
+
+
+def sizes(model: Any, layers: Mapping[str, Layer], method: Method, records: Any) -> dict[str, Any]:
+    """Return the bytes of base and adapter, and how many layers have which bits.
+
+    Args:
+        model: the model in full precision.
+        layers: the layers of the base that are quantized.
+        method: how.
+        records: entries of the report, one for each layer with an adapter.
+    """
+    kept = [model.get_submodule(name).weight for name in method.kept]
+    counted: dict[str, int] = {"16 bits": len(kept)} if kept else {}
+    base = 2.0 * sum(weight.numel() for weight in kept)
+    for layer in layers.values():
+        quantizer = method.initializer_of(layer).quantizer
+        assert quantizer is not None
+        title = Choice(quantizer).base
+        counted[title] = counted.get(title, 0) + 1
+        base += bits_of(quantizer, layer) * layer.shape[0] * layer.shape[1] / 8
+    bare = isinstance(method.initializer.solver, Zero)
+    return {"bytes": base, "adapter": 0 if bare else sum(record.numbers for record in records), "layers": counted}
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    auto_cli(Budgets, as_positional=False)
+    sys.exit(0)

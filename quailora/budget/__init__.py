@@ -1,0 +1,1 @@
+"""Bits, ranks and layers in full precision, chosen together for a number of bytes."""

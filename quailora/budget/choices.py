@@ -1,0 +1,116 @@
+"""What a layer can become: a quantizer and a rank, or full precision; and how many bytes that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+from ..errors import ConfigurationError, check_choice
+from ..models.layers import Layer
+from ..pipeline.formats import example_by
+from ..quantizers import NF4, Quantizer, Uniform
+from ..support.settings import build, describe
+
+PlanFormat = Literal["gptq", "bitsandbytes"]
+"""Which checkpoint the base of a plan becomes: AutoGPTQ's, with bits for each layer, or bitsandbytes' of 4 bits."""
+
+FULL_BITS = 16
+"""Bits of a weight in full precision, and of a number of an adapter."""
+
+_NARROW = 32  # largest group for codes of 2 bits, whose scales are worth more than their bytes
+
+
+@final
+@dataclass(frozen=True)
+class Choice:
+    """What a layer can become.
+
+    Attributes:
+        quantizer: quantizer of the layer; None for a layer in full precision.
+        rank: rank of its adapter; 0 for none. A layer in full precision has none.
+    """
+
+    quantizer: Quantizer | None
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or (self.quantizer is None and self.rank):
+            raise ConfigurationError(
+                f"Expected a rank of 0 or more, and of 0 in full precision, got {self.rank} for {self.quantizer!r}."
+            )
+
+    @property
+    def title(self) -> str:
+        """The choice in a few words, such as `3 bits + rank 16`."""
+        return f"{self.base} + rank {self.rank}" if self.rank else self.base
+
+    @property
+    def base(self) -> str:
+        """The base in a few words, such as `3 bits`."""
+        if self.quantizer is None:
+            return f"{FULL_BITS} bits"
+        bits = getattr(self.quantizer, "bits", None)
+        return self.quantizer.name if bits is None else f"{bits} bits"
+
+    def nbytes(self, layer: Layer) -> int:
+        """Return the bytes of a layer and its adapter: codes, scales, zero points, and factors in 16 bits."""
+        rows, columns = layer.shape
+        bits = FULL_BITS if self.quantizer is None else example_by(self.quantizer, layer).bits_per_weight
+        return round((rows * columns * bits + self.rank * (rows + columns) * FULL_BITS) / 8)
+
+    def is_packed(self, layer: Layer) -> bool:
+        """Return whether the codes of a layer fill whole words of 32 bits, without which no checkpoint holds them."""
+        # bitsandbytes and full precision have no such words, and 32 bits fill one always.
+        bits = getattr(self.quantizer, "bits", 32)
+        return all(side * bits % 32 == 0 for side in layer.shape)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the choice as plain data."""
+        return {"quantizer": None if self.quantizer is None else describe(self.quantizer), "rank": self.rank}
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> Choice:
+        """Build what `as_dict` returned, after a trip through JSON.
+
+        Raises:
+            ModelError: if the quantizer is unknown here.
+        """
+        described = content["quantizer"]
+        return cls(None if described is None else build(Quantizer, described), content["rank"])  # type: ignore[type-abstract]
+
+
+def possible_choices(
+    base_format: PlanFormat, bits: Sequence[int], ranks: Sequence[int], group_size: int = 64
+) -> tuple[Choice, ...]:
+    """Return every combination of bits and ranks that checkpoints of a format hold, cheapest bits first.
+
+    Args:
+        base_format: format of the base.
+        bits: bits to choose from; 16 leaves a layer in full precision, without an adapter.
+        ranks: ranks to choose from.
+        group_size: columns that share a scale in AutoGPTQ's format; with 2 bits at most 32 of them.
+
+    Raises:
+        ConfigurationError: if the format does not hold layers of these bits, or there is nothing to choose.
+    """
+    check_choice("a format", base_format, ("gptq", "bitsandbytes"))
+    known = (2, 3, 4, 8, FULL_BITS) if base_format == "gptq" else (4, FULL_BITS)
+    wrong = [one for one in bits if one not in known]
+    if wrong or not bits or not ranks or min(ranks) < 0:
+        raise ConfigurationError(
+            f"Expected bits among {', '.join(map(str, known))} for a base of {base_format}, and ranks of 0 or more, "
+            f"got bits {list(bits)} and ranks {list(ranks)}."
+        )
+    found: list[Choice] = []
+    for width in sorted(set(bits)):
+        if width == FULL_BITS:
+            found.append(Choice(None))
+            continue
+        # Codes of 2 bits need a scale for every 32 columns: the error that this takes off is worth its bytes.
+        size = min(group_size, _NARROW) if width == min(known) == 2 else group_size
+        quantizer = Uniform(width, size) if base_format == "gptq" else NF4()
+        found += [Choice(quantizer, rank) for rank in sorted(set(ranks))]
+    if all(choice.quantizer is None for choice in found):
+        raise ConfigurationError("Expected bits below 16 to choose from, got 16 only. There is nothing to plan.")
+    return tuple(found)

@@ -1,0 +1,186 @@
+"""Measure what each choice would cost in each layer of a model: one walk, and one run for each layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapters.lora import LoraScaling
+from ..bases.writer import is_replaced
+from ..calibration.collector import LayerInputs
+from ..calibration.sources import TextCalibration
+from ..calibration.tokens import CalibrationTokens
+from ..calibration.walk import Block, Walk
+from ..errors import ConfigurationError, named
+from ..methods.recipes import find_recipe
+from ..models.layers import ALL_LINEAR, Layer, all_layers, block_of, stock_quantizes
+from ..models.limits import check_token_ids
+from ..models.load import LoadedModel
+from ..pipeline.checkpoint import locked, open_checkpoint
+from ..pipeline.estimate import parameter_bytes
+from ..pipeline.fingerprint import fingerprint
+from ..pipeline.formats import example_by
+from ..pipeline.loading import loaded_model
+from ..pipeline.options import Resources
+from ..pipeline.plan import RunPlan, plan_run
+from ..pipeline.store import Store, StoredLayer
+from ..quantizers import Quantizer
+from ..support import distributed
+from ..support.progress import counting
+from .choices import Choice
+from .divergences import ERRORS, PROBE, held_out_windows, measure_divergences, weight_in
+from .layer_errors import layer_errors
+from .measurements import MeasuredLayer, Measurements
+from .question import Question
+
+
+def planned(model: str, question: Question, source: TextCalibration, resources: Resources) -> RunPlan:
+    """Return the plan of the walk through a model; only configurations and shapes are read.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    quantizer = next(choice.quantizer for choice in question.choices if choice.quantizer is not None)
+    method = find_recipe("best-joint").method(quantizer, LoraScaling(1))
+    plan = plan_run(model, method, source, [ALL_LINEAR], None, resources)
+    written = quantizer.stock_config() is None or Choice(None) in question.choices
+    check_packable(plan.adapter.layers, quantizer, written=written)
+    return plan
+
+
+def check_packable(layers: Mapping[str, Layer], quantizer: Quantizer, *, written: bool) -> None:
+    """Raise a `ConfigurationError` unless checkpoints hold all layers in the format of a quantizer.
+
+    A base that is written in floating point takes the bytes of full precision, whatever was planned.
+
+    Args:
+        layers: the layers.
+        quantizer: one of the quantizers to choose from.
+        written: whether the base has to be written, because stock packages do not make it while they load a model.
+    """
+    grouped = "qweight" in example_by(quantizer, next(iter(layers.values()))).packed()
+    odd = [
+        name
+        for name, layer in layers.items()
+        if not (is_replaced(layer) if written else stock_quantizes(layer)) or (grouped and not block_of(name))
+    ]
+    if odd:
+        raise ConfigurationError(
+            f"No checkpoint holds {len(odd)} of the {len(layers)} layers in this format, {odd[0]} among them: "
+            f"{layers[odd[0]].module}. Choose ranks only, with `format='bitsandbytes'` and `bits=[4]`, or plan another "
+            "model."
+        )
+
+
+def measure_model(plan: RunPlan, question: Question, folder: Path, *, fresh: bool = False) -> Measurements:
+    """Measure the layers of a model; what was measured before a process was killed is not measured again.
+
+    Args:
+        plan: the model and the text; see `planned`.
+        question: what is to be measured.
+        folder: an existing folder for the state of the measurement.
+        fresh: forget what is there.
+
+    Raises:
+        ConfigurationError: if there are several processes.
+        ResumeError: if the folder holds the state of another measurement.
+    """
+    if distributed.world_size() > 1:
+        raise ConfigurationError("Layers are measured by one process. Start it without torchrun.")
+    began = time.perf_counter()
+    with locked(folder):
+        loaded = loaded_model(plan, None)
+        layers = plan.adapter.of(all_layers(loaded.model))
+        loaded.model.eval()
+        tokens = plan.source.tokens(loaded.tokenizer)
+        check_token_ids(loaded.model, torch.cat(tokens.sequences)[None])
+        settings = question.described() | {"layers": list(layers)}
+        depends = fingerprint(settings, loaded, tokens)
+        store = open_checkpoint(folder, depends, fresh)
+        measure_errors(plan, question, loaded, layers, tokens, store)
+        reference, divergences = measure_divergences(question, loaded, layers, held_out_windows(tokens), store)
+        measured = {
+            name: MeasuredLayer(
+                layer.shape,
+                tuple(choice.nbytes(layer) if choice.is_packed(layer) else 0 for choice in question.choices),
+                tuple(store.load(name).packed[ERRORS].tolist()),
+                divergences[name],
+            )
+            for name, layer in layers.items()
+        }
+        return Measurements(
+            loaded.name,
+            depends,
+            question.choices,
+            question.reference,
+            question.probe,
+            reference,
+            sum(parameter_bytes(loaded.model).values()) - bytes_of(layers),
+            measured,
+            time.perf_counter() - began,
+        )
+
+
+def bytes_of(layers: Mapping[str, Layer]) -> int:
+    """Return the bytes of the weights of layers."""
+    return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers.values())
+
+
+def measure_errors(
+    plan: RunPlan,
+    question: Question,
+    loaded: LoadedModel,
+    layers: Mapping[str, Layer],
+    tokens: CalibrationTokens,
+    store: Store,
+) -> None:
+    """Walk through the model, measure the errors of each layer, and keep them with its weights of both networks."""
+    done = sum(map(store.has, layers))
+    with counting("Measuring errors", len(layers), done) as counter:
+
+        def visit(block: Block) -> Mapping[str, Tensor]:
+            counter.describe(f"Block {block.index}: errors")
+            for inputs in block.drain():
+                if not store.has(inputs.layer.name):
+                    with named(inputs.layer.name):
+                        store.save(inputs.layer.name, stored_errors(inputs, question))
+                    counter.advance()
+            # Later layers are measured on the inputs that they have in the reference network.
+            return {name: weight_in(store.load(name)) for name in block.layers}
+
+        # Paired inputs of both networks are more than is needed: this is the walk that holds tokens out.
+        walk = Walk(
+            loaded.model,
+            plan.adapter.reach.watched(layers),
+            tokens,
+            inputs="asymmetric",
+            dtype=plan.source.dtype,
+            activations=store.activations,
+            start=store.blocks_done,
+            on_done=store.set_blocks_done,
+        )
+        walk.run(visit)
+
+
+def stored_errors(inputs: LayerInputs, question: Question) -> StoredLayer:
+    """Return the errors of a layer by each choice, with its weights in the reference network and in the probe."""
+    paired = inputs.paired
+    assert paired is not None  # experts are no targets
+    held_out = paired.held_out.quantized
+    seen = inputs.statistics.cached(("seen", held_out), lambda: inputs.statistics.without(held_out))
+    weight = inputs.layer.weight
+    wanted = question.reference, question.probe
+    # A rank that a small layer cannot carry has no weights. The largest one that it can carry stands for it there.
+    limit = min(weight.shape)
+    fitting = tuple(Choice(one.quantizer, min(one.rank, limit)) for one in wanted)
+    choices = tuple(dict.fromkeys((*question.choices, *fitting)))
+    found = layer_errors(weight, seen, held_out, choices, fitting)
+    errors = found.errors.clone()
+    for one, other in zip(wanted, fitting, strict=True):
+        errors[choices.index(one)] = errors[choices.index(other)]
+    reference, probe = found.weights
+    return StoredLayer(dequantized=reference, packed={ERRORS: errors[: len(question.choices)], PROBE: probe})

@@ -1,0 +1,200 @@
+"""Choose for all layers at once, and compare the plan with what is the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import numpy as np
+from jaxtyping import Bool, Int
+from numpy import ndarray
+
+from ..errors import ConfigurationError
+from ..models.layers import block_of, ending
+from .choices import Choice
+from .measurements import Measurements
+from .plan import BudgetPlan, PlannedLayer
+from .programme import cheapest
+
+FUSED: tuple[frozenset[str], ...] = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+"""Layers that serving engines compute as one, for which they have to be quantized alike."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """Makes plans from measurements.
+
+    Attributes:
+        measurements: the layers of the model as they were measured.
+        fused: whether layers that serving engines compute as one are quantized alike; see `FUSED`.
+    """
+
+    measurements: Measurements
+    fused: bool = False
+
+    def within(self, nbytes: float, asked: str, allowed: Sequence[Choice] | None = None) -> BudgetPlan:
+        """Return the plan of the least expected divergence that stays within a number of bytes.
+
+        Args:
+            nbytes: bytes of the layers with their adapters.
+            asked: the budget in words.
+            allowed: the choices to choose from; all if None.
+
+        Raises:
+            ConfigurationError: if no plan stays within it.
+        """
+        known = self.measurements
+        costs = np.where(self._usable(allowed), known.costs, np.inf)
+        return self._plan(cheapest(costs, known.sizes, nbytes, self._alike), asked)
+
+    def of_quality(self, divergence: float, asked: str) -> BudgetPlan:
+        """Return the smallest plan whose expected divergence stays within a bound, in nats per token.
+
+        Raises:
+            ConfigurationError: if there is none.
+        """
+        known = self.measurements
+        sizes = np.where(np.isfinite(known.costs), known.sizes, np.inf)
+        return self._plan(cheapest(sizes, np.nan_to_num(known.costs, posinf=0.0), divergence, self._alike), asked)
+
+    def uniform(self, nbytes: float) -> tuple[Choice, float] | None:
+        """Return the best choice that is the same for all layers and stays within a number of bytes.
+
+        Ranks that small layers cannot carry are lowered there to the largest measured one that they can.
+
+        Returns:
+            The choice and its expected divergence; None if there is no choice as small as that.
+        """
+        # A larger choice is not always better on held-out tokens, so all that fit are compared.
+        found = []
+        for choice in self.measurements.choices:
+            chosen = self._everywhere(choice)
+            rows = np.arange(len(chosen))
+            if self.measurements.sizes[rows, chosen].sum() <= nbytes:
+                found.append((self.measurements.expected(list(chosen)), choice))
+        return min(((choice, cost) for cost, choice in found), key=lambda one: one[1], default=None)
+
+    def nbytes_of(self, choice: Choice) -> float:
+        """Return the bytes of all layers with the same choice."""
+        chosen = self._everywhere(choice)
+        return float(self.measurements.sizes[np.arange(len(chosen)), chosen].sum())
+
+    def skipping(self, nbytes: float) -> BudgetPlan | None:
+        """Return the best plan without adapters that has one quantizer and some layers in full precision.
+
+        Returns:
+            None if no such plan is as small as that.
+        """
+        # The rival of every adapter: the same bytes are spent on some layers in 16 bits, chosen by the same programme.
+        plans = []
+        for quantizer in dict.fromkeys(choice.quantizer for choice in self.measurements.choices if choice.quantizer):
+            allowed = Choice(quantizer), Choice(None)
+            if not set(allowed) <= set(self.measurements.choices) or self.nbytes_of(allowed[0]) > nbytes:
+                continue
+            plans.append(self.within(nbytes, f"{nbytes:.0f} bytes", allowed))
+        return min(plans, key=lambda plan: plan.divergence, default=None)
+
+    def _everywhere(self, choice: Choice) -> Int[ndarray, " layers"]:
+        # A small layer cannot carry a high rank, and comparisons of uniform choices should not end there. It gets the
+        # highest rank with the same quantizer that was measured for it.
+        choices = self.measurements.choices
+        lower = sorted(
+            (number for number, one in enumerate(choices) if one.quantizer == choice.quantizer),
+            key=lambda number: -choices[number].rank,
+        )
+        lower = [number for number in lower if choices[number].rank <= choice.rank]
+        return np.array(
+            [next((n for n in lower if np.isfinite(row[n])), lower[-1]) for row in self.measurements.costs], dtype=int
+        )
+
+    def _usable(self, allowed: Sequence[Choice] | None) -> Bool[ndarray, " choices"]:
+        choices = self.measurements.choices
+        return np.array([allowed is None or choice in allowed for choice in choices])
+
+    @cached_property
+    def _alike(self) -> list[tuple[list[int], Int[ndarray, " choices"]]]:
+        """Layers that have to be quantized alike, with the number of the quantizer of each choice."""
+        if not self.fused:
+            return []
+        quantizers = [choice.quantizer for choice in self.measurements.choices]
+        kinds = np.array([quantizers.index(quantizer) for quantizer in quantizers])
+        groups: dict[tuple[str, frozenset[str]], list[int]] = {}
+        for number, name in enumerate(self.measurements.layers):
+            for together in FUSED:
+                if ending(name) in together:
+                    groups.setdefault((block_of(name), together), []).append(number)
+        return [(members, kinds) for members in groups.values() if len(members) > 1]
+
+    def _plan(self, chosen: Int[ndarray, " layers"], asked: str) -> BudgetPlan:
+        known = self.measurements
+        layers = {
+            name: PlannedLayer(
+                known.choices[choice],
+                layer.shape[0] * layer.shape[1],
+                layer.nbytes[choice],
+                float(known.costs[number, choice]),
+            )
+            for number, ((name, layer), choice) in enumerate(zip(known.layers.items(), chosen, strict=True))
+        }
+        return BudgetPlan(known.model, asked, layers, known.expected(list(chosen)), known.other_bytes)
+
+
+@final
+@dataclass(frozen=True)
+class Point:
+    """One budget, and what it buys in each way.
+
+    Attributes:
+        bits: bits of each weight, adapters included.
+        plan: expected divergence of the plan, in nats per token.
+        uniform: that of the best choice which is the same for all layers; None if none is as small.
+        uniform_title: this choice in words.
+        skipping: that of one quantizer, no adapter and some layers in full precision; None likewise.
+    """
+
+    bits: float
+    plan: float
+    uniform: float | None
+    uniform_title: str
+    skipping: float | None
+
+
+def frontier(planner: Planner, bits: Sequence[float] = ()) -> list[Point]:
+    """Return what budgets buy, from small to large.
+
+    Args:
+        planner: makes the plans.
+        bits: bits of each weight of the budgets; by default those of every choice that is the same for all layers.
+    """
+    known = planner.measurements
+    asked = bits or sorted({round(known.bits(planner.nbytes_of(choice)), 4) for choice in known.choices})
+    # Budgets of the uniform choices show what each of these could have been for the same bytes.
+    points = []
+    for one in asked:
+        nbytes = one * known.weights / 8 * (1 + 1e-4)  # what was rounded to four digits still fits
+        try:
+            plan = planner.within(nbytes, f"{one:.2f} bits")
+        except ConfigurationError:  # fewer bits than the smallest choice of each layer takes
+            continue
+        uniform, skipping = planner.uniform(nbytes), planner.skipping(nbytes)
+        points.append(
+            Point(
+                one,
+                plan.divergence,
+                None if uniform is None else uniform[1],
+                "" if uniform is None else uniform[0].title,
+                None if skipping is None else skipping.divergence,
+            )
+        )
+    return points
+
+
+def by_kind(plan: BudgetPlan) -> Mapping[str, list[PlannedLayer]]:
+    """Return the layers of a plan by what they are in their block, such as `down_proj`."""
+    kinds: dict[str, list[PlannedLayer]] = {}
+    for name, layer in plan.layers.items():
+        kinds.setdefault(ending(name), []).append(layer)
+    return kinds

@@ -1,0 +1,89 @@
+"""The integer programme that chooses for all layers at once, solved by HiGHS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from ..errors import ConfigurationError
+
+_GAP = 1e-4  # share of the optimum by which a solution may be above it
+_LARGEST = 1e4  # the largest cost as the solver sees it
+_SECONDS = 60.0  # that the solver may take; models of a hundred billion weights take less than ten
+
+
+def cheapest(
+    costs: Float[ndarray, "layers choices"],
+    sizes: Float[ndarray, "layers choices"],
+    budget: float,
+    alike: Sequence[tuple[Sequence[int], Int[ndarray, " choices"]]] = (),
+) -> Int[ndarray, " layers"]:
+    """Return the choice for each layer with which the costs add up to least, while the sizes stay within a budget.
+
+    This is the multiple-choice knapsack problem. With the costs as `sizes`, the sizes as `costs` and a bound on the
+    divergence as `budget` it finds the smallest model of a quality.
+
+    Args:
+        costs: what each choice costs in each layer; infinite where a layer cannot have a choice.
+        sizes: what it takes of the budget.
+        budget: what all layers may take together.
+        alike: numbers of layers that must have choices of the same kind, each with the kind of every choice.
+
+    Raises:
+        ConfigurationError: if even the smallest choices exceed the budget, or the solver finds nothing in a minute.
+    """
+    from scipy import sparse
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    layers, choices = costs.shape
+    # One variable of 0 or 1 for each layer and choice. Choices that cost infinitely much are bounded by 0.
+    usable = np.isfinite(costs).ravel()
+    scaled = np.where(usable, costs.ravel(), 0.0)
+    # The solver also ends when a solution is within 1e-6 of the optimum in absolute terms, and costs of layers differ
+    # by orders of magnitude. They are scaled so that this is little to the smallest.
+    unit_cost = (np.abs(scaled).max() or 1.0) / _LARGEST
+    # In each layer exactly one is chosen, and all together stay within the budget.
+    one_each = sparse.kron(sparse.eye(layers), np.ones((1, choices)))
+    constraints: list[Any] = [LinearConstraint(one_each, 1, 1)]
+    unit = max(abs(budget), 1e-300) / layers
+    constraints.append(LinearConstraint(sizes.reshape(1, -1) / unit, -np.inf, budget / unit))
+    rows = same_kind(layers, choices, alike)
+    if rows is not None:
+        constraints.append(LinearConstraint(rows, 0, 0))
+    result = milp(
+        scaled / unit_cost,
+        integrality=np.ones(layers * choices),
+        bounds=Bounds(0, usable.astype(float)),
+        constraints=constraints,
+        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+    )
+    if result.x is None:
+        least = np.where(usable.reshape(costs.shape), sizes, np.inf).min(1).sum()
+        raise ConfigurationError(
+            f"No choice for the layers stays within the budget: the smallest takes {least:.4g}, and the budget leaves "
+            f"{budget:.4g} for them. Raise the budget, or give fewer bits or lower ranks to choose from."
+        )
+    chosen: Int[ndarray, " layers"] = result.x.reshape(costs.shape).argmax(1)
+    return chosen
+
+
+def same_kind(layers: int, choices: int, alike: Sequence[tuple[Sequence[int], Int[ndarray, " choices"]]]) -> Any:
+    """Return the rows of constraints that give layers choices of the same kind, as a sparse matrix; None without any.
+
+    Each row is the indicator of a kind in one layer less that in the next one, which has to be zero.
+    """
+    from scipy import sparse
+
+    rows: list[Any] = []
+    for members, kinds in alike:
+        for first, second in pairwise(members):
+            for kind in np.unique(kinds)[:-1]:  # the last one follows, since every layer has one choice
+                row = np.zeros((layers, choices))
+                row[first], row[second] = kinds == kind, -1.0 * (kinds == kind)
+                rows.append(sparse.csr_array(row.reshape(1, -1)))
+    return sparse.vstack(rows) if rows else None

@@ -1,0 +1,84 @@
+"""`quailora plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from ...support.choices import BosPlacement, CalibrationDtype, DeviceName, DtypeName, StrPath
+
+BITS = (2, 3, 4, 8, 16)
+"""Bits to choose from where none are asked for."""
+
+
+def plan(
+    model: StrPath,
+    *,
+    out: StrPath,
+    budget: str | None = None,
+    quality: float | None = None,
+    format: Literal["gptq", "bitsandbytes"] = "gptq",  # noqa: A002 # the name of the option
+    bits: Sequence[int] = BITS,
+    ranks: Sequence[int] = (0, 4, 8, 16, 32, 64),
+    group_size: int = 64,
+    fused: bool = False,
+    measurements: StrPath | None = None,
+    calibration: StrPath | None = None,
+    calibration_fields: Sequence[str] = (),
+    calibration_split: str = "train",
+    samples: int = 64,
+    sequence_length: int | None = 512,
+    bos: BosPlacement = "every-window",
+    seed: int = 0,
+    calibration_dtype: CalibrationDtype = "auto",
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    fresh: bool = False,
+) -> Any:
+    """Choose bits, ranks and layers in full precision together, for a number of bytes.
+
+    Every layer is quantized and corrected in every way, and its errors are measured on held-out tokens. Then each layer
+    in turn gets a coarser base in the quantized model, which shows what its errors cost. An integer programme chooses
+    for all layers at once. Measuring takes one walk through the model and one run of it for each layer; what was
+    measured stays when a run is killed, and other budgets take no measuring. `quailora init --plan` makes the model.
+    Writes plan.json, measurements.json, frontier.csv and frontier.svg.
+
+    Args:
+        model: hub name, folder, .gguf file, or "demo"; it is held in memory.
+        out: folder for the plan.
+        budget: what the model may take: 3.5bits for each weight of its linear layers, adapters included, or 2GiB for
+            all of it. Adapters count in 16 bits.
+        quality: in place of a budget, the divergence of the predictions from full precision that the model may have, in
+            nats per token; the plan is the smallest one that is expected to stay below.
+        format: the checkpoint that the base becomes. "gptq" has bits of its own for each layer, and is loaded by
+            gptqmodel; "bitsandbytes" is NF4, with some layers in 16 bits, and is loaded by transformers.
+        bits: bits to choose from; by default all that the format holds, which are 4 and 16 for bitsandbytes. Layers of
+            16 bits stay as they are, without an adapter.
+        ranks: ranks to choose from; 0 is no adapter. Leave 0 out where every quantized layer shall be trained later.
+        group_size: columns that share a scale in a base of gptq; with 2 bits at most 32.
+        fused: quantize layers alike that serving engines compute as one: query, key and value; gate and up.
+        measurements: folder or file of an earlier plan, whose measurements are taken in place of new ones.
+        calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the
+            hub name of a data set; the shipped text by default.
+        calibration_fields: fields of a record that are the text, see `quailora init --help`.
+        calibration_split: split of a data set.
+        samples: number of calibration windows, of which every fourth is held out.
+        sequence_length: tokens in a calibration window.
+        bos: see `quailora init --help`.
+        seed: seed of the draw of windows.
+        calibration_dtype: arithmetic of the calibration pass, see `quailora init --help`.
+        dtype: dtype of the model; "auto" keeps that of the checkpoint.
+        device: "auto" is the GPU where there is one.
+        trust_remote_code: run the Python code that a model brings along, for models that transformers does not know.
+        overwrite: replace a plan that is in the folder.
+        fresh: forget what an unfinished measurement in this folder has done, instead of going on from it.
+
+    Raises:
+        QuailoraError: for everything that is wrong with the input; the message says what to do.
+    """
+    options = dict(locals())
+    from ..planning import run_plan
+
+    return run_plan(options)

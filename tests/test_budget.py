@@ -1,0 +1,422 @@
+"""Budget plans: the programme against brute force, the errors it works on, and plans from the terminal to the base."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from families import save_llama
+from helpers import evaluate, init
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from runs import Killed
+
+import quailora
+from quailora import InputStatistics, StoredBase, Uniform
+from quailora.budget import divergences, measuring
+from quailora.budget.choices import Choice, possible_choices
+from quailora.budget.layer_errors import layer_errors, rounded
+from quailora.budget.measurements import MeasuredLayer, Measurements
+from quailora.budget.plan import Budget, BudgetPlan
+from quailora.budget.planning import Planner, frontier
+from quailora.budget.programme import cheapest
+from quailora.budget.question import Question
+from quailora.cli.main import main
+from quailora.errors import ConfigurationError, ModelError
+
+CHOICES = possible_choices("gptq", (2, 4, 16), (0, 4, 8))
+NUMBERS = st.floats(0.0, 9.0, width=32)
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+def brute_force(costs, sizes, budget):
+    """The least cost over all choices, and infinity if none fits."""
+    layers, choices = costs.shape
+    found = [
+        costs[range(layers), chosen].sum()
+        for chosen in map(list, itertools.product(range(choices), repeat=layers))
+        if sizes[range(layers), chosen].sum() <= budget
+    ]
+    return min(found, default=np.inf)
+
+
+@settings(max_examples=60)
+@given(data=st.data(), shape=SHAPES)
+def test_the_programme_finds_what_trying_everything_finds(data, shape):
+    """Or says that nothing fits."""
+    costs, sizes = (data.draw(arrays(float, shape, elements=NUMBERS)) for _ in range(2))
+    budget = data.draw(st.floats(0.5, 20.0))
+    best = brute_force(costs, sizes, budget * (1 - 1e-6))
+    if np.isinf(best):
+        if np.isinf(brute_force(costs, sizes, budget * (1 + 1e-5))):
+            with pytest.raises(ConfigurationError, match="the smallest takes"):
+                cheapest(costs, sizes, budget)
+        return
+    chosen = cheapest(costs, sizes, budget)
+    rows = range(shape[0])
+    assert sizes[rows, chosen].sum() <= budget * (1 + 1e-5)
+    assert costs[rows, chosen].sum() <= best + 1e-4 * (1 + costs.max())
+
+
+def test_choices_that_a_layer_cannot_have_are_never_taken():
+    costs = np.array([[np.inf, 1.0], [0.0, 5.0]])
+    assert cheapest(costs, np.ones((2, 2)), 2).tolist() == [1, 0]
+
+
+def test_layers_that_belong_together_are_quantized_alike():
+    """The two would differ without the constraint."""
+    costs, sizes = np.array([[0.0, 5.0, 1.0], [9.0, 0.0, 8.0]]), np.array([[4.0, 1.0, 3.0], [4.0, 1.0, 3.0]])
+    kinds = np.array([0, 1, 0])
+    assert cheapest(costs, sizes, 8).tolist() == [0, 1]
+    assert cheapest(costs, sizes, 8, [([0, 1], kinds)]).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24)])
+def test_errors_are_those_of_each_choice_on_held_out_tokens(shape):
+    """Against the definition, with the weights that are returned; infinite where a rank is too high."""
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(shape), torch.randn(400, shape[1]) @ torch.randn(shape[1], shape[1])
+    seen, held_out = (InputStatistics.from_inputs(part) for part in (inputs[:300], inputs[300:]))
+    choices = possible_choices("gptq", (2, 3, 16), (0, 4, 8, 32))
+    fitting = [choice for choice in choices if choice.rank <= min(shape)]
+    found = layer_errors(weight, seen, held_out, choices, fitting)
+    for choice, left in zip(fitting, found.weights, strict=True):
+        expected = ((weight - left) @ inputs[300:].T).square().sum(0).mean()
+        torch.testing.assert_close(found.errors[choices.index(choice)].float(), expected, rtol=1e-3, atol=1e-4)
+        assert torch.linalg.matrix_rank(left - base_of(choice, weight, seen), atol=1e-3) <= choice.rank
+    assert found.errors.isinf().tolist() == [choice.rank > min(shape) for choice in choices]
+    assert found.errors[choices.index(Choice(None))] == 0
+
+
+def base_of(choice, weight, seen):
+    return weight if choice.quantizer is None else rounded(choice.quantizer, weight, seen).dequantize()
+
+
+def measurements(seed=0, layers=14):
+    """Made-up layers of two blocks, in which more bits and higher ranks have smaller errors."""
+    generator = np.random.default_rng(seed)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    found = {}
+    for number in range(layers):
+        shape = tuple(64 * generator.integers(1, 4, 2))
+        sizes = [shape[0] * shape[1] * bits(choice) / 8 + 2 * choice.rank * sum(shape) for choice in CHOICES]
+        scale = generator.exponential()
+        errors = [0.0 if bits(one) == 16 else scale * 4.0 ** -bits(one) * 0.95**one.rank for one in CHOICES]
+        name = f"model.layers.{number // 7}.block.{names[number % 7]}"
+        found[name] = MeasuredLayer(shape, tuple(map(round, sizes)), tuple(errors), 0.1 + generator.exponential())
+    reference, probe = Choice(CHOICES[3].quantizer, 4), Choice(CHOICES[0].quantizer)
+    return Measurements("model", {}, CHOICES, reference, probe, 0.1, 1000, found, 1.0)
+
+
+def bits(choice):
+    return 16 if choice.quantizer is None else choice.quantizer.bits
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plan_is_never_worse_than_what_is_the_same_everywhere(seed):
+    """Nor than one quantizer with layers in full precision, in what is expected; and it stays within its bytes."""
+    planner = Planner(measurements(seed))
+    points = frontier(planner)
+    assert len(points) > 5
+    assert all(first.plan >= second.plan - 1e-9 for first, second in itertools.pairwise(points))
+    for point in points:
+        others = [one for one in (point.uniform, point.skipping) if one is not None]
+        assert all(point.plan <= one * (1 + 1e-4) for one in others)
+        nbytes = point.bits * planner.measurements.weights / 8
+        assert planner.within(nbytes * (1 + 1e-4), "").nbytes <= nbytes * (1 + 2e-4)
+    assert points[-1].plan == pytest.approx(0, abs=1e-9)
+
+
+def test_a_plan_of_a_quality_is_the_smallest_one():
+    """Asked for the quality of a plan within some bytes, it takes no more of them."""
+    planner = Planner(measurements())
+    within = planner.within(4.5 * planner.measurements.weights / 8, "4.5bits")
+    again = planner.of_quality(within.divergence * (1 + 1e-9), "")
+    assert again.nbytes <= within.nbytes
+    assert again.divergence <= within.divergence * (1 + 1e-6)
+
+
+def test_fused_layers_are_quantized_alike():
+    planner = Planner(measurements(), fused=True)
+    plan = planner.within(4 * planner.measurements.weights / 8, "4bits")
+    for together in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for block in range(2):
+            found = {plan.layers[f"model.layers.{block}.block.{name}"].choice.quantizer for name in together}
+            assert len(found) == 1
+
+
+def test_prices_have_a_floor():
+    """A layer whose probe made predictions better, by chance, does not count for nothing."""
+    known = measurements()
+    name = "model.layers.0.block.q_proj"
+    layers = dict(known.layers)
+    lucky = layers[name]
+    layers[name] = MeasuredLayer(lucky.shape, lucky.nbytes, lucky.errors, 0.05)
+    changed = Measurements("m", {}, CHOICES, known.reference, known.probe, 0.1, 0, layers, 1.0)
+    assert changed.prices[0] > 0
+    ratio = changed.prices[1:7] / known.prices[1:7]  # other layers only change together, so that the sum is as measured
+    np.testing.assert_allclose(ratio, ratio[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3.5bits", 437.5), ("3.5 bits", 437.5), ("2bit", 250), ("2KiB", 1548), ("4kB", 3500)]
+)
+def test_budgets(text, expected):
+    assert Budget(text).nbytes(1000, 500) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["0bits", "three bits", "-1bits", "bits", ""])
+def test_budgets_that_cannot_be_meant(text):
+    with pytest.raises(ConfigurationError, match="Expected"):
+        Budget(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gptq", (5,), (0,)), "among 2, 3, 4, 8, 16 for a base of gptq"),
+        (("bitsandbytes", (8,), (0,)), "among 4, 16 for a base of bitsandbytes"),
+        (("gptq", (4,), ()), "ranks of 0 or more"),
+        (("gptq", (4,), (-1,)), "ranks of 0 or more"),
+        (("gptq", (16,), (0,)), "nothing to plan"),
+        (("hqq", (4,), (0,)), "a format"),
+    ],
+)
+def test_choices_that_no_checkpoint_holds(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        possible_choices(*arguments)
+
+
+def test_the_probe_is_coarser_where_it_can_be():
+    three, two = Choice(CHOICES[3].quantizer, 8), Choice(CHOICES[0].quantizer, 4)
+    assert Question.near(CHOICES, three).probe == Choice(two.quantizer)
+    assert Question.near(CHOICES, two).probe == Choice(three.quantizer)
+    alone = (Choice(Uniform(4), 4), Choice(Uniform(4), 8))
+    assert Question.near(alone, alone[0]).probe == alone[1]
+    with pytest.raises(ConfigurationError, match="Expected two choices"):
+        Question.near(alone[:1], alone[0])
+
+
+FAST = ["--samples", "16", "--sequence-length", "32", "--ranks", "0", "4", "--bits", "2", "3", "4", "16"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama, tmp_path_factory):
+    """A plan from the terminal."""
+    out = tmp_path_factory.mktemp("plan") / "plan"
+    assert main(["plan", str(tiny_llama), "--budget", "5.5bits", "--out", str(out), *FAST, "--group-size", "32"]) == 0
+    return out
+
+
+def test_a_plan_becomes_a_base_and_an_adapter(tiny_llama, folder, tmp_path, capsys):
+    """With the bytes that were planned, and the command of its `config.yaml` gives the same."""
+    plan = BudgetPlan.read(folder)
+    assert plan.bits <= 5.5
+    assert {layer.choice.base for layer in plan.layers.values()} > {"4 bits"}
+    run = ["--samples", "8", "--sequence-length", "32"]
+    assert (
+        main(["init", str(tiny_llama), "--plan", str(folder), "--out", str(tmp_path / "a"), "--alpha", "32", *run]) == 0
+    )
+    base = StoredBase(str(tmp_path / "a/base"))
+    report = json.loads((tmp_path / "a/report.json").read_text(encoding="utf-8"))
+    ranks = {layer["name"]: layer["rank"] for layer in report["layers"]}
+    nbytes = 0
+    for name, layer in plan.layers.items():
+        rows, columns = layer_shape(tiny_llama, name)
+        nbytes += 2 * layer.choice.rank * (rows + columns)
+        assert ranks.get(name, 0) == layer.choice.rank
+        if layer.choice.quantizer is None:
+            assert name not in base.layers
+            nbytes += 2 * rows * columns
+        else:
+            stored = base.weight(name, torch.float32)
+            nbytes += stored.nbytes
+            assert stored.bits == layer.choice.quantizer.bits
+    assert nbytes == pytest.approx(plan.nbytes, rel=0.01)
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text(encoding="utf-8"))
+    scales = {config["lora_alpha"] / config["r"]}
+    scales |= {config["alpha_pattern"][name] / rank for name, rank in config["rank_pattern"].items()}
+    assert scales == {2.0}
+    options = yaml.safe_load((tmp_path / "a/config.yaml").read_text(encoding="utf-8"))
+    assert options["plan"] == str(folder / "plan.json")
+    assert main(["init", "--config", str(tmp_path / "a/config.yaml"), "--out", str(tmp_path / "b")]) == 0
+    for name in ("adapter_model.safetensors", "base/model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def layer_shape(model, name):
+    from quailora.models.layers import linear_layers
+    from quailora.models.load import empty_model
+
+    return linear_layers(empty_model(str(model)))[name].shape
+
+
+def test_no_layer_gets_a_rank_that_it_cannot_carry(tokenizer, tmp_path):
+    """Not even that of the reference network, which other layers have."""
+    model = save_llama(tmp_path / "model", tokenizer, num_key_value_heads=1)  # whose keys and values are 16 wide
+    words = ["--samples", "8", "--sequence-length", "32", "--bits", "2", "--ranks", "8", "32"]
+    assert main(["plan", str(model), "--budget", "20bits", "--out", str(tmp_path / "p"), *words]) == 0
+    measured = Measurements.read(tmp_path / "p/measurements.json")
+    assert measured.reference.rank == 32
+    ranks = {
+        name.rpartition(".")[2]: layer.choice.rank for name, layer in BudgetPlan.read(tmp_path / "p").layers.items()
+    }
+    assert ranks["k_proj"] == ranks["v_proj"] == 8
+    assert ranks["q_proj"] == 32
+
+
+def test_no_layer_gets_codes_that_no_checkpoint_holds(tokenizer, tmp_path):
+    """Of 3 bits, 16 outputs do not fill whole words; the base would be written in floating point."""
+    model = save_llama(tmp_path / "model", tokenizer, num_key_value_heads=1)
+    words = ["--samples", "8", "--sequence-length", "32", "--bits", "2", "3", "--ranks", "0", "2"]
+    assert main(["plan", str(model), "--budget", "20bits", "--out", str(tmp_path / "p"), *words]) == 0
+    run = ["--samples", "4", "--sequence-length", "32", "--plan", str(tmp_path / "p")]
+    assert main(["init", str(model), "--out", str(tmp_path / "a"), *run]) == 0
+    base = StoredBase(str(tmp_path / "a/base"))
+    assert base.weight("model.layers.0.self_attn.k_proj", torch.float32).bits == 2
+    assert base.weight("model.layers.0.self_attn.q_proj", torch.float32).bits == 3
+
+
+def test_models_that_no_checkpoint_holds_are_refused(tokenizer, tmp_path, capsys):
+    """GPT-2 has layers of a class of its own, which transformers does not load quantized; ranks can be chosen."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = tmp_path / "model"
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=len(tokenizer))).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    words = ["plan", str(model), "--budget", "6bits", "--out", str(tmp_path / "p"), "--samples", "8"]
+    words += ["--sequence-length", "32"]
+    assert main(words) == 1
+    assert "No checkpoint holds 4 of the 4 layers" in capsys.readouterr().err.replace("\n", " ")
+    assert main([*words, "--format", "bitsandbytes", "--bits", "4", "--ranks", "0", "4"]) == 0
+
+
+def test_another_budget_takes_no_measuring(tiny_llama, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "loaded_model", None)  # nothing is loaded
+    arguments = ["plan", str(tiny_llama), "--measurements", str(folder), "--out", str(tmp_path / "p")]
+    assert main([*arguments, "--budget", "8bits"]) == 0
+    assert "Expected divergence" in capsys.readouterr().out
+    assert 5.5 < BudgetPlan.read(tmp_path / "p").bits <= 8
+    assert main([*arguments, "--quality", "1e-9", "--overwrite"]) == 0
+    assert BudgetPlan.read(tmp_path / "p").bits == 16
+    assert main([*arguments, "--budget", "8bits"]) == 1
+    assert (tmp_path / "p/frontier.csv").read_text(encoding="utf-8").startswith("bits,plan,uniform")
+
+
+@pytest.mark.parametrize("after", [2, 9, 20])
+def test_a_measurement_that_was_killed_goes_on(tiny_llama, folder, tmp_path, monkeypatch, after):
+    """In the walk, or while layers are probed: the same numbers."""
+    left = [after]
+
+    def dying(original):
+        def wrapped(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return original(*arguments, **options)
+
+        return wrapped
+
+    arguments = ["plan", str(tiny_llama), "--budget", "5.5bits", "--out", str(tmp_path / "p"), *FAST]
+    arguments += ["--group-size", "32"]
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "stored_errors", dying(measuring.stored_errors))
+        patch.setattr(divergences, "measure", dying(divergences.measure))
+        if after < 16:
+            with pytest.raises(Killed):
+                main(arguments)
+        else:
+            main(arguments)
+    if after < 16:
+        assert main(arguments) == 0
+    first, second = (Measurements.read(place / "measurements.json") for place in (folder, tmp_path / "p"))
+    assert first.layers == second.layers
+    assert first.divergence == second.divergence
+    assert not (tmp_path / "p/measuring").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 8}, "got rank as well"),
+        ({"rank_pattern": {"q_proj": 4}, "targets": ["q_proj"]}, "got rank_pattern, targets as well"),
+        ({"base": "somewhere"}, "got base as well"),
+        ({"inputs": "quantized"}, "got solver, metric or inputs as well"),
+    ],
+)
+def test_a_plan_decides(tiny_llama, folder, tmp_path, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        init(str(tiny_llama), out=str(tmp_path / "a"), plan=str(folder), **{"quantizer": None, **options})
+
+
+def test_files_that_are_no_plan(tiny_llama, folder, tmp_path, caplog):
+    """Damaged, missing, of another kind, or of another model."""
+    text = (folder / "plan.json").read_text(encoding="utf-8")
+    for content in (text[:-9], "[]", text.replace('"layers"', '"others"'), text.replace('"rank"', '"ranks"')):
+        (tmp_path / "plan.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ModelError):
+            BudgetPlan.read(tmp_path)
+    with pytest.raises(ModelError, match="Cannot read"):
+        BudgetPlan.read(tmp_path / "nowhere")
+    measured = (folder / "measurements.json").read_text(encoding="utf-8")
+    for content in ("{}", measured.replace('"errors"', '"error"'), measured.replace("null", "[]").replace("0.", "x")):
+        (tmp_path / "measurements.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ModelError):
+            Measurements.read(tmp_path / "measurements.json")
+    (tmp_path / "plan.json").write_text(text.replace("model.layers.0", "model.layers.7"), encoding="utf-8")
+    arguments = ["init", str(tiny_llama), "--plan", str(tmp_path), "--out", str(tmp_path / "a"), "--samples", "4"]
+    with caplog.at_level(logging.WARNING):
+        assert main(arguments) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Expected either"),
+        (["--budget", "4bits", "--quality", "0.1"], "Expected either"),
+        (["--quality", "0"], "Expected a divergence above 0"),
+        (["--budget", "1bits"], "The smallest choice takes"),
+        (["--budget", "1kB"], "The smallest choice takes"),
+        (["--budget", "4 pounds"], "Expected"),
+    ],
+)
+def test_budgets_that_cannot_be_had(tiny_llama, tmp_path, words, message, capsys):
+    """Before the model is read, and with nothing left behind."""
+    assert main(["plan", str(tiny_llama), "--out", str(tmp_path / "p"), *FAST, *words]) == 1
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not Path(tmp_path / "p").exists()
+
+
+def test_a_stock_base_with_ranks_of_its_own(tiny_llama, tmp_path):
+    """NF4 everywhere: the base stays what bitsandbytes makes, and only ranks are chosen."""
+    words = ["--format", "bitsandbytes", "--bits", "4", "--ranks", "0", "2", "8", "--samples", "8"]
+    out = tmp_path / "p"
+    assert (
+        main(["plan", str(tiny_llama), "--budget", "7bits", "--out", str(out), "--sequence-length", "32", *words]) == 0
+    )
+    plan = BudgetPlan.read(out)
+    assert plan.recipe == "best"
+    assert len({layer.choice.rank for layer in plan.layers.values()}) > 1
+    run = ["--samples", "4", "--sequence-length", "32"]
+    assert main(["init", str(tiny_llama), "--plan", str(out), "--out", str(tmp_path / "a"), *run]) == 0
+    assert not (tmp_path / "a/base").exists()
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text(encoding="utf-8"))
+    assert config["rank_pattern"]
+
+
+def test_the_code_on_the_card_is_that_of_gptqmodel(tiny_llama, folder, tmp_path, capsys):
+    """Because transformers loads no base of different bits; `quailora.load` says so."""
+    run = ["--samples", "4", "--sequence-length", "32", "--recipe", "qera-exact"]
+    assert main(["init", str(tiny_llama), "--plan", str(folder), "--out", str(tmp_path / "a"), *run]) == 0
+    assert f'GPTQModel.load("{tmp_path / "a"}/base")' in capsys.readouterr().out.replace("\n", "")
+    with pytest.raises(ModelError, match="have different bits, which transformers does not load"):
+        quailora.load(tmp_path / "a")
+    evaluation = evaluate(str(tiny_llama), adapter=str(tmp_path / "a"))
+    assert evaluation.results["quantized + adapter"].perplexity > 0

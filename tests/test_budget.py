@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,14 @@ from quailora.budget.layer_errors import layer_errors, rounded
 from quailora.budget.measurements import MeasuredLayer, Measurements
 from quailora.budget.plan import Budget, BudgetPlan
 from quailora.budget.planning import Planner, frontier
-from quailora.budget.programme import cheapest
+from quailora.budget.programme import cheapest, silenced
 from quailora.budget.question import Question
 from quailora.cli.main import main
 from quailora.errors import ConfigurationError, ModelError
+from quailora.evaluation.scores import measure
+from quailora.models.layers import linear_layers
+from quailora.models.load import load_model
+from quailora.pipeline.store import MemoryStore, StoredLayer
 
 CHOICES = possible_choices("gptq", (2, 4, 16), (0, 4, 8))
 NUMBERS = st.floats(0.0, 9.0, width=32)
@@ -63,6 +68,14 @@ def test_the_programme_finds_what_trying_everything_finds(data, shape):
     rows = range(shape[0])
     assert sizes[rows, chosen].sum() <= budget * (1 + 1e-5)
     assert costs[rows, chosen].sum() <= best + 1e-4 * (1 + costs.max())
+
+
+def test_what_the_solver_prints_by_itself_is_kept_back(capfd):
+    """It comes from a library, past Python's own standard output, and what comes after it is printed."""
+    with silenced():
+        os.write(1, b"HighsMipSolverData")
+    os.write(1, b"plan")
+    assert capfd.readouterr().out == "plan"
 
 
 def test_choices_that_a_layer_cannot_have_are_never_taken():
@@ -110,7 +123,9 @@ def measurements(seed=0, layers=14):
         scale = generator.exponential()
         errors = [0.0 if bits(one) == 16 else scale * 4.0 ** -bits(one) * 0.95**one.rank for one in CHOICES]
         name = f"model.layers.{number // 7}.block.{names[number % 7]}"
-        found[name] = MeasuredLayer(shape, tuple(map(round, sizes)), tuple(errors), 0.1 + generator.exponential())
+        found[name] = MeasuredLayer(
+            shape, tuple(map(round, sizes)), tuple(errors), scale, 0.1 + generator.exponential()
+        )
     reference, probe = Choice(CHOICES[3].quantizer, 4), Choice(CHOICES[0].quantizer)
     return Measurements("model", {}, CHOICES, reference, probe, 0.1, 1000, found, 1.0)
 
@@ -158,7 +173,7 @@ def test_prices_have_a_floor():
     name = "model.layers.0.block.q_proj"
     layers = dict(known.layers)
     lucky = layers[name]
-    layers[name] = MeasuredLayer(lucky.shape, lucky.nbytes, lucky.errors, 0.05)
+    layers[name] = MeasuredLayer(lucky.shape, lucky.nbytes, lucky.errors, lucky.step, 0.05)
     changed = Measurements("m", {}, CHOICES, known.reference, known.probe, 0.1, 0, layers, 1.0)
     assert changed.prices[0] > 0
     ratio = changed.prices[1:7] / known.prices[1:7]  # other layers only change together, so that the sum is as measured
@@ -252,7 +267,6 @@ def test_a_plan_becomes_a_base_and_an_adapter(tiny_llama, folder, tmp_path, caps
 
 
 def layer_shape(model, name):
-    from quailora.models.layers import linear_layers
     from quailora.models.load import empty_model
 
     return linear_layers(empty_model(str(model)))[name].shape
@@ -265,11 +279,11 @@ def test_no_layer_gets_a_rank_that_it_cannot_carry(tokenizer, tmp_path):
     assert main(["plan", str(model), "--budget", "20bits", "--out", str(tmp_path / "p"), *words]) == 0
     measured = Measurements.read(tmp_path / "p/measurements.json")
     assert measured.reference.rank == 32
-    ranks = {
-        name.rpartition(".")[2]: layer.choice.rank for name, layer in BudgetPlan.read(tmp_path / "p").layers.items()
-    }
-    assert ranks["k_proj"] == ranks["v_proj"] == 8
-    assert ranks["q_proj"] == 32
+    costs = dict(zip(measured.layers, np.isfinite(measured.costs).tolist(), strict=True))
+    assert costs["model.layers.0.self_attn.k_proj"] == costs["model.layers.1.self_attn.v_proj"] == [True, False]
+    assert costs["model.layers.0.self_attn.q_proj"] == [True, True]
+    layers = BudgetPlan.read(tmp_path / "p").layers
+    assert all(layers[name].choice.rank == 8 for name in layers if name.endswith(("k_proj", "v_proj")))
 
 
 def test_no_layer_gets_codes_that_no_checkpoint_holds(tokenizer, tmp_path):
@@ -298,6 +312,38 @@ def test_models_that_no_checkpoint_holds_are_refused(tokenizer, tmp_path, capsys
     assert main([*words, "--format", "bitsandbytes", "--bits", "4", "--ranks", "0", "4"]) == 0
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_divergences_are_those_of_the_whole_model(tiny_llama, monkeypatch, whole):
+    """Run from the block of the changed layer on; also if the blocks of a model cannot be run one by one."""
+    if whole:
+        monkeypatch.setattr(divergences, "find_chain", refusing)
+    loaded = load_model(str(tiny_llama))
+    layers = linear_layers(loaded.model)
+    torch.manual_seed(0)
+    store = MemoryStore()
+    for name, layer in layers.items():
+        near, step = layer.weight + 0.01 * torch.randn(layer.shape), 0.1 * torch.randn(layer.shape)
+        store.save(name, StoredLayer(dequantized=near, packed={"step": step}))
+    windows = torch.randint(0, 300, (2, 24))
+    question = Question.near(CHOICES, CHOICES[0])
+    reference, found = divergences.measure_divergences(question, loaded, layers, windows, store)
+    near = {name: store.load(name).dequantized for name in layers}
+    variants = {
+        f"{sign}{name}": {**near, name: near[name] + sign * store.load(name).packed["step"]}
+        for name in layers
+        for sign in (1, -1)
+    }
+    scores = measure(loaded.model, layers, variants | {"": near}, windows)
+    assert reference == pytest.approx(scores[""].divergence, rel=1e-4)
+    for name, divergence in found.items():
+        expected = (scores[f"1{name}"].divergence + scores[f"-1{name}"].divergence) / 2
+        assert divergence == pytest.approx(expected, rel=1e-4)
+
+
+def refusing(*_):
+    raise ModelError("no chain")
+
+
 def test_another_budget_takes_no_measuring(tiny_llama, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "loaded_model", None)  # nothing is loaded
     arguments = ["plan", str(tiny_llama), "--measurements", str(folder), "--out", str(tmp_path / "p")]
@@ -305,12 +351,13 @@ def test_another_budget_takes_no_measuring(tiny_llama, folder, tmp_path, monkeyp
     assert "Expected divergence" in capsys.readouterr().out
     assert 5.5 < BudgetPlan.read(tmp_path / "p").bits <= 8
     assert main([*arguments, "--quality", "1e-9", "--overwrite"]) == 0
-    assert BudgetPlan.read(tmp_path / "p").bits == 16
+    assert BudgetPlan.read(tmp_path / "p").divergence <= 1e-9 * (1 + 1e-5)
+    assert BudgetPlan.read(tmp_path / "p").bits > 8
     assert main([*arguments, "--budget", "8bits"]) == 1
     assert (tmp_path / "p/frontier.csv").read_text(encoding="utf-8").startswith("bits,plan,uniform")
 
 
-@pytest.mark.parametrize("after", [2, 9, 20])
+@pytest.mark.parametrize("after", [2, 19, 50])
 def test_a_measurement_that_was_killed_goes_on(tiny_llama, folder, tmp_path, monkeypatch, after):
     """In the walk, or while layers are probed: the same numbers."""
     left = [after]
@@ -328,14 +375,10 @@ def test_a_measurement_that_was_killed_goes_on(tiny_llama, folder, tmp_path, mon
     arguments += ["--group-size", "32"]
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "stored_errors", dying(measuring.stored_errors))
-        patch.setattr(divergences, "measure", dying(divergences.measure))
-        if after < 16:
-            with pytest.raises(Killed):
-                main(arguments)
-        else:
+        patch.setattr(divergences.Network, "logits", dying(divergences.Network.logits))
+        with pytest.raises(Killed):
             main(arguments)
-    if after < 16:
-        assert main(arguments) == 0
+    assert main(arguments) == 0
     first, second = (Measurements.read(place / "measurements.json") for place in (folder, tmp_path / "p"))
     assert first.layers == second.layers
     assert first.divergence == second.divergence

@@ -89,15 +89,16 @@ def gptq_config(packed: Mapping[str, Mapping[str, Tensor]], kept: Iterable[str] 
         if not layer.fits(bits, size)
     }
     first_version = all(layer.lowest > 0 for layer in layers.values())
+    symmetric = all(layer.symmetric for layer in layers.values())
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": size,
         "desc_act": not all(layer.ordered for layer in layers.values()),
-        "sym": all(layer.symmetric for layer in layers.values()),
+        "sym": symmetric,
         # gptqmodel, which alone loads layers of different bits, reads the first version with stored zero points only
         # from checkpoints that it has written itself.
-        "checkpoint_format": "gptq" if first_version and not dynamic else "gptq_v2",
+        "checkpoint_format": "gptq" if first_version and (symmetric or not dynamic) else "gptq_v2",
         "lm_head": False,
     }
     if kept and not dynamic:

@@ -81,7 +81,12 @@ class Choice:
 
 
 def possible_choices(
-    base_format: PlanFormat, bits: Sequence[int], ranks: Sequence[int], group_size: int = 64
+    base_format: PlanFormat,
+    bits: Sequence[int],
+    ranks: Sequence[int],
+    group_size: int = 64,
+    *,
+    symmetric: bool = False,
 ) -> tuple[Choice, ...]:
     """Return every combination of bits and ranks that checkpoints of a format hold, cheapest bits first.
 
@@ -90,6 +95,7 @@ def possible_choices(
         bits: bits to choose from; 16 leaves a layer in full precision, without an adapter.
         ranks: ranks to choose from.
         group_size: columns that share a scale in AutoGPTQ's format; with 2 bits at most 32 of them.
+        symmetric: whether levels are symmetric around zero in AutoGPTQ's format.
 
     Raises:
         ConfigurationError: if the format does not hold layers of these bits, or there is nothing to choose.
@@ -109,7 +115,7 @@ def possible_choices(
             continue
         # Codes of 2 bits need a scale for every 32 columns: the error that this takes off is worth its bytes.
         size = min(group_size, _NARROW) if width == min(known) == 2 else group_size
-        quantizer = Uniform(width, size) if base_format == "gptq" else NF4()
+        quantizer = Uniform(width, size, symmetric) if base_format == "gptq" else NF4()
         found += [Choice(quantizer, rank) for rank in sorted(set(ranks))]
     if all(choice.quantizer is None for choice in found):
         raise ConfigurationError("Expected bits below 16 to choose from, got 16 only. There is nothing to plan.")

@@ -17,7 +17,7 @@ from ..models.files import read_json
 from ..support.files import write_json
 from .choices import Choice
 
-_FLOOR = 0.05  # of the median price of a layer of the same kind, for layers whose measured price is below it
+_FLOOR = 0.1  # of the median price of a layer of the same kind, for layers whose measured price is below it
 
 
 @final
@@ -30,13 +30,15 @@ class MeasuredLayer:
         nbytes: bytes of base and adapter with each choice; 0 for a choice that no checkpoint holds.
         errors: squared output error with each choice on held-out tokens, total over outputs, mean over tokens; see
             `LayerErrors`.
-        divergence: divergence of the predictions of the reference network, in which this layer has the probe's
-            choice, from those of full precision, in nats per token.
+        step: squared change of the output by a step of the weight from the reference towards the probe, likewise.
+        divergence: divergence of the predictions from those of full precision, in nats per token, if in the reference
+            network this step is added to the weight of this layer, and if it is taken off: the mean of both.
     """
 
     shape: tuple[int, int]
     nbytes: tuple[int, ...]
     errors: tuple[float, ...]
+    step: float
     divergence: float
 
 
@@ -50,7 +52,7 @@ class Measurements:
         fingerprint: what the measurement depends on, item by item.
         choices: what each layer can become.
         reference: the choice of all layers in the reference network.
-        probe: the choice that was put into one layer after the other.
+        probe: the choice towards which the weight of one layer after the other was changed.
         divergence: divergence of the predictions of the reference network from full precision, in nats per token.
         other_bytes: bytes of all that is not quantized, such as embeddings and norms.
         layers: the layers by name, in the order of the model.
@@ -85,16 +87,16 @@ class Measurements:
     @cached_property
     def prices(self) -> Float[ndarray, " layers"]:
         """Divergence that a unit of each layer's error costs, in nats per token."""
-        # The probe changes the error of one layer by a known amount, and the divergence by a measured one. To the
+        # The step changes the output of one layer by a known amount, and the divergence by a measured one. To the
         # second order, the divergence is a quadratic form in the errors of all layers. Errors of different layers are
         # nearly uncorrelated, so that it is a sum over layers, each in proportion to its squared error.
-        at, to = (self.choices.index(choice) for choice in (self.reference, self.probe))
+        at = self.choices.index(self.reference)
         change = np.array([layer.divergence for layer in self.layers.values()]) - self.divergence
-        step = self.errors[:, to] - self.errors[:, at]
+        step = np.array([layer.step for layer in self.layers.values()])
         with np.errstate(divide="ignore", invalid="ignore"):
             found = np.where(step == 0, 0.0, change / step)
-        # What is left of the correlations is noise, which can make a price too low or even negative. No layer counts
-        # less than a twentieth of what is usual for its kind, or for all layers.
+        # A price can be too low by chance, or even negative, and the programme would take just these layers. No layer
+        # counts less than a share of what is usual for its kind, or for all layers.
         kinds = [name.rpartition(".")[2] for name in self.layers]
         scale = self.errors[:, at]
         positive = (found * scale)[found > 0]
@@ -146,6 +148,7 @@ class Measurements:
                     "shape": list(layer.shape),
                     "nbytes": list(layer.nbytes),
                     "errors": [error if np.isfinite(error) else None for error in layer.errors],
+                    "step": layer.step,
                     "divergence": layer.divergence,
                 }
                 for name, layer in self.layers.items()
@@ -185,4 +188,6 @@ def measured_layer(content: Mapping[str, Any], choices: int) -> MeasuredLayer:
     nbytes = tuple(map(int, content["nbytes"]))
     if not len(errors) == len(nbytes) == choices:
         raise ValueError(f"{len(errors)} errors and {len(nbytes)} sizes for {choices} choices")
-    return MeasuredLayer((int(rows), int(columns)), nbytes, errors, float(content["divergence"]))
+    return MeasuredLayer(
+        (int(rows), int(columns)), nbytes, errors, float(content["step"]), float(content["divergence"])
+    )

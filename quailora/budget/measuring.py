@@ -15,6 +15,7 @@ from ..calibration.collector import LayerInputs
 from ..calibration.sources import TextCalibration
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Block, Walk
+from ..core.metrics import gram
 from ..errors import ConfigurationError, named
 from ..methods.recipes import find_recipe
 from ..models.layers import ALL_LINEAR, Layer, all_layers, block_of, stock_quantizes
@@ -32,7 +33,7 @@ from ..quantizers import Quantizer
 from ..support import distributed
 from ..support.progress import counting
 from .choices import Choice
-from .divergences import ERRORS, PROBE, held_out_windows, measure_divergences, weight_in
+from .divergences import ENERGY, ERRORS, STEP, held_out_windows, measure_divergences, weight_in
 from .layer_errors import layer_errors
 from .measurements import MeasuredLayer, Measurements
 from .question import Question
@@ -108,6 +109,7 @@ def measure_model(plan: RunPlan, question: Question, folder: Path, *, fresh: boo
                 layer.shape,
                 tuple(choice.nbytes(layer) if choice.is_packed(layer) else 0 for choice in question.choices),
                 tuple(store.load(name).packed[ERRORS].tolist()),
+                store.load(name).packed[ENERGY].item(),
                 divergences[name],
             )
             for name, layer in layers.items()
@@ -167,7 +169,7 @@ def measure_errors(
 
 
 def stored_errors(inputs: LayerInputs, question: Question) -> StoredLayer:
-    """Return the errors of a layer by each choice, with its weights in the reference network and in the probe."""
+    """Return the errors of a layer by each choice, its weight in the reference network, and a step to the probe's."""
     paired = inputs.paired
     assert paired is not None  # experts are no targets
     held_out = paired.held_out.quantized
@@ -183,4 +185,8 @@ def stored_errors(inputs: LayerInputs, question: Question) -> StoredLayer:
     for one, other in zip(wanted, fitting, strict=True):
         errors[choices.index(one)] = errors[choices.index(other)]
     reference, probe = found.weights
-    return StoredLayer(dequantized=reference, packed={ERRORS: errors[: len(question.choices)], PROBE: probe})
+    # Half of the way is about as much as the error of the reference network itself, if the probe has a bit less.
+    step = (probe - reference) / 2
+    energy = torch.tensor(gram(held_out).energy(step), dtype=torch.float64)
+    kept = {ERRORS: errors[: len(question.choices)], STEP: step, ENERGY: energy}
+    return StoredLayer(dequantized=reference, packed=kept)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -55,13 +58,14 @@ def cheapest(
     rows = same_kind(layers, choices, alike)
     if rows is not None:
         constraints.append(LinearConstraint(rows, 0, 0))
-    result = milp(
-        scaled / unit_cost,
-        integrality=np.ones(layers * choices),
-        bounds=Bounds(0, usable.astype(float)),
-        constraints=constraints,
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-    )
+    with silenced():
+        result = milp(
+            scaled / unit_cost,
+            integrality=np.ones(layers * choices),
+            bounds=Bounds(0, usable.astype(float)),
+            constraints=constraints,
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
     if result.x is None:
         least = np.where(usable.reshape(costs.shape), sizes, np.inf).min(1).sum()
         raise ConfigurationError(
@@ -70,6 +74,25 @@ def cheapest(
         )
     chosen: Int[ndarray, " layers"] = result.x.reshape(costs.shape).argmax(1)
     return chosen
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Let nothing be printed on standard output inside a `with` statement, by libraries in C++ either."""
+    # HiGHS prints lines about its own work there, whatever it is told, and past `sys.stdout`.
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 # no path of a file
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def same_kind(layers: int, choices: int, alike: Sequence[tuple[Sequence[int], Int[ndarray, " choices"]]]) -> Any:

@@ -18,7 +18,7 @@ class Question:
     Attributes:
         choices: what each layer can become.
         reference: the choice of all layers in the network in which layers are measured.
-        probe: the choice that is put into one layer after the other, to see what its error costs.
+        probe: the choice towards which the weight of one layer after the other is changed, to see what errors cost.
     """
 
     choices: tuple[Choice, ...]
@@ -27,15 +27,14 @@ class Question:
 
     @classmethod
     def near(cls, choices: Sequence[Choice], reference: Choice) -> Question:
-        """Return the question around a reference: the probe is its next coarser quantizer without an adapter.
+        """Return the question around a reference: the probe is its next coarser quantizer, without an adapter.
 
         Around the coarsest quantizer it is the next finer one.
 
         Raises:
             ConfigurationError: if there is nothing to compare the reference with.
         """
-        # A coarser base makes the error of the layer several times larger. A small change would drown in how the errors
-        # of layers happen to be correlated on a few thousand tokens.
+        # A coarser base errs in the directions in which bases do err, and about twice as far for each bit.
         bare = list(dict.fromkeys(Choice(choice.quantizer) for choice in choices))
         at = bare.index(Choice(reference.quantizer))
         others = [bare[at - 1] if at else bare[min(1, len(bare) - 1)], bare[at], *choices]

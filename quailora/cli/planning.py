@@ -169,7 +169,9 @@ def measured_for(options: Mapping[str, Any], budget: Budget | None, folder: Path
     bits = tuple(options["bits"])
     if base_format == "bitsandbytes" and bits == BITS:  # of which this format holds two
         bits = (4, FULL_BITS)
-    choices = possible_choices(base_format, bits, options["ranks"], options["group_size"])
+    choices = possible_choices(
+        base_format, bits, options["ranks"], options["group_size"], symmetric=options["symmetric"]
+    )
     resources = Resources(options["dtype"], options["device"], "never", trust_remote_code=options["trust_remote_code"])
     source = TextCalibration(calibration_of(options))
     model = str(options["model"])

@@ -81,6 +81,19 @@ def initialize_asymmetric(
         ConfigurationError: if the weighting does not keep correlations, or there is neither a quantizer nor `Q`.
         CalibrationError: if no token, or every one, is held out.
     """
+    layer, share = asymmetric_layer(initializer, weight, statistics, held_out, step, quantized)
+    return initializer.correct(layer), share
+
+
+def asymmetric_layer(
+    initializer: Initializer,
+    weight: Tensor,
+    statistics: PairedStatistics,
+    held_out: PairedStatistics,
+    step: float = STEP,
+    quantized: QuantizedWeight | None = None,
+) -> tuple[QuantizedLayer, float]:
+    """Return the layer that is to be corrected, with its target, and the share; see `initialize_asymmetric`."""
     if not initializer.weighting.keeps_correlations:
         raise ConfigurationError(
             f"Asymmetric inputs need a weighting that keeps correlations of the inputs, got {initializer.weighting!r}. "
@@ -103,7 +116,7 @@ def initialize_asymmetric(
         target = weight.float() + share * fit.shift(ridge)
         fitted = QuantizedLayer.of(base, weight, seen, target)
         layer = replace(layer, validation=Validation(fitted, fit.error))
-    return initializer.correct(layer), share
+    return layer, share
 
 
 def shift(weight: Weight, statistics: PairedStatistics, ridge: float) -> Weight:

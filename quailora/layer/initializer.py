@@ -173,6 +173,19 @@ class Initializer:
         return self.quantizer or quantized  # type: ignore[return-value] # one of them is there
 
     @torch.no_grad()
+    def base_alone(self, layer: QuantizedLayer) -> QuantizedWeight:
+        """Let the schedule choose the quantized weight of a layer that gets no correction.
+
+        Raises:
+            ConfigurationError: if the schedule cannot work with the quantizer, or without calibration.
+        """
+        schedule = self.schedule.alone()
+        if schedule is None:
+            return layer.quantized
+        nothing = Lora().with_solver(Zero())
+        return schedule.choose(layer, lambda objective: nothing.fit(objective, 1), 1).quantized
+
+    @torch.no_grad()
     def correct(self, layer: QuantizedLayer) -> LayerInitialization:
         """Let the schedule choose the quantized weight, and solve for its correction.
 

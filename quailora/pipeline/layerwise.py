@@ -8,13 +8,15 @@ from contextlib import contextmanager
 
 import torch
 
+from ..calibration.collector import LayerInputs
 from ..core.statistics import InputStatistics
 from ..core.weightings import Sensitivity
 from ..errors import named
+from ..layer.asymmetric import asymmetric_layer
 from ..layer.initializer import Initializer, LayerInitialization
 from ..methods.method import Method
 from ..models.layers import Layer
-from ..quantizers import Quantizer
+from ..quantizers import QuantizedWeight, Quantizer
 from ..schedules.layer import QuantizedLayer
 
 
@@ -48,6 +50,30 @@ def initialize_layer(
                 prepared[initializer.quantizer] = initializer.quantize(layer.weight, inputs, sensitivity, quantized)
             result = initializer.correct(prepared[initializer.quantizer])
         yield name, result
+
+
+def quantize_alone(inputs: LayerInputs, method: Method) -> QuantizedWeight:
+    """Return the quantized weight of a layer that gets no correction.
+
+    Where held-out tokens choose among roundings, they do so for this layer as well: a base whose other layers are
+    rounded to nearest would be worse in these.
+
+    Args:
+        inputs: the layer, resident, and what is known of its inputs.
+        method: how the model is quantized.
+    """
+    layer, given = inputs.layer, method.quantized(inputs.layer)
+    initializer = method.initializer_of(layer)
+    alone = initializer.schedule.alone()
+    base = initializer.base(given)
+    if not isinstance(base, Quantizer):
+        return base
+    if alone is None or (alone.needs_validation and inputs.paired is None):  # experts have no held-out tokens
+        return base.quantize(layer.weight, inputs.statistics)
+    if inputs.paired is None:
+        return initializer.base_alone(initializer.quantize(layer.weight, inputs.statistics))
+    pair = inputs.paired.all_tokens, inputs.paired.held_out
+    return initializer.base_alone(asymmetric_layer(initializer, layer.weight, *pair, method.step)[0])
 
 
 def initializers(layer: Layer, methods: Mapping[str, Method]) -> dict[str, Initializer]:

@@ -28,7 +28,7 @@ from ..quantizers import QuantizedWeight
 from ..support import distributed
 from ..support.progress import Counter, console, counting
 from .keys import distilled_keys, key, trained_key
-from .layerwise import initialize_layer, initializers, seeded
+from .layerwise import initialize_layer, initializers, quantize_alone, seeded
 from .store import Store, StoredLayer
 from .trained_blocks import compensated, train_block
 
@@ -249,10 +249,7 @@ class ModelRun:
         if layer.name not in self.targets:
             for name, method in methods.items():
                 with named(layer.name):
-                    base = method.initializer_of(layer).base(method.quantized(layer))
-                    quantized = (
-                        base if isinstance(base, QuantizedWeight) else base.quantize(layer.weight, inputs.statistics)
-                    )
+                    quantized = quantize_alone(inputs, method)
                 yield name, StoredLayer(None, None, *self._kept(quantized))
             return
         for name, result, asymmetry in self._initialized(inputs, methods):

@@ -44,6 +44,10 @@ class Schedule(ABC):
         """Raise a `ConfigurationError` if the schedule cannot work with a quantizer; by default all of them work."""
         del quantizer
 
+    def alone(self) -> Schedule | None:
+        """Return the schedule for layers that get no correction; None to quantize them once, as most schedules do."""
+        return None
+
     @abstractmethod
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
         """Return the layer with the quantized weight to correct.

@@ -12,6 +12,7 @@ from ..errors import ConfigurationError
 from ..quantizers import Quantizer
 from .base import Schedule, Solve
 from .layer import QuantizedLayer
+from .once import Once
 
 DAMPINGS: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
 """Dampings of the error feedback to choose from, relative to the median power of channels that are not always zero."""
@@ -49,6 +50,10 @@ class HeldOut(Schedule):
     @override
     def solutions(self) -> int:
         return 2 + len(self.dampings) + self.schedule.solutions
+
+    @override
+    def alone(self) -> HeldOut:
+        return replace(self, schedule=self.schedule.alone() or Once())
 
     @override
     def check(self, quantizer: Quantizer) -> None:

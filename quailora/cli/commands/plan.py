@@ -21,6 +21,7 @@ def plan(
     bits: Sequence[int] = BITS,
     ranks: Sequence[int] = (0, 4, 8, 16, 32, 64),
     group_size: int = 64,
+    symmetric: bool = False,
     fused: bool = False,
     measurements: StrPath | None = None,
     calibration: StrPath | None = None,
@@ -58,6 +59,7 @@ def plan(
             16 bits stay as they are, without an adapter.
         ranks: ranks to choose from; 0 is no adapter. Leave 0 out where every quantized layer shall be trained later.
         group_size: columns that share a scale in a base of gptq; with 2 bits at most 32.
+        symmetric: levels that are symmetric around zero in a base of gptq, as vLLM needs them, at a loss of accuracy.
         fused: quantize layers alike that serving engines compute as one: query, key and value; gate and up.
         measurements: folder or file of an earlier plan, whose measurements are taken in place of new ones.
         calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the

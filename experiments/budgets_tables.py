@@ -41,7 +41,7 @@ def models(rows: Rows) -> str:
     if rows:
         full = [rows[0]["scores"]["full"][text] for text in TEXTS]
         plain = [f"{np.exp(np.mean(losses)):.2f}" for losses in full]
-        lines.append(["", "full precision", "", plain[0], "", plain[1], "", "", ""])
+        lines.append(["", "full precision", "", plain[0], "", plain[1], "", ""])
     for (budget, what), seeds in grouped(rows).items():
         same = list(seeds.values())
         first = same[0]
@@ -50,9 +50,8 @@ def models(rows: Rows) -> str:
         for text in TEXTS:
             numbers.append(shown(perplexity([row["scores"]["made"][text] for row in same]), 2, ""))
             numbers.append(f"{np.mean([row['scores']['made'][f'{text} kl'] for row in same]):.3f}")
-        seconds = f"{np.mean([row['seconds'] for row in same]) / 60:.0f} min"
-        lines.append([words(budget), title(what, first), f"{megabytes:.1f}", *numbers, str(len(same)), seconds])
-    return markdown_table((*header, "seeds", "time"), lines)
+        lines.append([words(budget), title(what, first), f"{megabytes:.1f}", *numbers, str(len(same))])
+    return markdown_table((*header, "seeds"), lines)
 
 
 def words(budget: str) -> str:

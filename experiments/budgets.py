@@ -74,11 +74,9 @@ def jobs() -> list[str]:
     return found
 
 
-def bits_of(quantizer: Quantizer, layer: Layer | None = None) -> float:
-    """Return the bits of a weight, of a layer or of any that is large."""
-    from torch import nn
-
-    return example_by(quantizer, layer or Layer("", nn.Linear(576, 576, bias=False, device="meta"))).bits_per_weight
+def bits_of(quantizer: Quantizer, shape: tuple[int, int] = (576, 576)) -> float:
+    """Return the bits of a weight of a layer."""
+    return example_by(quantizer, shape).bits_per_weight
 
 
 class Budgets:
@@ -203,7 +201,7 @@ def sizes(model: Any, layers: Mapping[str, Layer], method: Method, records: Any)
         assert quantizer is not None
         title = Choice(quantizer).base
         counted[title] = counted.get(title, 0) + 1
-        base += bits_of(quantizer, layer) * layer.shape[0] * layer.shape[1] / 8
+        base += bits_of(quantizer, layer.shape) * layer.shape[0] * layer.shape[1] / 8
     bare = isinstance(method.initializer.solver, Zero)
     return {"bytes": base, "adapter": 0 if bare else sum(record.numbers for record in records), "layers": counted}
 

@@ -92,6 +92,16 @@ def test_our_gptq_base(bits, shared_data, tmp_path):
     assert theirs == pytest.approx(ours, rel=0.005)
 
 
+def assert_same_logits(code, model, folder):
+    """Let the stock packages compute logits from the base and the adapter in a folder, and compare them with ours."""
+    stock("-c", code, folder / "a/base", folder / "a", folder / "logits.pt")
+    ours = AutoModelForCausalLM.from_pretrained(model)
+    quantize_in_place(ours, StoredBase(str(folder / "a/base")))
+    ours = PeftModel.from_pretrained(ours, folder / "a").eval()
+    expected = torch.load(folder / "logits.pt")
+    torch.testing.assert_close(ours(torch.arange(64)[None]).logits, expected, rtol=1e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_trained_blocks_of_two_bits(group_size, tokenizer, tmp_path):
     """What gptqmodel and PEFT compute from a trained base of 2 bits and its adapter is what the run has written."""
@@ -108,12 +118,7 @@ def test_trained_blocks_of_two_bits(group_size, tokenizer, tmp_path):
         "quantization_config=config); model = peft.PeftModel.from_pretrained(model, sys.argv[2]).eval(); "
         "torch.save(model(torch.arange(64)[None]).logits.float(), sys.argv[3])"
     )
-    stock("-c", code, tmp_path / "a/base", tmp_path / "a", tmp_path / "logits.pt")
-    ours = AutoModelForCausalLM.from_pretrained(model)
-    quantize_in_place(ours, StoredBase(str(tmp_path / "a/base")))
-    ours = PeftModel.from_pretrained(ours, tmp_path / "a").eval()
-    expected = torch.load(tmp_path / "logits.pt")
-    torch.testing.assert_close(ours(torch.arange(64)[None]).logits, expected, rtol=1e-2, atol=2e-3)
+    assert_same_logits(code, model, tmp_path)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -134,12 +139,7 @@ def test_a_base_of_many_bits(bits, tokenizer, tmp_path):
         "model = peft.PeftModel.from_pretrained(model.float(), sys.argv[2]).eval(); "
         "torch.save(model(torch.arange(64)[None]).logits.float(), sys.argv[3])"
     )
-    stock("-c", code, tmp_path / "a/base", tmp_path / "a", tmp_path / "logits.pt")
-    ours = AutoModelForCausalLM.from_pretrained(model)
-    quantize_in_place(ours, StoredBase(str(tmp_path / "a/base")))
-    ours = PeftModel.from_pretrained(ours, tmp_path / "a").eval()
-    expected = torch.load(tmp_path / "logits.pt")
-    torch.testing.assert_close(ours(torch.arange(64)[None]).logits, expected, rtol=1e-2, atol=2e-3)
+    assert_same_logits(code, model, tmp_path)
 
 
 def test_base_of_gptqmodel(shared_data, tmp_path):

@@ -56,7 +56,7 @@ class Choice:
     def nbytes(self, layer: Layer) -> int:
         """Return the bytes of a layer and its adapter: codes, scales, zero points, and factors in 16 bits."""
         rows, columns = layer.shape
-        bits = FULL_BITS if self.quantizer is None else example_by(self.quantizer, layer).bits_per_weight
+        bits = FULL_BITS if self.quantizer is None else example_by(self.quantizer, layer.shape).bits_per_weight
         return round((rows * columns * bits + self.rank * (rows + columns) * FULL_BITS) / 8)
 
     def is_packed(self, layer: Layer) -> bool:

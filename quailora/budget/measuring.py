@@ -63,7 +63,7 @@ def check_packable(layers: Mapping[str, Layer], quantizer: Quantizer, *, written
         quantizer: one of the quantizers to choose from.
         written: whether the base has to be written, because stock packages do not make it while they load a model.
     """
-    grouped = "qweight" in example_by(quantizer, next(iter(layers.values()))).packed()
+    grouped = "qweight" in example_by(quantizer, next(iter(layers.values())).shape).packed()
     odd = [
         name
         for name, layer in layers.items()
@@ -104,16 +104,12 @@ def measure_model(plan: RunPlan, question: Question, folder: Path, *, fresh: boo
         store = open_checkpoint(folder, depends, fresh)
         measure_errors(plan, question, loaded, layers, tokens, store)
         reference, divergences = measure_divergences(question, loaded, layers, held_out_windows(tokens), store)
-        measured = {
-            name: MeasuredLayer(
-                layer.shape,
-                tuple(choice.nbytes(layer) if choice.is_packed(layer) else 0 for choice in question.choices),
-                tuple(store.load(name).packed[ERRORS].tolist()),
-                store.load(name).packed[ENERGY].item(),
-                divergences[name],
-            )
-            for name, layer in layers.items()
-        }
+        measured = {}
+        for name, layer in layers.items():
+            nbytes = tuple(choice.nbytes(layer) if choice.is_packed(layer) else 0 for choice in question.choices)
+            kept = store.load(name).packed
+            errors, step = tuple(kept[ERRORS].tolist()), kept[ENERGY].item()
+            measured[name] = MeasuredLayer(layer.shape, nbytes, errors, step, divergences[name])
         return Measurements(
             loaded.name,
             depends,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
@@ -21,13 +22,14 @@ def example_of(method: Method, layer: Layer) -> QuantizedWeight:
         return method.base.weight(layer.name, torch.float32)
     quantizer = method.initializer_of(layer).quantizer
     assert quantizer is not None  # or a base, which `Method.check` sees to
-    return example_by(quantizer, layer)
+    return example_by(quantizer, layer.shape)
 
 
-def example_by(quantizer: Quantizer, layer: Layer) -> QuantizedWeight:
-    """Return a small random weight in the format that a quantizer gives a layer."""
+@cache
+def example_by(quantizer: Quantizer, shape: tuple[int, int]) -> QuantizedWeight:
+    """Return a small random weight in the format that a quantizer gives a layer of a shape; it is made once."""
     # A few rows and columns have as many bits each as the whole layer, and take no time.
-    rows, columns = (min(side, limit) for side, limit in zip(layer.shape, _SAMPLE, strict=True))
+    rows, columns = (min(side, limit) for side, limit in zip(shape, _SAMPLE, strict=True))
     statistics = InputStatistics(columns)
     statistics.add(torch.eye(columns, dtype=torch.float64), 1)
     sample = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
@@ -65,7 +67,7 @@ def examples_of_base(method: Method, layers: Mapping[str, Layer]) -> list[Quanti
         return [example_of(method, first)]
     # AutoGPTQ's format has bits and groups for each layer, in gptqmodel's `dynamic`. Checkpoints of other formats have
     # one configuration for all layers that are quantized.
-    examples = {quantizer: example_by(quantizer, first) for quantizer in method.every_quantizer}
+    examples = {quantizer: example_by(quantizer, first.shape) for quantizer in method.every_quantizer}
     others = [quantizer for quantizer, example in examples.items() if "qweight" not in example.packed()]
     if others:
         raise ConfigurationError(

@@ -22,19 +22,18 @@ from quailora.budget.measurements import Measurements
 from quailora.budget.plan import Budget, BudgetPlan
 from quailora.budget.planning import Planner
 from quailora.methods.method import Method
-from quailora.methods.recipes import Recipe, find_recipe
+from quailora.methods.recipes import find_recipe
 from quailora.models.layers import Layer
 from quailora.pipeline.formats import example_by
 from quailora.pipeline.initialize_model import finished_run
 from quailora.pipeline.plan import plan_run, source_of
-from quailora.schedules import HeldOut, Once
 from quailora.solvers import Zero
 
 from .budgets_tables import draw
 from .data import OTHER_TEXTS
 from .protocol import REFERENCE, Protocol
 from .runs import RESULTS, Store
-from .scored import Size, open_jobs, scores_of
+from .scored import BARE, Size, open_jobs, scores_of
 
 BUDGETS = (3.5, 4.5)
 """Bits for each weight of the layers, adapters included."""
@@ -56,9 +55,6 @@ POINTS: dict[str, tuple[Quantizer, int]] = {
 """Models that are the same in all layers, with whose bytes plans are made as well; a rank of 0 is no adapter."""
 
 RECIPE = "best-joint"
-
-BARE = Recipe("no adapter, rounded as held-out tokens choose", Zero(), schedule=HeldOut(Once()), inputs="asymmetric")
-"""What makes a base without an adapter, as carefully as `RECIPE` makes one with an adapter."""
 
 SIZE = Size(samples=64, sequence_length=512)
 
@@ -174,10 +170,10 @@ class Budgets:
         with finished_run(plan) as finished:
             assert finished is not None
             seconds = time.monotonic() - began
-            scores = scores_of(finished, {"made": finished.finished}, self._texts, self._size)
+            loaded, layers = finished.loaded, finished.run.layers
             return {
-                "scores": scores,
-                **sizes(finished.loaded.model, finished.run.layers, method, finished.records),
+                "scores": scores_of(loaded, layers, {"made": finished.finished}, self._texts, self._size),
+                **sizes(loaded.model, layers, method, finished.records),
                 "expected": None if planned is None else planned.divergence,
                 "rank": method.scaling.rank,
                 "seconds": round(seconds),

@@ -17,24 +17,28 @@ from typing import Any
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from quailora import NF4, Calibration, LoraScaling, Output, Quantizer, Resources, TextSource, Uniform
+from quailora import NF4, Calibration, Int8, LoraScaling, Output, Quantizer, Resources, TextSource, Uniform
 from quailora.calibration.examples import BlockExamples
 from quailora.calibration.walk import Block
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.distillation import Distillation
 from quailora.methods.recipes import Recipe, find_recipe
 from quailora.models.layers import all_layers, block_of
+from quailora.models.load import load_model
+from quailora.pipeline.formats import example_by
 from quailora.pipeline.initialize_model import finished_run, model_run
 from quailora.pipeline.loading import loaded_model
 from quailora.pipeline.plan import RunPlan, plan_run, source_of
-from quailora.pipeline.store import MemoryStore
+from quailora.pipeline.store import MemoryStore, StoredLayer
 from quailora.pipeline.trained_blocks import compensated, weight_of
+from quailora.solvers import Zero
 
+from .auto_rounding import auto_rounded, shuffled_windows
 from .data import OTHER_TEXTS
 from .few_bits_tables import draw
 from .protocol import REFERENCE, Protocol
 from .runs import RESULTS, Store
-from .scored import Size, open_jobs, scores_of
+from .scored import BARE, Size, open_jobs, scores_of
 
 logger = logging.getLogger("experiments")
 
@@ -44,7 +48,21 @@ BASES: dict[str, Quantizer] = {
     "3 bits, groups of 64": Uniform(3, 64),
     "4 bits, groups of 64": Uniform(4, 64),
     "NF4": NF4(),
+    "int8": Int8(),
 }
+
+WITHOUT: dict[str, Recipe] = {
+    "nearest": Recipe("no adapter, rounded to nearest", Zero(), inputs="quantized"),
+    "bare": BARE,
+    "bare-trained": replace(BARE, blocks=BlockTraining(parts=("scales",))),
+}
+"""Bases without an adapter: as stock packages round them, as `best-joint` does, and with scales trained by blocks."""
+
+DIAL = (120, 480, 960)
+"""Steps of the distillations that begin with the same adapters, in jobs whose recipe names a learning rate."""
+
+RATES = (3e-4, 1e-3)
+"""Learning rates of these distillations."""
 
 BLOCKS: dict[str, BlockTraining] = {
     "factors": BlockTraining(parts=("factors",)),
@@ -64,17 +82,23 @@ SIZE = Size()
 
 
 def jobs() -> list[str]:
-    """Return the names of all jobs, most important first: base, recipe or "blocks", rank and seed."""
+    """Return the names of all jobs, most important first: base, recipe or "blocks", rank (0: no adapter) and seed."""
     two, four = list(BASES)[:2], [*list(BASES)[2:]]
     trained = [f"{base}/block-trained-joint/{rank}/{seed}" for seed in (0, 1, 2) for base in two for rank in (16, 64)]
-    closed = [f"{base}/best-joint/{rank}/0" for base in BASES for rank in (16, 64)]
+    closed = [f"{base}/best-joint/{rank}/0" for base in BASES if base != "int8" for rank in (16, 64)]
+    four.remove("int8")
     others = [f"{base}/block-trained-joint/16/0" for base in four]
+    dials = [f"NF4/block-trained at {RATES[0]:g}/16/{seed}" for seed in (0, 1, 2)]
+    dials += [f"NF4/block-trained at {rate:g}/16/0" for rate in RATES[1:]]
     return [
         *trained,
+        *(f"{base}/nearest/0/0" for base in ("NF4", "int8")),
+        *dials,
         *closed,
+        *(f"{base}/{recipe}/0/0" for base in list(BASES)[:4] for recipe in ("bare", "bare-trained", "auto-round")),
         *(f"{base}/blocks/{rank}/0" for base in two for rank in (16, 64)),
         *others,
-        *(f"NF4/{recipe}/16/{seed}" for seed in (0, 1, 2) for recipe in ("best", "block-trained")),
+        *(f"NF4/best/16/{seed}" for seed in (0, 1, 2)),
     ]
 
 
@@ -122,8 +146,9 @@ class FewBits:
             only: jobs whose names contain this.
             seconds: after which no further job is begun.
         """
+        kinds = {"blocks": self._blocks, "auto-round": self._auto_rounded}
         for job in open_jobs(jobs(), self._done, self._folder, only, seconds):
-            self._store.add({"key": job, **(self._blocks(job) if "/blocks/" in job else self._made(job))})
+            self._store.add({"key": job, **kinds.get(job.split("/")[1], self._made)(job)})
 
     def _done(self) -> set[str]:
         return {row["key"] for row in self._store.rows()}
@@ -132,7 +157,7 @@ class FewBits:
         """Return the plan of a run on the calibration text."""
         text = TextSource(str(self._texts / OTHER_TEXTS["wikitext2"]))
         source = source_of(Calibration(text, self._size.samples, self._size.sequence_length, seed=seed))
-        method = recipe.method(BASES[base], LoraScaling(rank))
+        method = recipe.method(BASES[base], LoraScaling(max(1, rank)))
         resources = Resources(device="auto" if self._device == "auto" else "cpu")
         output = None if out is None else Output(out)
         return plan_run(self._protocol.model, method, source, ["all-linear"], output, resources)
@@ -166,24 +191,72 @@ class FewBits:
         return {"blocks": errors}
 
     def _made(self, job: str) -> dict[str, Any]:
-        """Make the model of a job, and return its scores before and after the distillation."""
+        """Make the model of a job, and return its scores before and after each distillation."""
         base, name, rank, seed = job.split("/")
-        recipe = replace(find_recipe(name), distillation=Distillation(steps=STEPS))
-        plan = self._plan(recipe, base, int(rank), int(seed), self._folder / job.replace("/", "-"))
+        name, _, rate = name.partition(" at ")
+        plan = self._plan(recipe_of(name), base, int(rank), int(seed), self._folder / job.replace("/", "-"))
         began = time.monotonic()
         with finished_run(plan) as finished:
             assert finished is not None
-            seconds = time.monotonic() - began
-            stages = {"undistilled": finished.run.finished(""), "distilled": finished.finished}
+            run, spent = finished.run, {"undistilled": time.monotonic() - began}
+            stages = {"undistilled": run.finished("")}
+            for title, distillation in distillations(name, rate).items():
+                began = time.monotonic()
+                run.distil("", distillation, plan.source, finished.loaded.tokenizer)
+                stages[title] = run.finished("", distillation)
+                spent[title] = time.monotonic() - began
             records = finished.records
             blocks = {block_of(record.name): record for record in records}
             return {
-                "scores": scores_of(finished, stages, self._texts, self._size),
+                "scores": scores_of(finished.loaded, run.layers, stages, self._texts, self._size),
                 "bytes": sum(record.bits_per_weight * record.shape[0] * record.shape[1] for record in records) / 8,
-                "adapter": sum(record.numbers for record in records),
+                "adapter": 0 if name in WITHOUT else sum(record.numbers for record in records),
                 "blocks": [(one.block_error, one.block_error_trained) for one in blocks.values()],
-                "seconds": round(seconds),
+                "seconds": {stage: round(seconds) for stage, seconds in spent.items()},
             }
+
+    def _auto_rounded(self, job: str) -> dict[str, Any]:
+        """Let the package auto-round make a base without an adapter, from as many tokens, and return its scores."""
+        base, _, _, seed = job.split("/")
+        quantizer, training = BASES[base], BlockTraining()
+        assert isinstance(quantizer, Uniform)
+        rounded = load_model(self._protocol.model, "float32", "cpu")  # the package moves block after block itself
+        text = (self._texts / OTHER_TEXTS["wikitext2"]).read_text(encoding="utf-8")
+        size = self._size.samples, self._size.sequence_length
+        windows = shuffled_windows(text, rounded.tokenizer, *size, int(seed))
+        began = time.monotonic()
+        weights = auto_rounded(rounded, windows, quantizer, training.steps, training.tokens, int(seed))
+        seconds = time.monotonic() - began
+        loaded = load_model(self._protocol.model, dtype="float32")
+        layers = all_layers(loaded.model)
+        stages = {"undistilled": {name: StoredLayer(dequantized=weight) for name, weight in weights.items()}}
+        shapes = [layer.shape for layer in layers.values()]
+        return {
+            "scores": scores_of(loaded, layers, stages, self._texts, self._size),
+            "bytes": sum(example_by(quantizer, one).bits_per_weight * one[0] * one[1] for one in shapes) / 8,
+            "adapter": 0,
+            "blocks": [],
+            "seconds": {"undistilled": round(seconds)},
+        }
+
+
+def recipe_of(name: str) -> Recipe:
+    """Return a recipe by its name, here or for the command line."""
+    return WITHOUT[name] if name in WITHOUT else find_recipe(name)
+
+
+def distillations(name: str, rate: str) -> dict[str, Distillation]:
+    """Return the distillations of a job, by the names that its scores get.
+
+    Args:
+        name: name of its recipe.
+        rate: learning rate that the job names, if it does.
+    """
+    if name in WITHOUT:
+        return {}
+    if rate:
+        return {f"{steps} steps": Distillation(steps, learning_rate=float(rate)) for steps in DIAL}
+    return {"distilled": Distillation(STEPS)}
 
 
 if __name__ == "__main__":

@@ -18,12 +18,28 @@ from .statistics import Estimate, bootstrapped
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4"}
 NOTHING = "Nothing of this table has been measured yet."
 STAGES = {"undistilled": "", "distilled": " + distillation"}
+STEP_TOKENS = 1024
+"""Tokens in a step of a distillation."""
+
+NAMES = {
+    "nearest": "rounded to nearest",
+    "bare": "rounded as held-out tokens choose",
+    "bare-trained": "the same, scales trained by blocks",
+    "auto-round": "by the package auto-round",
+}
+"""What is done to bases without an adapter, in words."""
+
+Rows = Sequence[Mapping[str, Any]]
 
 
-def draw(rows: Sequence[Mapping[str, Any]], page: Path) -> None:
+def draw(rows: Rows, page: Path) -> None:
     """Write the tables into a page, between their marks."""
     whole = [row for row in rows if "scores" in row]
-    tables = {"models": models(whole), "blocks": blocks([row for row in rows if "scores" not in row])}
+    tables = {
+        "models": models([row for row in whole if " at " not in row["key"]]),
+        "dial": dial(whole),
+        "blocks": blocks([row for row in rows if "scores" not in row]),
+    }
     tables = {name: table if table.count("\n") > 1 else NOTHING for name, table in tables.items()}
     page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
@@ -33,7 +49,50 @@ def perplexity(scores: Sequence[Sequence[float]]) -> Estimate:
     return bootstrapped(np.exp, scores)
 
 
-def blocks(rows: Sequence[Mapping[str, Any]]) -> str:
+def perplexity_gap_closed(plain: np.ndarray, eight_bits: np.ndarray, arm: np.ndarray) -> np.ndarray:
+    """Return the share of the distance in perplexity from NF4 to int8 that an arm closes; arguments are mean losses."""
+    return (np.exp(plain) - np.exp(arm)) / (np.exp(plain) - np.exp(eight_bits))
+
+
+def dial(rows: Rows) -> str:
+    """Return a line for each learning rate and length of a distillation, with the share of the gap to int8 it closes.
+
+    The gap is that from NF4 to int8, both rounded to nearest and without an adapter.
+    """
+    ends = {row["key"]: row["scores"]["undistilled"] for row in rows if "/nearest/" in row["key"]}
+    plain, eight_bits = (ends.get(f"{base}/nearest/0/0") for base in ("NF4", "int8"))
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        recipe, _, rate = row["key"].split("/")[1].partition(" at ")
+        if rate:
+            groups.setdefault((recipe, rate), []).append(row)
+    columns = (f"{title}{what}" for title in TEXTS.values() for what in ("", ", KL", ", gap closed"))
+    header = ["rate", "tokens", *columns, "seeds", "seconds"]
+    lines: list[list[str]] = []
+    if plain is None or eight_bits is None:
+        return markdown_table(header, lines)
+    for name, end in (("NF4", plain), ("int8", eight_bits)):
+        numbers = [(np.exp(np.mean(end[text])), np.mean(end[f"{text} kl"])) for text in TEXTS]
+        cells = [cell for mean, kl in numbers for cell in (f"{mean:.2f}", f"{kl:.4f}", "")]
+        lines.append([f"{name}, no adapter", "", *cells, "", ""])
+    for (_, rate), same in sorted(groups.items(), key=lambda item: float(item[0][1])):
+        for stage in dict.fromkeys(stage for row in same for stage in row["scores"] if stage != "full"):
+            steps = int(stage.split()[0]) if stage != "undistilled" else 0
+            those = [row for row in same if stage in row["scores"]]
+            cells = []
+            for text in TEXTS:
+                arm = [row["scores"][stage][text] for row in those]
+                both = [[end[text]] * len(those) for end in (plain, eight_bits)]
+                share = bootstrapped(perplexity_gap_closed, *both, arm)
+                share = Estimate(*(100 * one for one in (share.value, share.low, share.high)))
+                divergence = np.mean([row["scores"][stage][f"{text} kl"] for row in those])
+                cells += [f"{perplexity(arm).value:.2f}", f"{divergence:.4f}", shown(share, 1, "") + " %"]
+            seconds = np.mean([row["seconds"][stage] for row in those])
+            lines.append([rate, f"{steps * STEP_TOKENS:,}", *cells, str(len(those)), f"{seconds:.0f}"])
+    return markdown_table(header, lines)
+
+
+def blocks(rows: Rows) -> str:
     """Return a line for each setting that the first block of a model was trained with."""
     lines = []
     for row in rows:
@@ -44,7 +103,7 @@ def blocks(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(header, lines)
 
 
-def models(rows: Sequence[Mapping[str, Any]]) -> str:
+def models(rows: Rows) -> str:
     """Return a line for each base, recipe, rank and stage, over all seeds that were run."""
     groups: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -58,13 +117,18 @@ def models(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(["full precision", "", "", "", plain[0], "", plain[1], "", "", ""])
     for (base, recipe, rank), same in sorted(groups.items()):
         megabytes = (same[0]["bytes"] + 2 * same[0]["adapter"]) / 1e6
+        spent = 0.0
         for stage, end in STAGES.items():
+            if stage not in same[0]["scores"]:
+                continue
             numbers = []
+            spent += np.mean([row["seconds"][stage] for row in same])
             for text in TEXTS:
                 numbers.append(shown(perplexity([row["scores"][stage][text] for row in same]), 2, ""))
                 divergences = [row["scores"][stage][f"{text} kl"] for row in same]
                 numbers.append(f"{np.mean(divergences):.3f}")
-            seconds = f"{np.mean([row['seconds'] for row in same]) / 60:.0f} min" if stage == "distilled" else ""
-            name = f"`{recipe}`{end}"
-            lines.append([base, name, str(rank), f"{megabytes:.1f}", *numbers, str(len(same)), seconds])
+            devices = ", ".join(sorted({row["device"] for row in same}))
+            name = f"`{recipe}`{end}" if rank else NAMES.get(recipe, recipe)
+            time = f"{spent / 60:.0f} min, {devices}"
+            lines.append([base, name, str(rank or "-"), f"{megabytes:.1f}", *numbers, str(len(same)), time])
     return markdown_table((*header, "seeds", "time"), lines)

@@ -12,11 +12,18 @@ from filelock import FileLock
 
 from quailora.evaluation.scores import Corrected, measure
 from quailora.evaluation.texts import EvaluationTexts
-from quailora.pipeline.output import AdapterOutput
+from quailora.methods.recipes import Recipe
+from quailora.models.layers import Layer
+from quailora.models.load import LoadedModel
 from quailora.pipeline.store import StoredLayer
+from quailora.schedules import HeldOut, Once
+from quailora.solvers import Zero
 
 from .after import acquired
 from .data import OTHER_TEXTS, TEST
+
+BARE = Recipe("no adapter, rounded as held-out tokens choose", Zero(), schedule=HeldOut(Once()), inputs="asymmetric")
+"""What makes a base without an adapter, as carefully as `best-joint` makes one with an adapter."""
 
 
 @dataclass(frozen=True)
@@ -62,26 +69,36 @@ def open_jobs(
 
 
 def scores_of(
-    finished: AdapterOutput, stages: Mapping[str, Mapping[str, StoredLayer]], texts: Path, size: Size
+    loaded: LoadedModel,
+    layers: Mapping[str, Layer],
+    stages: Mapping[str, Mapping[str, StoredLayer]],
+    texts: Path,
+    size: Size,
 ) -> dict[str, dict[str, list[float]]]:
     """Return losses and divergences of each window, by stage and text; those of full precision, too.
 
     Args:
-        finished: a run.
-        stages: the layers at some stages of it.
+        loaded: the model in full precision.
+        layers: its layers that are quantized.
+        stages: what has become of these at some stages of a run.
         texts: folder with WikiText-2 and C4.
         size: how much is measured.
+
+    Raises:
+        ValueError: if a run has not kept the weights of its layers, which would be measured in full precision.
     """
-    model = finished.loaded.model
+    model = loaded.model
     variants: dict[str, Mapping[str, Any]] = {"full": {}}
-    for stage, layers in stages.items():
-        weights = {name: one.dequantized for name, one in layers.items() if one.dequantized is not None}
-        corrections = {name: one.correction for name, one in layers.items() if one.correction is not None}
+    for stage, made in stages.items():
+        weights = {name: one.dequantized for name, one in made.items() if one.dequantized is not None}
+        if len(weights) < len(layers):
+            raise ValueError(f"Expected the weights of {len(layers)} layers, got {len(weights)}. Keep them in the run.")
+        corrections = {name: one.correction for name, one in made.items() if one.correction is not None}
         variants[stage] = Corrected(weights, corrections, model.device)
     sources = tuple(str(texts / name) for name in (TEST, OTHER_TEXTS["c4"]))
-    cut = EvaluationTexts(sources, windows=size.windows, window_length=size.window_length).cut(finished.loaded)
+    cut = EvaluationTexts(sources, windows=size.windows, window_length=size.window_length).cut(loaded)
     scores: dict[str, dict[str, list[float]]] = {stage: {} for stage in variants}
     for (_, ids), text in zip(cut, ("wikitext2", "c4"), strict=True):
-        for stage, found in measure(model, finished.run.layers, variants, ids, f"Evaluating on {text}").items():
+        for stage, found in measure(model, layers, variants, ids, f"Evaluating on {text}").items():
             scores[stage] |= {text: list(found.losses), f"{text} kl": list(found.divergences)}
     return scores

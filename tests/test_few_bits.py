@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from runs import stopped_after_a_block
@@ -14,8 +16,11 @@ from experiments.few_bits_tables import draw
 from experiments.scored import Size
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.recipes import RECIPES
+from quailora.models.layers import all_layers
+from quailora.quantizers.grid import Grid
+from quailora.quantizers.groups import join_groups, split_groups
 
-PAGE = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("models", "blocks"))
+PAGE = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("models", "dial", "blocks"))
 JOB = "2 bits, groups of 32/block-trained-joint/4/0"
 
 
@@ -28,6 +33,9 @@ def experiment(tiny_llama, tmp_path, monkeypatch):
     short = replace(RECIPES["block-trained-joint"], blocks=BlockTraining(3, 64, parts=("scales", "factors")))
     monkeypatch.setitem(RECIPES, "block-trained-joint", short)
     monkeypatch.setattr(few_bits, "STEPS", 2)
+    trained = replace(few_bits.WITHOUT["bare-trained"], blocks=BlockTraining(3, 64, parts=("scales",)))
+    monkeypatch.setitem(few_bits.WITHOUT, "bare-trained", trained)
+    monkeypatch.setattr(few_bits, "DIAL", (2, 3))
     monkeypatch.setattr(few_bits, "jobs", lambda: [JOB, "2 bits, groups of 32/blocks/4/0"])
     monkeypatch.setattr(few_bits, "BLOCKS", {"short": BlockTraining(2, 64)})
     return FewBits(tmp_path, tmp_path / "runs", tmp_path / "results", "cpu", str(tiny_llama), Size(8, 32, 2, 64))
@@ -51,11 +59,77 @@ def test_a_job_goes_on_and_is_scored_at_each_stage(experiment, tmp_path, monkeyp
     assert "| 2 bits, groups of 32 | `block-trained-joint` + distillation | 4 |" in page.read_text(encoding="utf-8")
 
 
+def test_bases_without_an_adapter_and_distillations_from_one_start(experiment, tmp_path, monkeypatch):
+    bare = [f"2 bits, groups of 32/{recipe}/0/0" for recipe in ("bare", "bare-trained")]
+    nearest = [f"{base}/nearest/0/0" for base in ("NF4", "int8")]
+    dials = ["NF4/best at 0.001/4/0", "NF4/best at 0.0003/4/0"]
+    monkeypatch.setattr(few_bits, "jobs", lambda: [*bare, *nearest, *dials])
+    experiment.run()
+    rows = {row["key"]: row for row in experiment._store.rows()}
+    losses = {key: sum(row["scores"]["undistilled"]["wikitext2 kl"]) for key, row in rows.items()}
+    assert all(rows[key]["adapter"] == 0 and rows[key]["scores"].keys() == {"full", "undistilled"} for key in bare)
+    assert losses[bare[0]] != losses[bare[1]]
+    assert losses["int8/nearest/0/0"] < losses["NF4/nearest/0/0"] < losses[bare[0]]
+    first, second = (rows[key] for key in dials)
+    assert first["seconds"].keys() == {"undistilled", "2 steps", "3 steps"}
+    assert first["scores"]["undistilled"] == second["scores"]["undistilled"]
+    different = [first["scores"]["2 steps"], first["scores"]["3 steps"], second["scores"]["2 steps"]]
+    assert len({str(scores) for scores in different}) == 3
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+    experiment.draw(page)
+    text = page.read_text(encoding="utf-8")
+    assert "| 2 bits, groups of 32 | the same, scales trained by blocks | - |" in text
+    assert text.index("| NF4, no adapter |") < text.index("| 0.0003 | 0 |") < text.index("| 0.001 | 2,048 |")
+
+
+class AutoRound:
+    """What the package of this name does, but for the training: it leaves scales and zero points beside the weights."""
+
+    off = 0.0
+
+    def __init__(self, model, tokenizer, **options):
+        self.model, self.options = model, options
+        assert [len(part["input_ids"]) for part in options["dataset"]] == [8]  # 8 windows, in steps of 1024 tokens
+
+    def quantize(self):
+        for layer in all_layers(self.model).values():
+            groups = split_groups(layer.weight.detach(), self.options["group_size"])
+            grid = Grid.fit(groups, self.options["bits"], self.options["sym"])
+            codes = grid.over_groups().encode(groups)
+            layer.module.scale, layer.module.zp = grid.scale.half(), grid.zero_point
+            rounded = join_groups((grid.over_groups().decode(codes) + self.off), layer.shape[1])
+            layer.module.weight.data = rounded.bfloat16().float()
+        return self.model, None
+
+
+def test_bases_of_another_package_are_measured_in_the_same_way(experiment, tmp_path, monkeypatch):
+    """Rounded to nearest they are what `Uniform` makes, whatever precision the package leaves the weights in."""
+    monkeypatch.setitem(sys.modules, "auto_round", SimpleNamespace(AutoRound=AutoRound))
+    jobs = [f"3 bits, groups of 64/{recipe}/0/0" for recipe in ("auto-round", "nearest")]
+    monkeypatch.setattr(few_bits, "jobs", lambda: jobs)
+    experiment.run()
+    first, second = experiment._store.rows()
+    assert first["bytes"] == pytest.approx(second["bytes"], rel=1e-6)
+    for text in ("wikitext2", "c4"):
+        assert first["scores"]["undistilled"][text] == pytest.approx(second["scores"]["undistilled"][text], rel=1e-5)
+    monkeypatch.setattr(AutoRound, "off", 0.01)
+    monkeypatch.setattr(few_bits, "jobs", lambda: ["2 bits, groups of 64/auto-round/0/0"])
+    with pytest.raises(ValueError, match="is not rounded to 2 bits in groups of 64"):
+        experiment.run()
+
+
 def test_the_table_has_the_means_over_seeds(tmp_path):
     def row(seed, loss):
         scores = {"wikitext2": [loss, loss], "wikitext2 kl": [0.5, 0.5], "c4": [loss, loss], "c4 kl": [0.5, 0.5]}
         stages = {"full": scores, "undistilled": scores, "distilled": scores}
-        content = {"bytes": 1e6, "adapter": 500_000, "seconds": 120, "blocks": []}
+        content = {
+            "bytes": 1e6,
+            "adapter": 500_000,
+            "seconds": dict.fromkeys(stages, 60),
+            "device": "CPU",
+            "blocks": [],
+        }
         return {"key": f"2 bits, groups of 64/best-joint/16/{seed}", "scores": stages, **content}
 
     page = tmp_path / "page.md"

@@ -54,6 +54,9 @@ POINTS: dict[str, tuple[Quantizer, int]] = {
 }
 """Models that are the same in all layers, with whose bytes plans are made as well; a rank of 0 is no adapter."""
 
+PLANS = ("plan", "plan of NF4")
+"""Plans of AutoGPTQ's format, and of bitsandbytes'."""
+
 RECIPE = "best-joint"
 
 SIZE = Size(samples=64, sequence_length=512)
@@ -65,7 +68,8 @@ def jobs() -> list[str]:
     for seed in (0, 1, 2):
         for budget in BUDGETS:
             names = [name for name, quantizer in BASES.items() if bits_of(quantizer) <= budget]
-            found += [f"{budget}/{what}/{seed}" for what in ("plan", *reversed(names), "skips")]
+            plans = [name for name in PLANS if name == "plan" or "NF4" in names]
+            found += [f"{budget}/{what}/{seed}" for what in (*plans, *reversed(names), "skips")]
         found += [f"{point}/{what}/{seed}" for point in POINTS for what in ("same", "plan")]
     return found
 
@@ -80,6 +84,7 @@ class Budgets:
 
     Args:
         measured: folder of `quailora plan` with the measurements that plans are made from.
+        measured_nf4: the same of `quailora plan --format bitsandbytes`.
         texts: folder with WikiText-2, validation and test, and C4.
         folder: folder for jobs that are not finished.
         results: folder of the results.
@@ -91,6 +96,7 @@ class Budgets:
     def __init__(
         self,
         measured: Path = Path("plans"),
+        measured_nf4: Path = Path("plans-nf4"),
         texts: Path = Path("texts"),
         folder: Path = Path("runs/budgets"),
         results: Path = RESULTS,
@@ -99,7 +105,8 @@ class Budgets:
         size: Size = SIZE,
     ) -> None:
         self._protocol: Protocol = replace(REFERENCE, model=model)
-        self._measured, self._texts, self._folder, self._device, self._size = measured, texts, folder, device, size
+        self._measured = {"plan": measured, "plan of NF4": measured_nf4}
+        self._texts, self._folder, self._device, self._size = texts, folder, device, size
         self._store = Store(self._protocol, results, "budgets")
 
     def left(self) -> None:
@@ -129,7 +136,7 @@ class Budgets:
 
     def _asked(self, budget: str, what: str) -> tuple[Method, list[str], BudgetPlan | None]:
         """Return the method of a job, the layers with an adapter, and the plan, if there is one."""
-        measured = Measurements.read(self._measured / "measurements.json")
+        measured = Measurements.read(self._measured[what if what in PLANS else "plan"] / "measurements.json")
         planner, sides = Planner(measured), sum(sum(layer.shape) for layer in measured.layers.values())
 
         def bytes_of(quantizer: Quantizer) -> float:
@@ -144,7 +151,7 @@ class Budgets:
                 return recipe.method(quantizer, LoraScaling(max(1, rank))), ["all-linear"], None
         else:
             nbytes = Budget(f"{budget}bits").nbytes(measured.weights, measured.other_bytes)
-        if what == "plan":
+        if what in PLANS:
             plan = planner.within(nbytes, f"{budget} bits")
             if plan.targets:
                 return plan.method(RECIPE), plan.targets, plan

@@ -31,7 +31,7 @@ def grouped(rows: Rows) -> dict[tuple[str, str], dict[int, Mapping[str, Any]]]:
     for row in rows:
         budget, what, seed = row["key"].split("/")
         groups.setdefault((budget, what), {})[int(seed)] = row
-    return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "plan", item[0][1])))
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1].startswith("plan"), item[0][1])))
 
 
 def models(rows: Rows) -> str:
@@ -62,8 +62,8 @@ def words(budget: str) -> str:
 def title(what: str, row: Mapping[str, Any]) -> str:
     """Return the model of a row in words."""
     counted = ", ".join(f"{count} x {bits}" for bits, count in sorted(row["layers"].items(), key=lambda item: -item[1]))
-    if what == "plan":
-        return f"**plan** ({counted})"
+    if what.startswith("plan"):
+        return f"**{what}** ({counted})"
     if what == "same":
         return "this model"
     return f"16-bit skips alone ({counted})" if what == "skips" else f"{what} + rank {row['rank']}"
@@ -78,10 +78,12 @@ def differences(rows: Rows) -> str:
     """Return how far the divergence of each plan is from those of the other models of the same bytes."""
     groups = grouped(rows)
     lines = []
-    for (budget, what), seeds in groups.items():
-        plans = groups.get((budget, "plan"), {})
+    pairs = [(first, second) for first in groups for second in groups
+             if first[0] == second[0] and first[1].startswith("plan") and not second[1].startswith("plan")]  # fmt: skip
+    for (budget, plan), (_, what) in pairs:
+        plans, seeds = groups[budget, plan], groups[budget, what]
         both = sorted(seeds.keys() & plans.keys())
-        if what == "plan" or not both:
+        if not both:
             continue
         cells = []
         for text in TEXTS:
@@ -89,5 +91,5 @@ def differences(rows: Rows) -> str:
                      for some in (plans, seeds)]  # fmt: skip
             found = bootstrapped(relative, *parts)
             cells.append(shown(Estimate(*(100 * one for one in (found.value, found.low, found.high))), 0) + " %")
-        lines.append([words(budget), title(what, seeds[both[0]]), *cells, str(len(both))])
-    return markdown_table(("budget", "plan against", *(f"{name}, KL" for name in TEXTS.values()), "seeds"), lines)
+        lines.append([words(budget), plan, title(what, seeds[both[0]]), *cells, str(len(both))])
+    return markdown_table(("budget", "", "against", *(f"{name}, KL" for name in TEXTS.values()), "seeds"), lines)

@@ -27,7 +27,7 @@ def experiment(tiny_llama, tmp_path, monkeypatch):
     assert main(["plan", str(tiny_llama), "--budget", "6bits", "--out", str(measured), *words]) == 0
     monkeypatch.setattr(budgets, "jobs", lambda: JOBS)
     monkeypatch.setitem(budgets.BASES, "4 bits", Uniform(4, 32))
-    places = (measured, tmp_path, tmp_path / "runs", tmp_path / "results")
+    places = (measured, measured, tmp_path, tmp_path / "runs", tmp_path / "results")
     return Budgets(*places, "cpu", str(tiny_llama), Size(8, 32, 2, 64))
 
 
@@ -65,7 +65,7 @@ def test_tables_pair_plans_with_the_same_windows(tmp_path):
     page.write_text(PAGE, encoding="utf-8")
     draw([row("3 bits", 1.0), row("plan", 0.75)], page)
     text = page.read_text(encoding="utf-8")
-    assert "| 3.5 bits | 3 bits + rank 8 | -25 (-25 to -25) % | -25 (-25 to -25) % | 1 |" in text
+    assert "| 3.5 bits | plan | 3 bits + rank 8 | -25 (-25 to -25) % | -25 (-25 to -25) % | 1 |" in text
     assert text.index("**plan** (210 x 4 bits)") < text.index("| 3 bits + rank 8 | 1.0")
 
 

@@ -1,8 +1,8 @@
-"""The errors that a layer would have with each choice, on tokens that nothing was fitted to."""
+"""The errors that a layer would have with each choice."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -23,65 +23,71 @@ _DAMPING = 0.1
 
 @final
 @dataclass(frozen=True, eq=False)
-class LayerErrors:
-    """What becomes of a layer with each choice.
+class RoundingError:
+    """What a quantizer leaves of a weight, and what adapters of all ranks take off that.
 
     Attributes:
-        errors: `tr((W - Q - C) H (W - Q - C)^T)` of each choice, squared, total over outputs, mean over held-out
-            tokens; infinite for a rank that the layer cannot carry.
-        weights: `Q + C` of the choices that were asked for, in the dtype of the weight.
+        error: `W - Q`.
+        lora_B: the first columns of it are the adapter of a lower rank.
+        lora_A: its first rows, likewise.
     """
 
-    errors: Float[Tensor, " choices"]
-    weights: tuple[Float[Tensor, "out_features in_features"], ...]
+    error: Float[Tensor, "out_features in_features"]
+    lora_B: Float[Tensor, "out_features rank"]
+    lora_A: Float[Tensor, "rank in_features"]
+
+    def left(self, rank: int) -> Float[Tensor, "out_features in_features"]:
+        """Return what an adapter leaves of the error, in float32: `W - Q - B A`."""
+        found: Tensor = self.error.float() - self.lora_B[:, :rank].float() @ self.lora_A[:rank].float()
+        return found
+
+    def products(self, gradient: Float[Tensor, "out_features in_features"]) -> Float[Tensor, " ranks"]:
+        """Return the inner product of a matrix with what is left of the error, for ranks from 0 to the highest."""
+        # <G, W - Q - B A> = <G, W - Q> - sum_k b_k^T G a_k, of which each rank adds one term.
+        taken = ((self.lora_B.float().T @ gradient) * self.lora_A.float()).sum(1).cumsum(0)
+        whole = (self.error.float() * gradient).sum()
+        return whole - torch.cat([taken.new_zeros(1), taken])
+
+    def tensors(self, number: int) -> dict[str, Tensor]:
+        """Return the tensors by name, to be kept; errors in bfloat16, which is as precise as they have to be."""
+        # Eight bits of an error change its square by less than a hundredth, and its range is that of float32.
+        parts = {"error": self.error, "lora_B": self.lora_B, "lora_A": self.lora_A}
+        return {f"{name} {number}": tensor.bfloat16().contiguous() for name, tensor in parts.items()}
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], number: int, device: torch.device) -> RoundingError:
+        """Build what `tensors` has returned, on a device."""
+        return cls(*(tensors[f"{name} {number}"].to(device) for name in ("error", "lora_B", "lora_A")))
+
+
+def quantizers_of(choices: Iterable[Choice]) -> list[Quantizer]:
+    """Return the quantizers of some choices, each of them once."""
+    return list(dict.fromkeys(choice.quantizer for choice in choices if choice.quantizer is not None))
 
 
 @torch.no_grad()
-def layer_errors(
-    weight: Float[Tensor, "out_features in_features"],
-    seen: InputStatistics,
-    held_out: InputStatistics,
-    choices: Sequence[Choice],
-    wanted: Sequence[Choice],
-) -> LayerErrors:
-    """Quantize a layer and correct it by each choice, and measure the errors.
+def rounding_errors(
+    weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics, choices: Sequence[Choice]
+) -> Iterator[RoundingError]:
+    """Quantize a layer by each quantizer and find its adapters, the optimum for each rank.
 
-    Each quantizer rounds with error feedback, where its format has one, and the correction is the optimum for its rank.
+    Each quantizer rounds with error feedback, where its format has one.
 
     Args:
         weight: the full-precision weight `W`.
-        seen: statistics of the inputs that bases and corrections are fitted to.
-        held_out: statistics of the inputs that errors are measured on.
-        choices: the choices.
-        wanted: those among them whose weights are returned.
+        statistics: statistics of the inputs that bases and corrections are fitted to.
+        choices: the choices, whose quantizers are gone through in their order.
     """
-    errors = torch.full((len(choices),), torch.inf, dtype=torch.float64)
-    weights: dict[Choice, Tensor] = {}
-    highest = min(weight.shape)
-    for quantizer in dict.fromkeys(choice.quantizer for choice in choices):
-        ranks = [choice.rank for choice in choices if choice.quantizer == quantizer and choice.rank <= highest]
-        if quantizer is None:
-            errors[choices.index(Choice(None))] = 0.0
-            weights[Choice(None)] = weight
-            continue
-        # Bases and corrections are fitted to some tokens and measured on others. On their own tokens high ranks would
-        # look better than they are, since they follow the noise of these as well.
-        error = difference(weight, rounded(quantizer, weight, seen))
-        fitted, measured = Objective(error, gram(seen)), Objective(error, gram(held_out))
+    for quantizer in quantizers_of(choices):
+        error = difference(weight, rounded(quantizer, weight, statistics))
         # One search finds the directions for all ranks: those of a lower rank come first.
-        largest = max(ranks, default=0)
-        factors = fitted.projection(fitted.subspace(largest)) if largest else None
-        for rank in ranks:
-            choice = Choice(quantizer, rank)
-            lora_B, lora_A = (None, None) if factors is None else (factors.lora_B[:, :rank], factors.lora_A[:rank])
-            without = lora_B is None or lora_A is None or not rank
-            errors[choices.index(choice)] = (
-                measured.value_at_zero if without else measured.value(lora_B, lora_A)  # type: ignore[arg-type] # as above
-            )
-            if choice in wanted:
-                left = error if without else error - lora_B @ lora_A  # type: ignore[operator]
-                weights[choice] = (weight.to(error.dtype) - left).to(weight.dtype)
-    return LayerErrors(errors, tuple(weights[choice] for choice in wanted))
+        largest = min(max(choice.rank for choice in choices if choice.quantizer == quantizer), *weight.shape)
+        if not largest:
+            yield RoundingError(error, error.new_zeros(len(error), 0), error.new_zeros(0, error.shape[1]))
+            continue
+        objective = Objective(error, gram(statistics))
+        factors = objective.projection(objective.subspace(largest))
+        yield RoundingError(error, factors.lora_B, factors.lora_A)
 
 
 def rounded(quantizer: Quantizer, weight: Tensor, statistics: InputStatistics) -> QuantizedWeight:

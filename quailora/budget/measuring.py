@@ -1,4 +1,4 @@
-"""Measure what each choice would cost in each layer of a model: one walk, and one run for each layer."""
+"""Measure what each choice would cost in each layer of a model: one walk, and some backward passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ..calibration.collector import LayerInputs
 from ..calibration.sources import TextCalibration
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Block, Walk
-from ..core.metrics import gram
 from ..errors import ConfigurationError, named
 from ..methods.recipes import find_recipe
 from ..models.layers import ALL_LINEAR, Layer, all_layers, block_of, stock_quantizes
@@ -33,8 +32,8 @@ from ..quantizers import Quantizer
 from ..support import distributed
 from ..support.progress import counting
 from .choices import Choice
-from .divergences import ENERGY, ERRORS, STEP, held_out_windows, measure_divergences, weight_in
-from .layer_errors import layer_errors
+from .costs import divergence_of_reference, held_out_pieces, measure_costs, weight_in
+from .layer_errors import quantizers_of, rounding_errors
 from .measurements import MeasuredLayer, Measurements
 from .question import Question
 
@@ -103,20 +102,18 @@ def measure_model(plan: RunPlan, question: Question, folder: Path, *, fresh: boo
         depends = fingerprint(settings, loaded, tokens)
         store = open_checkpoint(folder, depends, fresh)
         measure_errors(plan, question, loaded, layers, tokens, store)
-        reference, divergences = measure_divergences(question, loaded, layers, held_out_windows(tokens), store)
+        pieces = held_out_pieces(tokens)
+        costs = measure_costs(question, loaded, layers, pieces, store, plan.source.dtype)
         measured = {}
-        for name, layer in layers.items():
+        for (name, layer), row in zip(layers.items(), costs.tolist(), strict=True):
             nbytes = tuple(choice.nbytes(layer) if choice.is_packed(layer) else 0 for choice in question.choices)
-            kept = store.load(name).packed
-            errors, step = tuple(kept[ERRORS].tolist()), kept[ENERGY].item()
-            measured[name] = MeasuredLayer(layer.shape, nbytes, errors, step, divergences[name])
+            measured[name] = MeasuredLayer(layer.shape, nbytes, tuple(row))
         return Measurements(
             loaded.name,
             depends,
             question.choices,
             question.reference,
-            question.probe,
-            reference,
+            divergence_of_reference(loaded, layers, pieces, store),
             sum(parameter_bytes(loaded.model).values()) - bytes_of(layers),
             measured,
             time.perf_counter() - began,
@@ -136,7 +133,7 @@ def measure_errors(
     tokens: CalibrationTokens,
     store: Store,
 ) -> None:
-    """Walk through the model, measure the errors of each layer, and keep them with its weights of both networks."""
+    """Walk through the model, and keep what each quantizer leaves of each layer, with its reference weight."""
     done = sum(map(store.has, layers))
     with counting("Measuring errors", len(layers), done) as counter:
 
@@ -147,7 +144,7 @@ def measure_errors(
                     with named(inputs.layer.name):
                         store.save(inputs.layer.name, stored_errors(inputs, question))
                     counter.advance()
-            # Later layers are measured on the inputs that they have in the reference network.
+            # Later layers are fitted to the inputs that they have in the reference network.
             return {name: weight_in(store.load(name)) for name in block.layers}
 
         # Paired inputs of both networks are more than is needed: this is the walk that holds tokens out.
@@ -165,24 +162,21 @@ def measure_errors(
 
 
 def stored_errors(inputs: LayerInputs, question: Question) -> StoredLayer:
-    """Return the errors of a layer by each choice, its weight in the reference network, and a step to the probe's."""
+    """Return what each quantizer leaves of a layer, and the weight of the layer in the reference network."""
     paired = inputs.paired
     assert paired is not None  # experts are no targets
+    # Fitted to some tokens and measured on others. On their own tokens high ranks would look better than they are,
+    # since they follow the noise of these as well.
     held_out = paired.held_out.quantized
     seen = inputs.statistics.cached(("seen", held_out), lambda: inputs.statistics.without(held_out))
-    weight = inputs.layer.weight
-    wanted = question.reference, question.probe
-    # A rank that a small layer cannot carry has no weights. The largest one that it can carry stands for it there.
-    limit = min(weight.shape)
-    fitting = tuple(Choice(one.quantizer, min(one.rank, limit)) for one in wanted)
-    choices = tuple(dict.fromkeys((*question.choices, *fitting)))
-    found = layer_errors(weight, seen, held_out, choices, fitting)
-    errors = found.errors.clone()
-    for one, other in zip(wanted, fitting, strict=True):
-        errors[choices.index(one)] = errors[choices.index(other)]
-    reference, probe = found.weights
-    # Half of the way is about as much as the error of the reference network itself, if the probe has a bit less.
-    step = (probe - reference) / 2
-    energy = torch.tensor(gram(held_out).energy(step), dtype=torch.float64)
-    kept = {ERRORS: errors[: len(question.choices)], STEP: step, ENERGY: energy}
-    return StoredLayer(dequantized=reference, packed=kept)
+    weight, reference = inputs.layer.weight, question.reference
+    kept: dict[str, Tensor] = {}
+    found = weight
+    for number, (quantizer, error) in enumerate(
+        zip(quantizers_of(question.choices), rounding_errors(weight, seen, question.choices), strict=True)
+    ):
+        kept |= error.tensors(number)
+        if quantizer == reference.quantizer:
+            # A small layer may not carry the rank of the reference. It then has the largest one that it can carry.
+            found = (weight.float() - error.left(min(reference.rank, *weight.shape))).to(weight.dtype)
+    return StoredLayer(dequantized=found, packed=kept)

@@ -71,7 +71,7 @@ class Planner:
         # A larger choice is not always better on held-out tokens, so all that fit are compared.
         found = []
         for choice in self.measurements.choices:
-            chosen = self._everywhere(choice)
+            chosen = self.measurements.everywhere(choice)
             rows = np.arange(len(chosen))
             if self.measurements.sizes[rows, chosen].sum() <= nbytes:
                 found.append((self.measurements.expected(list(chosen)), choice))
@@ -79,7 +79,7 @@ class Planner:
 
     def nbytes_of(self, choice: Choice) -> float:
         """Return the bytes of all layers with the same choice."""
-        chosen = self._everywhere(choice)
+        chosen = self.measurements.everywhere(choice)
         return float(self.measurements.sizes[np.arange(len(chosen)), chosen].sum())
 
     def skipping(self, nbytes: float) -> BudgetPlan | None:
@@ -96,19 +96,6 @@ class Planner:
                 continue
             plans.append(self.within(nbytes, f"{nbytes:.0f} bytes", allowed))
         return min(plans, key=lambda plan: plan.divergence, default=None)
-
-    def _everywhere(self, choice: Choice) -> Int[ndarray, " layers"]:
-        # A small layer cannot carry a high rank, and comparisons of uniform choices should not end there. It gets the
-        # highest rank with the same quantizer that was measured for it.
-        choices = self.measurements.choices
-        lower = sorted(
-            (number for number, one in enumerate(choices) if one.quantizer == choice.quantizer),
-            key=lambda number: -choices[number].rank,
-        )
-        lower = [number for number in lower if choices[number].rank <= choice.rank]
-        return np.array(
-            [next((n for n in lower if np.isfinite(row[n])), lower[-1]) for row in self.measurements.costs], dtype=int
-        )
 
     def _usable(self, allowed: Sequence[Choice] | None) -> Bool[ndarray, " choices"]:
         choices = self.measurements.choices

@@ -175,10 +175,9 @@ def measured_for(options: Mapping[str, Any], budget: Budget | None, folder: Path
     resources = Resources(options["dtype"], options["device"], "never", trust_remote_code=options["trust_remote_code"])
     source = TextCalibration(calibration_of(options))
     model = str(options["model"])
-    run = planned(model, Question.near(choices, choices[0]), source, resources)
-    return measure_model(
-        run, Question.near(choices, reference_for(run, choices, budget)), folder / STATE, fresh=options["fresh"]
-    )
+    run = planned(model, Question(choices, choices[0]), source, resources)
+    question = Question(choices, reference_for(run, choices, budget))
+    return measure_model(run, question, folder / STATE, fresh=options["fresh"])
 
 
 def reference_for(run: RunPlan, choices: Sequence[Choice], budget: Budget | None) -> Choice:

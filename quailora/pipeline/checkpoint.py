@@ -122,7 +122,7 @@ class Checkpoint(Store):
             for prefix in (_PACKED, _PARAMETER)
         )
         if content is None or built is None:
-            return StoredLayer(dequantized=tensors["dequantized"], packed=packed)
+            return StoredLayer(dequantized=tensors.get("dequantized"), packed=packed)
         record = LayerRecord.read(content)
         correction = Correction(built, parameters, record.shape, tensors.get(_ENERGIES))
         return StoredLayer(record, correction, tensors.get("dequantized"), packed)

@@ -1,0 +1,169 @@
+"""Measure what each choice would cost in each layer: the divergence of predictions, to the second order."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..calibration.capture import arithmetic
+from ..calibration.gradients import frozen
+from ..calibration.tokens import CalibrationTokens
+from ..calibration.windows import CalibrationDtype
+from ..errors import NumericalError
+from ..evaluation.scores import log_probabilities, predict, score
+from ..models.layers import Layer
+from ..models.load import LoadedModel
+from ..models.weights import replaced
+from ..pipeline.store import Store, StoredLayer
+from ..support.progress import counting
+from .choices import Choice
+from .layer_errors import RoundingError, quantizers_of
+from .question import Question
+
+logger = logging.getLogger("quailora")
+
+PIECE_TOKENS = 256
+"""Tokens of held-out text that predictions are sampled for at a time."""
+
+PASSES = 128
+"""Backward passes. The standard error of a cost is `sqrt(2 / PASSES)` of it, an eighth."""
+
+# Let E be the error of one layer, and g the gradient of log q(y) with respect to its weight, for the predictions q of
+# a model at one place of a text. To the second order in E
+#
+#     KL(q || q_E) = 1/2 E_y <E, g>^2,    y drawn from q,
+#
+# with the Fisher information in place of the second derivative. Gradients of labels that are drawn at different places
+# of a text have a mean of zero given all before, so that they are uncorrelated, and the sum over all places needs one
+# backward pass: the expected square of <E, sum_t g_t> is the sum of the expected squares. It holds for every error of
+# the layer, so that one pass serves all choices of all layers. This is exact in what an error does to single tokens
+# and directions. Errors of different layers are nearly uncorrelated, so that what they cost adds up.
+
+
+def held_out_pieces(tokens: CalibrationTokens) -> Int[Tensor, "pieces length"]:
+    """Return the text that bases and adapters are not fitted to, cut into pieces."""
+    batches, held_from = tokens.batches(1, hold_out=True)
+    ids = torch.cat([batch.ids for batch in batches[held_from:]])
+    length = min(PIECE_TOKENS, ids.shape[1])
+    return ids[:, : ids.shape[1] // length * length].reshape(-1, length)[:PASSES]
+
+
+def weight_in(stored: StoredLayer) -> Tensor:
+    """Return the weight of a layer in the reference network."""
+    assert stored.dequantized is not None  # every layer is kept with it
+    return stored.dequantized
+
+
+def measure_costs(
+    question: Question,
+    loaded: LoadedModel,
+    layers: Mapping[str, Layer],
+    pieces: Int[Tensor, "pieces length"],
+    store: Store,
+    dtype: CalibrationDtype = "auto",
+) -> Float[Tensor, "layers choices"]:
+    """Return what each choice costs in each layer, in nats per token; infinite where a layer cannot have it.
+
+    Passes that an earlier process has carried out are not carried out again.
+
+    Args:
+        question: the choices.
+        loaded: the model in full precision.
+        layers: its layers.
+        pieces: token ids.
+        store: has the errors of each layer.
+        dtype: arithmetic, see `Calibration`.
+
+    Raises:
+        NumericalError: if a gradient is NaN or infinite; the message names its layer.
+    """
+    labels = -(-PASSES // len(pieces))  # that are drawn for each piece
+    keys = [f"costs-{number}" for number in range(len(pieces))]
+    logger.info("Measuring what errors cost: %d backward passes on held-out text.", labels * len(pieces))
+    with counting("Measuring costs", len(pieces), sum(map(store.has, keys))) as counter:
+        for number, (key, piece) in enumerate(zip(keys, pieces, strict=True)):
+            if not store.has(key):
+                found = _sampled(question.choices, loaded.model, layers, piece, store, labels, number, dtype)
+                store.save(key, StoredLayer(packed={"costs": found}))
+                counter.advance()
+    return torch.stack([store.load(key).packed["costs"] for key in keys]).mean(0)
+
+
+def _sampled(
+    choices: Sequence[Choice],
+    model: Any,
+    layers: Mapping[str, Layer],
+    piece: Int[Tensor, " length"],
+    store: Store,
+    labels: int,
+    seed: int,
+    dtype: CalibrationDtype,
+) -> Float[Tensor, "layers choices"]:
+    """Return the costs as a mean over some labels for one piece of text."""
+    total = torch.zeros(len(layers), len(choices), dtype=torch.float64)
+    rows = {name: row for row, name in enumerate(layers)}
+
+    def collecting(name: str) -> Callable[[Tensor], None]:
+        # Called as soon as the gradient of this weight is complete, so that only one layer's is held at a time.
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.float()
+            if not gradient.isfinite().all():
+                raise NumericalError(f"The gradient of {name} is NaN or infinite. Try another calibration dtype.")
+            products = _products(choices, store.load(name), gradient.T if layers[name].transposed else gradient)
+            total[rows[name]] += products.double().square() / (2 * labels * (len(piece) - 1))
+            parameter.grad = None
+
+        return hook
+
+    with frozen(model), ExitStack() as hooks, torch.enable_grad():
+        for name, layer in layers.items():
+            weight = getattr(layer.module, layer.parameter).requires_grad_()
+            hooks.callback(weight.register_post_accumulate_grad_hook(collecting(name)).remove)
+        with arithmetic(model, dtype):
+            logits = model(input_ids=piece[None].to(next(model.parameters()).device), use_cache=False).logits[0, :-1]
+        predicted = torch.log_softmax(logits.float(), dim=-1)
+        # Drawn on the CPU, so that every device goes through the same labels.
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(predicted.detach().exp().cpu(), labels, replacement=True, generator=generator)
+        for label in range(labels):
+            chosen = predicted.gather(1, drawn[:, label : label + 1].to(predicted.device))
+            torch.autograd.backward(chosen.sum(), retain_graph=label + 1 < labels)
+    return total
+
+
+def _products(
+    choices: Sequence[Choice], stored: StoredLayer, gradient: Float[Tensor, "out_features in_features"]
+) -> Float[Tensor, " choices"]:
+    """Return the inner product of a gradient with the error of each choice; infinite for ranks that are too high."""
+    found = torch.full((len(choices),), math.inf)
+    for number, quantizer in enumerate(quantizers_of(choices)):
+        products = RoundingError.read(stored.packed, number, gradient.device).products(gradient).cpu()
+        for place, choice in enumerate(choices):
+            if choice.quantizer == quantizer and choice.rank < len(products):
+                found[place] = products[choice.rank]
+            elif choice.quantizer is None:
+                found[place] = 0.0
+    return found
+
+
+@torch.inference_mode()
+def divergence_of_reference(
+    loaded: LoadedModel, layers: Mapping[str, Layer], pieces: Int[Tensor, "pieces length"], store: Store
+) -> float:
+    """Return the divergence of the reference network's predictions from full precision, in nats per token."""
+    weights = {name: weight_in(store.load(name)) for name in layers}
+    device = next(loaded.model.parameters()).device
+    total = 0.0
+    for piece in pieces.to(device):
+        expected = log_probabilities(predict(loaded.model, piece, 1))
+        with replaced(layers, weights):
+            total += score(expected, predict(loaded.model, piece, 1), piece[1:])[1]
+    return total / len(pieces)

@@ -23,7 +23,7 @@ import quailora
 from quailora import InputStatistics, StoredBase, Uniform
 from quailora.budget import costs, measuring
 from quailora.budget.choices import Choice, possible_choices
-from quailora.budget.layer_errors import RoundingError, quantizers_of, rounded, rounding_errors
+from quailora.budget.layer_errors import RoundingError, quantizers_of, rounding_errors
 from quailora.budget.measurements import MeasuredLayer, Measurements
 from quailora.budget.plan import Budget, BudgetPlan
 from quailora.budget.planning import Planner, frontier
@@ -35,6 +35,7 @@ from quailora.evaluation.scores import measure
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
 from quailora.pipeline.store import MemoryStore, StoredLayer
+from quailora.schedules.held_out import roundings
 
 CHOICES = possible_choices("gptq", (2, 4, 16), (0, 4, 8))
 NUMBERS = st.floats(0.0, 9.0, width=32)
@@ -98,8 +99,9 @@ def test_errors_are_those_of_each_quantizer_less_the_best_adapter(shape):
     weight, inputs = torch.randn(shape), torch.randn(400, shape[1]) @ torch.randn(shape[1], shape[1])
     statistics = InputStatistics.from_inputs(inputs)
     choices = possible_choices("gptq", (2, 3, 16), (0, 4, 8, 32))
-    for quantizer, found in zip(quantizers_of(choices), rounding_errors(weight, statistics, choices), strict=True):
-        error = weight - rounded(quantizer, weight, statistics).dequantize()
+    every = rounding_errors(weight, statistics, choices, 3)
+    for quantizer, found in zip(quantizers_of(choices), every, strict=True):
+        error = weight - roundings(quantizer)[3].quantize(weight, statistics).dequantize()
         torch.testing.assert_close(found.left(0), error)
         for rank in (4, 8):
             taken = error - found.left(rank)
@@ -221,6 +223,14 @@ def test_there_is_nothing_to_choose_among_one():
 
 
 FAST = ["--samples", "16", "--sequence-length", "32", "--ranks", "0", "4", "--bits", "2", "3", "4", "16"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_passes():
+    """As many as show that all of them count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "PASSES", 12)
+        yield
 
 
 @pytest.fixture(scope="module")

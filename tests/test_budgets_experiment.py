@@ -9,6 +9,7 @@ from experiments.budgets import Budgets, jobs
 from experiments.budgets_tables import draw
 from experiments.scored import Size
 from quailora import Uniform
+from quailora.budget import costs
 from quailora.cli.main import main
 
 PAGE = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("models", "differences"))
@@ -21,6 +22,7 @@ def experiment(tiny_llama, tmp_path, monkeypatch):
     for name in ("wikitext2_valid.txt", "wikitext2_raw_test.txt"):
         (tmp_path / name).write_text(" ".join(["river", "stone", "light", "under", "water"] * 900), encoding="utf-8")
     (tmp_path / "c4_300.jsonl").write_text('{"text": "' + "small house " * 900 + '"}\n', encoding="utf-8")
+    monkeypatch.setattr(costs, "PASSES", 12)
     measured = tmp_path / "plan"
     words = ["--bits", "3", "4", "16", "--ranks", "0", "2", "4", "--group-size", "32", "--samples", "8"]
     words += ["--sequence-length", "32"]

@@ -13,12 +13,10 @@ from torch import Tensor
 from ..core.metrics import gram
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
-from ..quantizers import QuantizedWeight, Quantizer
-from ..schedules.layer import difference
+from ..quantizers import Quantizer
+from ..schedules.held_out import roundings
+from ..schedules.layer import Validation, difference
 from .choices import Choice
-
-_DAMPING = 0.1
-"""Damping of the error feedback: the one that held-out tokens choose most often on SmolLM2."""
 
 
 @final
@@ -27,7 +25,7 @@ class RoundingError:
     """What a quantizer leaves of a weight, and what adapters of all ranks take off that.
 
     Attributes:
-        error: `W - Q`.
+        error: `T - Q`, for the target `T` of the layer.
         lora_B: the first columns of it are the adapter of a lower rank.
         lora_A: its first rows, likewise.
     """
@@ -37,13 +35,13 @@ class RoundingError:
     lora_A: Float[Tensor, "rank in_features"]
 
     def left(self, rank: int) -> Float[Tensor, "out_features in_features"]:
-        """Return what an adapter leaves of the error, in float32: `W - Q - B A`."""
+        """Return what an adapter leaves of the error, in float32: `T - Q - B A`."""
         found: Tensor = self.error.float() - self.lora_B[:, :rank].float() @ self.lora_A[:rank].float()
         return found
 
     def products(self, gradient: Float[Tensor, "out_features in_features"]) -> Float[Tensor, " ranks"]:
         """Return the inner product of a matrix with what is left of the error, for ranks from 0 to the highest."""
-        # <G, W - Q - B A> = <G, W - Q> - sum_k b_k^T G a_k, of which each rank adds one term.
+        # <G, T - Q - B A> = <G, T - Q> - sum_k b_k^T G a_k, of which each rank adds one term.
         taken = ((self.lora_B.float().T @ gradient) * self.lora_A.float()).sum(1).cumsum(0)
         whole = (self.error.float() * gradient).sum()
         return whole - torch.cat([taken.new_zeros(1), taken])
@@ -67,21 +65,24 @@ def quantizers_of(choices: Iterable[Choice]) -> list[Quantizer]:
 
 @torch.no_grad()
 def rounding_errors(
-    weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics, choices: Sequence[Choice]
+    target: Float[Tensor, "out_features in_features"],
+    statistics: InputStatistics,
+    choices: Sequence[Choice],
+    rounding: int = 0,
 ) -> Iterator[RoundingError]:
     """Quantize a layer by each quantizer and find its adapters, the optimum for each rank.
 
-    Each quantizer rounds with error feedback, where its format has one.
-
     Args:
-        weight: the full-precision weight `W`.
+        target: what base and adapter come close to, in the dtype of the weight.
         statistics: statistics of the inputs that bases and corrections are fitted to.
         choices: the choices, whose quantizers are gone through in their order.
+        rounding: which of the `roundings` of each quantizer; the first one is the quantizer itself.
     """
     for quantizer in quantizers_of(choices):
-        error = difference(weight, rounded(quantizer, weight, statistics))
+        chosen = roundings(quantizer)[rounding] if rounding else quantizer
+        error = difference(target, chosen.quantize(target, statistics))
         # One search finds the directions for all ranks: those of a lower rank come first.
-        largest = min(max(choice.rank for choice in choices if choice.quantizer == quantizer), *weight.shape)
+        largest = min(max(choice.rank for choice in choices if choice.quantizer == quantizer), *target.shape)
         if not largest:
             yield RoundingError(error, error.new_zeros(len(error), 0), error.new_zeros(0, error.shape[1]))
             continue
@@ -90,7 +91,14 @@ def rounding_errors(
         yield RoundingError(error, factors.lora_B, factors.lora_A)
 
 
-def rounded(quantizer: Quantizer, weight: Tensor, statistics: InputStatistics) -> QuantizedWeight:
-    """Return the weight rounded by error feedback in the format of a quantizer, or as the quantizer itself does it."""
-    nearest = quantizer.with_least_error() or quantizer
-    return (nearest.with_feedback(_DAMPING) or quantizer).quantize(weight, statistics)
+@torch.no_grad()
+def best_rounding(quantizer: Quantizer, validation: Validation) -> int:
+    """Return which of the `roundings` of a quantizer has the least error on held-out tokens, without an adapter."""
+    layer = validation.layer
+
+    def error(rounding: Quantizer) -> float:
+        quantized = rounding.quantize(layer.weight.to(layer.dtype), layer.statistics)
+        return validation.validation_error(quantized.dequantize())
+
+    errors = [error(rounding) for rounding in roundings(quantizer)]
+    return errors.index(min(errors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from ..calibration.sources import TextCalibration
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Block, Walk
 from ..errors import ConfigurationError, named
+from ..layer.asymmetric import asymmetric_layer
+from ..methods.method import Method
 from ..methods.recipes import find_recipe
 from ..models.layers import ALL_LINEAR, Layer, all_layers, block_of, stock_quantizes
 from ..models.limits import check_token_ids
@@ -33,7 +36,7 @@ from ..support import distributed
 from ..support.progress import counting
 from .choices import Choice
 from .costs import divergence_of_reference, held_out_pieces, measure_costs, weight_in
-from .layer_errors import quantizers_of, rounding_errors
+from .layer_errors import best_rounding, quantizers_of, rounding_errors
 from .measurements import MeasuredLayer, Measurements
 from .question import Question
 
@@ -142,7 +145,7 @@ def measure_errors(
             for inputs in block.drain():
                 if not store.has(inputs.layer.name):
                     with named(inputs.layer.name):
-                        store.save(inputs.layer.name, stored_errors(inputs, question))
+                        store.save(inputs.layer.name, stored_errors(inputs, plan.method, question))
                     counter.advance()
             # Later layers are fitted to the inputs that they have in the reference network.
             return {name: weight_in(store.load(name)) for name in block.layers}
@@ -161,22 +164,36 @@ def measure_errors(
         walk.run(visit)
 
 
-def stored_errors(inputs: LayerInputs, question: Question) -> StoredLayer:
-    """Return what each quantizer leaves of a layer, and the weight of the layer in the reference network."""
-    paired = inputs.paired
+def stored_errors(inputs: LayerInputs, method: Method, question: Question) -> StoredLayer:
+    """Return what each quantizer leaves of a layer, and the weight of the layer in the reference network.
+
+    Args:
+        inputs: the layer, and what is known of its inputs in both networks.
+        method: says how far the target of a layer moves from its weight.
+        question: the choices.
+    """
+    paired, reference = inputs.paired, question.reference
     assert paired is not None  # experts are no targets
-    # Fitted to some tokens and measured on others. On their own tokens high ranks would look better than they are,
+    # The target makes up for the errors of earlier layers, as it does when a plan is carried out. Bases and adapters
+    # are fitted to some tokens and measured on others. On their own tokens high ranks would look better than they are,
     # since they follow the noise of these as well.
-    held_out = paired.held_out.quantized
-    seen = inputs.statistics.cached(("seen", held_out), lambda: inputs.statistics.without(held_out))
-    weight, reference = inputs.layer.weight, question.reference
+    initializer = replace(method.initializer_of(inputs.layer), quantizer=reference.quantizer)
+    pair = paired.all_tokens, paired.held_out
+    validation = asymmetric_layer(initializer, inputs.layer.weight, *pair, method.step)[0].validation
+    assert validation is not None  # the schedule chooses by it
+    layer = validation.layer
+    assert layer.statistics is not None
+    # One way of rounding for all quantizers of the layer, the best one of the reference's. Stock packages have one way.
+    assert reference.quantizer is not None  # the reference network is quantized
+    stock = reference.quantizer.stock_config() is not None
+    rounding = 0 if stock else best_rounding(reference.quantizer, validation)
+    target = layer.weight.to(layer.dtype)
     kept: dict[str, Tensor] = {}
-    found = weight
-    for number, (quantizer, error) in enumerate(
-        zip(quantizers_of(question.choices), rounding_errors(weight, seen, question.choices), strict=True)
-    ):
+    found = target
+    errors = rounding_errors(target, layer.statistics, question.choices, rounding)
+    for number, (quantizer, error) in enumerate(zip(quantizers_of(question.choices), errors, strict=True)):
         kept |= error.tensors(number)
         if quantizer == reference.quantizer:
             # A small layer may not carry the rank of the reference. It then has the largest one that it can carry.
-            found = (weight.float() - error.left(min(reference.rank, *weight.shape))).to(weight.dtype)
+            found = (target.float() - error.left(min(reference.rank, *target.shape))).to(target.dtype)
     return StoredLayer(dequantized=found, packed=kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -57,18 +58,8 @@ class HeldOut(Schedule):
 
     @override
     def check(self, quantizer: Quantizer) -> None:
-        self._candidates(quantizer)
+        roundings(quantizer, self.dampings)
         self.schedule.check(quantizer)
-
-    def _candidates(self, quantizer: Quantizer) -> tuple[Quantizer, ...]:
-        nearest = quantizer.with_least_error()
-        damped = [nearest.with_feedback(damping) if nearest else None for damping in self.dampings]
-        roundings = [rounding for rounding in (quantizer, nearest, *damped) if rounding is not None]
-        if len(roundings) < 2 + len(self.dampings):
-            raise ConfigurationError(
-                f"{quantizer!r} rounds in one way only, and this schedule chooses among several. Take NF4 or Uniform."
-            )
-        return tuple(roundings)
 
     @override
     def choose(self, layer: QuantizedLayer, solve: Solve, rank: int) -> QuantizedLayer:
@@ -91,5 +82,25 @@ class HeldOut(Schedule):
             fitted = rounded(validation.layer, rounding)
             return validation.validation_error(fitted.quantized.dequantize() + solve(fitted.objective).dense())
 
-        rounding = min(self._candidates(layer.quantizer), key=validation_error)
+        rounding = min(roundings(layer.quantizer, self.dampings), key=validation_error)
         return self.schedule.choose(rounded(layer, rounding), solve, rank)
+
+
+def roundings(quantizer: Quantizer, dampings: Sequence[float] = DAMPINGS) -> tuple[Quantizer, ...]:
+    """Return the ways of rounding in the format of a quantizer: its own, to nearest, and by error feedback.
+
+    Args:
+        quantizer: the quantizer.
+        dampings: dampings of the error feedback.
+
+    Raises:
+        ConfigurationError: if the quantizer rounds in one way only.
+    """
+    nearest = quantizer.with_least_error()
+    damped = [nearest.with_feedback(damping) if nearest else None for damping in dampings]
+    found = [rounding for rounding in (quantizer, nearest, *damped) if rounding is not None]
+    if len(found) < 2 + len(dampings):
+        raise ConfigurationError(
+            f"{quantizer!r} rounds in one way only, and this schedule chooses among several. Take NF4 or Uniform."
+        )
+    return tuple(found)

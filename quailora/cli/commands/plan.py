@@ -40,11 +40,11 @@ def plan(
 ) -> Any:
     """Choose bits, ranks and layers in full precision together, for a number of bytes.
 
-    Every layer is quantized and corrected in every way, and its errors are measured on held-out tokens. Then each layer
-    in turn gets a coarser base in the quantized model, which shows what its errors cost. An integer programme chooses
-    for all layers at once. Measuring takes one walk through the model and one run of it for each layer; what was
-    measured stays when a run is killed, and other budgets take no measuring. `quailora init --plan` makes the model.
-    Writes plan.json, measurements.json, frontier.csv and frontier.svg.
+    One walk through the model quantizes and corrects every layer in every way. Backward passes on held-out text, from
+    words that the model draws itself, then show what the error of each choice costs in its predictions. An integer
+    programme chooses for all layers at once. What was measured stays when a run is killed, and other budgets take no
+    measuring. While it measures, the folder holds about ten bytes for each weight. `quailora init --plan` makes the
+    model. Writes plan.json, measurements.json, frontier.csv and frontier.svg.
 
     Args:
         model: hub name, folder, .gguf file, or "demo"; it is held in memory.

@@ -83,10 +83,10 @@ SIZE = Size()
 
 def jobs() -> list[str]:
     """Return the names of all jobs, most important first: base, recipe or "blocks", rank (0: no adapter) and seed."""
-    two, four = list(BASES)[:2], [*list(BASES)[2:]]
+    own = [base for base in BASES if base != "int8"]
+    two, four = own[:2], own[2:]
     trained = [f"{base}/block-trained-joint/{rank}/{seed}" for seed in (0, 1, 2) for base in two for rank in (16, 64)]
-    closed = [f"{base}/best-joint/{rank}/0" for base in BASES if base != "int8" for rank in (16, 64)]
-    four.remove("int8")
+    closed = [f"{base}/best-joint/{rank}/0" for base in own for rank in (16, 64)]
     others = [f"{base}/block-trained-joint/16/0" for base in four]
     dials = [f"NF4/block-trained at {RATES[0]:g}/16/{seed}" for seed in (0, 1, 2)]
     dials += [f"NF4/block-trained at {rate:g}/16/0" for rate in RATES[1:]]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..calibration.capture import arithmetic
-from ..calibration.gradients import frozen
+from ..calibration.gradients import gradients
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.windows import CalibrationDtype
 from ..errors import NumericalError
-from ..evaluation.scores import log_probabilities, predict, score
+from ..evaluation.scores import measure
 from ..models.layers import Layer
 from ..models.load import LoadedModel
-from ..models.weights import replaced
 from ..pipeline.store import Store, StoredLayer
 from ..support.progress import counting
 from .choices import Choice
@@ -110,23 +108,13 @@ def _sampled(
     total = torch.zeros(len(layers), len(choices), dtype=torch.float64)
     rows = {name: row for row, name in enumerate(layers)}
 
-    def collecting(name: str) -> Callable[[Tensor], None]:
-        # Called as soon as the gradient of this weight is complete, so that only one layer's is held at a time.
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            gradient = parameter.grad.float()
-            if not gradient.isfinite().all():
-                raise NumericalError(f"The gradient of {name} is NaN or infinite. Try another calibration dtype.")
-            products = _products(choices, store.load(name), gradient.T if layers[name].transposed else gradient)
-            total[rows[name]] += products.double().square() / (2 * labels * (len(piece) - 1))
-            parameter.grad = None
+    def add(name: str, gradient: Tensor) -> None:
+        if not gradient.isfinite().all():
+            raise NumericalError(f"The gradient of {name} is NaN or infinite. Try another calibration dtype.")
+        products = _products(choices, store.load(name), gradient)
+        total[rows[name]] += products.double().square() / (2 * labels * (len(piece) - 1))
 
-        return hook
-
-    with frozen(model), ExitStack() as hooks, torch.enable_grad():
-        for name, layer in layers.items():
-            weight = getattr(layer.module, layer.parameter).requires_grad_()
-            hooks.callback(weight.register_post_accumulate_grad_hook(collecting(name)).remove)
+    with gradients(model, layers, add):
         with arithmetic(model, dtype):
             logits = model(input_ids=piece[None].to(next(model.parameters()).device), use_cache=False).logits[0, :-1]
         predicted = torch.log_softmax(logits.float(), dim=-1)
@@ -143,27 +131,18 @@ def _products(
     choices: Sequence[Choice], stored: StoredLayer, gradient: Float[Tensor, "out_features in_features"]
 ) -> Float[Tensor, " choices"]:
     """Return the inner product of a gradient with the error of each choice; infinite for ranks that are too high."""
-    found = torch.full((len(choices),), math.inf)
+    found = torch.tensor([0.0 if choice.quantizer is None else math.inf for choice in choices])
     for number, quantizer in enumerate(quantizers_of(choices)):
         products = RoundingError.read(stored.packed, number, gradient.device).products(gradient).cpu()
         for place, choice in enumerate(choices):
             if choice.quantizer == quantizer and choice.rank < len(products):
                 found[place] = products[choice.rank]
-            elif choice.quantizer is None:
-                found[place] = 0.0
     return found
 
 
-@torch.inference_mode()
 def divergence_of_reference(
     loaded: LoadedModel, layers: Mapping[str, Layer], pieces: Int[Tensor, "pieces length"], store: Store
 ) -> float:
     """Return the divergence of the reference network's predictions from full precision, in nats per token."""
     weights = {name: weight_in(store.load(name)) for name in layers}
-    device = next(loaded.model.parameters()).device
-    total = 0.0
-    for piece in pieces.to(device):
-        expected = log_probabilities(predict(loaded.model, piece, 1))
-        with replaced(layers, weights):
-            total += score(expected, predict(loaded.model, piece, 1), piece[1:])[1]
-    return total / len(pieces)
+    return measure(loaded.model, layers, {"reference": weights}, pieces)["reference"].divergence

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from ..calibration.sources import TextCalibration
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Block, Walk
 from ..errors import ConfigurationError, named
-from ..layer.asymmetric import asymmetric_layer
+from ..layer.asymmetric import chosen_step, validation_of
 from ..methods.method import Method
 from ..methods.recipes import find_recipe
 from ..models.layers import ALL_LINEAR, Layer, all_layers, block_of, stock_quantizes
@@ -177,14 +176,13 @@ def stored_errors(inputs: LayerInputs, method: Method, question: Question) -> St
     # The target makes up for the errors of earlier layers, as it does when a plan is carried out. Bases and adapters
     # are fitted to some tokens and measured on others. On their own tokens high ranks would look better than they are,
     # since they follow the noise of these as well.
-    initializer = replace(method.initializer_of(inputs.layer), quantizer=reference.quantizer)
+    assert reference.quantizer is not None  # the reference network is quantized
     pair = paired.all_tokens, paired.held_out
-    validation = asymmetric_layer(initializer, inputs.layer.weight, *pair, method.step)[0].validation
-    assert validation is not None  # the schedule chooses by it
+    fit, ridge, share = chosen_step(inputs.layer.weight, *pair, method.step)
+    validation = validation_of(reference.quantizer, *pair, fit, ridge, share)
     layer = validation.layer
     assert layer.statistics is not None
     # One way of rounding for all quantizers of the layer, the best one of the reference's. Stock packages have one way.
-    assert reference.quantizer is not None  # the reference network is quantized
     stock = reference.quantizer.stock_config() is not None
     rounding = 0 if stock else best_rounding(reference.quantizer, validation)
     target = layer.weight.to(layer.dtype)

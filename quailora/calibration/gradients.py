@@ -32,6 +32,34 @@ def frozen(model: Any) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+@contextmanager
+def gradients(model: Any, layers: Mapping[str, Layer], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hand over the gradient of each layer's weight in every backward pass inside a `with` statement.
+
+    A gradient is dropped as soon as it has been taken, so only one layer's is held at a time.
+
+    Args:
+        model: a model in memory; it is left as it was.
+        layers: its linear layers, no fused experts among them.
+        take: called with the name of a layer and the gradient, (out_features, in_features), in float32.
+    """
+
+    def handing(name: str) -> Callable[[Tensor], None]:
+        # Called as soon as the gradient of this weight is complete, and before those of earlier layers are.
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient, parameter.grad = parameter.grad.float(), None
+            take(name, gradient.T if layers[name].transposed else gradient)
+
+        return hook
+
+    with frozen(model), ExitStack() as hooks, torch.enable_grad():
+        for name, layer in layers.items():
+            weight = getattr(layer.module, layer.parameter).requires_grad_()
+            hooks.callback(weight.register_post_accumulate_grad_hook(handing(name)).remove)
+        yield
+
+
 def find_sensitivities(
     model: Any,
     layers: Mapping[str, Layer],
@@ -39,8 +67,6 @@ def find_sensitivities(
     dtype: CalibrationDtype = "auto",
 ) -> dict[str, Sensitivity]:
     """Return the sensitivity of each layer, from one backward pass a sequence; processes share the sequences.
-
-    A gradient is dropped as soon as it is summed up, so only one layer's is held at a time.
 
     Args:
         model: a transformers causal language model in memory; it is left as it was.
@@ -55,24 +81,14 @@ def find_sensitivities(
     rows = {name: torch.zeros(layer.shape[0], dtype=torch.float64, device=device) for name, layer in layers.items()}
     columns = {name: torch.zeros(layer.shape[1], dtype=torch.float64, device=device) for name, layer in layers.items()}
 
-    def collecting(name: str) -> Callable[[Tensor], None]:
-        # Called as soon as the gradient of this weight is complete, and before those of earlier layers are.
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            squared = parameter.grad.float().square()
-            squared = squared.T if layers[name].transposed else squared
-            rows[name] += squared.mean(1)
-            columns[name] += squared.mean(0)
-            parameter.grad = None
-
-        return hook
+    def add(name: str, gradient: Tensor) -> None:
+        squared = gradient.square()
+        rows[name] += squared.mean(1)
+        columns[name] += squared.mean(0)
 
     sequences = list(tokens)
     mine = sequences[distributed.rank() :: distributed.world_size()]
-    with frozen(model), ExitStack() as hooks, torch.enable_grad():
-        for name, layer in layers.items():
-            weight = getattr(layer.module, layer.parameter).requires_grad_()
-            hooks.callback(weight.register_post_accumulate_grad_hook(collecting(name)).remove)
+    with gradients(model, layers, add):
         for sequence, counted in track(mine, "Taking gradients", total=len(mine)):
             ids = sequence.to(device)
             targets = ids[1:] if counted is None else ids[1:].where(counted[1:].to(device), IGNORED_LABEL)

@@ -20,7 +20,7 @@ from ..core.metrics import gram
 from ..core.paired import PairedStatistics
 from ..core.statistics import InputStatistics
 from ..errors import CalibrationError, ConfigurationError
-from ..quantizers import QuantizedWeight
+from ..quantizers import QuantizedWeight, Quantizer
 from ..schedules.layer import QuantizedLayer, Validation
 from .initializer import Initializer, LayerInitialization
 
@@ -100,23 +100,54 @@ def asymmetric_layer(
             "Take the metric gram or shrunk, or full inputs."
         )
     base = initializer.base(quantized)
+    statistics, held_out = statistics.to(weight.device), held_out.to(weight.device)
+    fit, ridge, share = chosen_step(weight, statistics, held_out, step)
+    target = (weight.double() + share * shift(weight, statistics, ridge)).float()
+    layer = QuantizedLayer.of(base, weight, statistics.quantized, target)
+    if initializer.schedule.needs_validation:
+        layer = replace(layer, validation=validation_of(base, statistics, held_out, fit, ridge, share))
+    return layer, share
+
+
+def chosen_step(
+    weight: Weight, statistics: PairedStatistics, held_out: PairedStatistics, step: float
+) -> tuple[HeldOutFit, float, float]:
+    """Return the fit to the tokens that are not held out, and the ridge and the share that its target is made with.
+
+    Raises:
+        CalibrationError: if no token, or every one, is held out.
+    """
     if not 0 < held_out.tokens < statistics.tokens:
         raise CalibrationError(
             f"Expected some of {statistics.tokens} tokens to be held out, got {held_out.tokens}. "
             "Calibrate on more samples."
         )
-    statistics, held_out = statistics.to(weight.device), held_out.to(weight.device)
     fit = HeldOutFit.of(weight, statistics, held_out)
     ridge, share = fit.choose()
-    share *= step
-    target = (weight.double() + share * shift(weight, statistics, ridge)).float()
-    layer = QuantizedLayer.of(base, weight, statistics.quantized, target)
-    if initializer.schedule.needs_validation:
-        seen = statistics.quantized.cached(("seen", held_out), lambda: statistics.quantized.without(held_out.quantized))
-        target = weight.float() + share * fit.shift(ridge)
-        fitted = QuantizedLayer.of(base, weight, seen, target)
-        layer = replace(layer, validation=Validation(fitted, fit.error))
-    return layer, share
+    return fit, ridge, share * step
+
+
+def validation_of(
+    base: Quantizer | QuantizedWeight,
+    statistics: PairedStatistics,
+    held_out: PairedStatistics,
+    fit: HeldOutFit,
+    ridge: float,
+    share: float,
+) -> Validation:
+    """Return a layer that is fitted to the tokens that are not held out, with the error on those that are.
+
+    Args:
+        base: makes `Q` from the weight, or is `Q`.
+        statistics: statistics of all tokens.
+        held_out: statistics of those that are held out.
+        fit: the fit, with the ridge and the share of its target; see `chosen_step`.
+        ridge: see `HeldOutFit.shift`.
+        share: share of the step from the weight to the target.
+    """
+    seen = statistics.quantized.cached(("seen", held_out), lambda: statistics.quantized.without(held_out.quantized))
+    target = fit.weight.float() + share * fit.shift(ridge)
+    return Validation(QuantizedLayer.of(base, fit.weight, seen, target), fit.error)
 
 
 def shift(weight: Weight, statistics: PairedStatistics, ridge: float) -> Weight:

@@ -179,9 +179,7 @@ class Initializer:
         Raises:
             ConfigurationError: if the schedule cannot work with the quantizer, or without calibration.
         """
-        schedule = self.schedule.alone()
-        if schedule is None:
-            return layer.quantized
+        schedule = self.schedule.alone() or Once()
         nothing = Lora().with_solver(Zero())
         return schedule.choose(layer, lambda objective: nothing.fit(objective, 1), 1).quantized
 

@@ -43,8 +43,10 @@ BASES: dict[str, Quantizer] = {
     "3 bits": Uniform(3, 64),
     "4 bits": Uniform(4, 64),
     "NF4": NF4(),
+    "stock NF4": NF4(),
 }
-"""Bases that are the same in all layers; each gets the highest rank that the budget leaves."""
+"""Bases that are the same in all layers; each gets the highest rank that the budget leaves. The stock one is rounded as
+bitsandbytes rounds it while a model loads."""
 
 POINTS: dict[str, tuple[Quantizer, int]] = {
     "3 bits + rank 16": (Uniform(3, 64), 16),
@@ -54,10 +56,8 @@ POINTS: dict[str, tuple[Quantizer, int]] = {
 }
 """Models that are the same in all layers, with whose bytes plans are made as well; a rank of 0 is no adapter."""
 
-PLANS = ("plan", "plan of NF4")
-"""Plans of AutoGPTQ's format, and of bitsandbytes'."""
-
-RECIPE = "best-joint"
+PLANS = {"plan": "gptq", "plan of NF4": "nf4", "plan of stock NF4": "stock"}
+"""Plans of AutoGPTQ's format, of bitsandbytes', and of ranks alone; with the folder of the measurements of each."""
 
 SIZE = Size(samples=64, sequence_length=512)
 
@@ -83,8 +83,8 @@ class Budgets:
     """What models of the same bytes predict, whose bits and ranks were chosen in different ways.
 
     Args:
-        measured: folder of `quailora plan` with the measurements that plans are made from.
-        measured_nf4: the same of `quailora plan --format bitsandbytes`.
+        plans: folder with three folders of `quailora plan`, whose measurements plans are made from: "gptq", "nf4" of
+            `--format bitsandbytes`, and "stock" of the same with `--bits 4`.
         texts: folder with WikiText-2, validation and test, and C4.
         folder: folder for jobs that are not finished.
         results: folder of the results.
@@ -95,8 +95,7 @@ class Budgets:
 
     def __init__(
         self,
-        measured: Path = Path("plans"),
-        measured_nf4: Path = Path("plans-nf4"),
+        plans: Path = Path("plans"),
         texts: Path = Path("texts"),
         folder: Path = Path("runs/budgets"),
         results: Path = RESULTS,
@@ -105,7 +104,7 @@ class Budgets:
         size: Size = SIZE,
     ) -> None:
         self._protocol: Protocol = replace(REFERENCE, model=model)
-        self._measured = {"plan": measured, "plan of NF4": measured_nf4}
+        self._plans = plans
         self._texts, self._folder, self._device, self._size = texts, folder, device, size
         self._store = Store(self._protocol, results, "budgets")
 
@@ -136,7 +135,7 @@ class Budgets:
 
     def _asked(self, budget: str, what: str) -> tuple[Method, list[str], BudgetPlan | None]:
         """Return the method of a job, the layers with an adapter, and the plan, if there is one."""
-        measured = Measurements.read(self._measured[what if what in PLANS else "plan"] / "measurements.json")
+        measured = Measurements.read(self._plans / PLANS.get(what, "gptq") / "measurements.json")
         planner, sides = Planner(measured), sum(sum(layer.shape) for layer in measured.layers.values())
 
         def bytes_of(quantizer: Quantizer) -> float:
@@ -147,14 +146,14 @@ class Budgets:
             quantizer, rank = POINTS[budget]
             nbytes = bytes_of(quantizer) + 2 * rank * sides
             if what == "same":
-                recipe = find_recipe(RECIPE) if rank else BARE
+                recipe = find_recipe("best-joint") if rank else BARE
                 return recipe.method(quantizer, LoraScaling(max(1, rank))), ["all-linear"], None
         else:
             nbytes = Budget(f"{budget}bits").nbytes(measured.weights, measured.other_bytes)
         if what in PLANS:
             plan = planner.within(nbytes, f"{budget} bits")
             if plan.targets:
-                return plan.method(RECIPE), plan.targets, plan
+                return plan.method(), plan.targets, plan
             return BARE.method(plan.quantizer, LoraScaling(1), quantizers=plan.quantizers), ["all-linear"], plan
         if what == "skips":
             found = planner.skipping(nbytes)
@@ -162,7 +161,8 @@ class Budgets:
             return BARE.method(found.quantizer, LoraScaling(1), quantizers=found.quantizers), ["all-linear"], found
         # The highest rank whose bytes fit, even if it is not one of those that plans choose from.
         rank = int((nbytes - bytes_of(BASES[what])) // (2 * sides))
-        return find_recipe(RECIPE).method(BASES[what], LoraScaling(max(1, rank))), ["all-linear"], None
+        recipe = find_recipe("best" if what.startswith("stock") else "best-joint")
+        return recipe.method(BASES[what], LoraScaling(max(1, rank))), ["all-linear"], None
 
     def _made(self, job: str) -> dict[str, Any]:
         """Make the model of a job, and return its scores."""

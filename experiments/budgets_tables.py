@@ -79,7 +79,8 @@ def differences(rows: Rows) -> str:
     groups = grouped(rows)
     lines = []
     pairs = [(first, second) for first in groups for second in groups
-             if first[0] == second[0] and first[1].startswith("plan") and not second[1].startswith("plan")]  # fmt: skip
+             if first[0] == second[0] and first[1].startswith("plan") and not second[1].startswith("plan")
+             and ("stock" in first[1]) == ("stock" in second[1])]  # fmt: skip
     for (budget, plan), (_, what) in pairs:
         plans, seeds = groups[budget, plan], groups[budget, what]
         both = sorted(seeds.keys() & plans.keys())

@@ -32,6 +32,7 @@ from quailora.budget.question import Question
 from quailora.cli.main import main
 from quailora.errors import ConfigurationError, ModelError
 from quailora.evaluation.scores import measure
+from quailora.methods.recipes import resolved_name
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
 from quailora.pipeline.store import MemoryStore, StoredLayer
@@ -121,6 +122,31 @@ def test_products_are_those_with_what_is_left(rank):
     torch.testing.assert_close(found.products(gradient), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [0, 5])
+def test_squares_are_those_of_what_is_left(rank):
+    torch.manual_seed(0)
+    found = RoundingError(*(torch.randn(shape) for shape in ((12, 20), (12, rank), (rank, 20))))
+    expected = torch.stack([found.left(number).square().sum() for number in range(rank + 1)])
+    torch.testing.assert_close(found.squares(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_costs_of_a_rank_are_in_proportion_to_squared_errors():
+    """Exactly, after pooling; what was in proportion stays as it was, and nothing mixes ranks."""
+    choices = possible_choices("gptq", (3, 4, 16), (0, 4))
+    squares = torch.tensor([8.0, 6.0, 2.0, 1.5, 2.0, 1.0, 0.0], dtype=torch.float64)
+    assert [one.title for one in choices][2:6:2] == ["4 bits g64", "4 bits g32"]
+    even = squares * torch.tensor([3.0, 5.0, 3.0, 5.0, 3.0, 5.0, 0.0])
+    torch.testing.assert_close(costs.pooled(choices, even, squares), even)
+    noisy = even * torch.tensor([1.2, 0.9, 1.0, 1.0, 0.8, 1.1, 1.0])
+    torch.testing.assert_close(costs.pooled(choices, noisy, squares), even)
+    missing = noisy.clone()
+    missing[1], squares[3] = torch.inf, 0.0
+    found = costs.pooled(choices, missing, squares)
+    assert found[1] == torch.inf
+    assert found[3] == missing[3]
+    torch.testing.assert_close(found[5], missing[5])
+
+
 def measurements(seed=0, layers=14):
     """Made-up layers of two blocks, in which more bits and higher ranks have smaller errors."""
     generator = np.random.default_rng(seed)
@@ -133,7 +159,7 @@ def measurements(seed=0, layers=14):
         costs = [0.0 if bits(one) == 16 else scale * 4.0 ** -bits(one) * 0.95**one.rank for one in CHOICES]
         name = f"model.layers.{number // 7}.block.{names[number % 7]}"
         found[name] = MeasuredLayer(shape, tuple(map(round, sizes)), tuple(costs))
-    return Measurements("model", {}, CHOICES, Choice(CHOICES[3].quantizer, 4), 0.1, 1000, found, 1.0)
+    return Measurements("model", {}, CHOICES, Choice(CHOICES[3].quantizer, 4), "best-joint", 0.1, 1000, found, 1.0)
 
 
 def bits(choice):
@@ -180,7 +206,7 @@ def test_costs_add_up_to_the_divergence_of_the_reference():
     at = CHOICES.index(known.reference)
     short = [np.inf if number == at else cost for number, cost in enumerate(layers[name].costs)]
     layers[name] = MeasuredLayer(layers[name].shape, layers[name].nbytes, tuple(short))
-    changed = Measurements("m", {}, CHOICES, known.reference, 0.1, 0, layers, 1.0)
+    changed = Measurements("m", {}, CHOICES, known.reference, "best-joint", 0.1, 0, layers, 1.0)
     chosen = changed.everywhere(known.reference)
     assert CHOICES[chosen[0]] == Choice(known.reference.quantizer)
     assert set(chosen[1:]) == {at}
@@ -210,6 +236,8 @@ def test_budgets_that_cannot_be_meant(text):
         (("gptq", (4,), (-1,)), "ranks of 0 or more"),
         (("gptq", (16,), (0,)), "nothing to plan"),
         (("hqq", (4,), (0,)), "a format"),
+        (("gptq", (4,), (0,), ()), "sizes of groups"),
+        (("gptq", (4,), (0,), (64, 0)), "sizes of groups"),
     ],
 )
 def test_choices_that_no_checkpoint_holds(arguments, message):
@@ -217,12 +245,24 @@ def test_choices_that_no_checkpoint_holds(arguments, message):
         possible_choices(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ((64, 32), ["2 bits g32", "3 bits g64", "4 bits g64", "4 bits g32", "8 bits"]),
+        ((16,), ["2 bits g16", "3 bits g16", "4 bits g16", "8 bits"]),
+        ((32, 128, 128), ["2 bits g32", "3 bits g128", "4 bits g128", "4 bits g32", "8 bits"]),
+    ],
+)
+def test_sizes_of_groups(asked, expected):
+    assert [one.base for one in possible_choices("gptq", (2, 3, 4, 8), (0,), asked)] == expected
+
+
 def test_there_is_nothing_to_choose_among_one():
     with pytest.raises(ConfigurationError, match="Expected two choices"):
         Question((Choice(Uniform(4)),), Choice(Uniform(4)))
 
 
-FAST = ["--samples", "16", "--sequence-length", "32", "--ranks", "0", "4", "--bits", "2", "3", "4", "16"]
+FAST = ["--samples", "16", "--sequence-length", "32", "--ranks", "1", "4", "--bits", "2", "3", "4", "16"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -237,7 +277,7 @@ def few_passes():
 def folder(tiny_llama, tmp_path_factory):
     """A plan from the terminal."""
     out = tmp_path_factory.mktemp("plan") / "plan"
-    assert main(["plan", str(tiny_llama), "--budget", "5.5bits", "--out", str(out), *FAST, "--group-size", "32"]) == 0
+    assert main(["plan", str(tiny_llama), "--budget", "5.5bits", "--out", str(out), *FAST, "--group-sizes", "32"]) == 0
     return out
 
 
@@ -245,7 +285,7 @@ def test_a_plan_becomes_a_base_and_an_adapter(tiny_llama, folder, tmp_path, caps
     """With the bytes that were planned, and the command of its `config.yaml` gives the same."""
     plan = BudgetPlan.read(folder)
     assert plan.bits <= 5.5
-    assert {layer.choice.base for layer in plan.layers.values()} > {"4 bits"}
+    assert {layer.choice.base for layer in plan.layers.values()} > {"4 bits g32"}
     run = ["--samples", "8", "--sequence-length", "32"]
     assert (
         main(["init", str(tiny_llama), "--plan", str(folder), "--out", str(tmp_path / "a"), "--alpha", "32", *run]) == 0
@@ -295,6 +335,16 @@ def test_no_layer_gets_a_rank_that_it_cannot_carry(tokenizer, tmp_path):
     assert usable["model.layers.0.self_attn.q_proj"] == [True, True]
     layers = BudgetPlan.read(tmp_path / "p").layers
     assert all(layers[name].choice.rank == 8 for name in layers if name.endswith(("k_proj", "v_proj")))
+
+
+def test_the_reference_network_has_the_most_bits_that_the_budget_allows(tiny_llama, tmp_path):
+    """Rank 4 on 2 bits takes more bytes than rank 1 on 3 bits, and leaves larger errors."""
+    words = ["--samples", "8", "--sequence-length", "32", "--bits", "2", "3", "--ranks", "1", "4"]
+    assert main(["plan", str(tiny_llama), "--budget", "4.8bits", "--out", str(tmp_path / "p"), *words]) == 0
+    measured = Measurements.read(tmp_path / "p/measurements.json")
+    totals = {choice.title: Planner(measured).nbytes_of(choice) for choice in measured.choices}
+    assert totals["3 bits g64 + rank 1"] < totals["2 bits g32 + rank 4"] < 4.8 * measured.weights / 8
+    assert measured.reference.title == "3 bits g64 + rank 1"
 
 
 def test_no_layer_gets_codes_that_no_checkpoint_holds(tokenizer, tmp_path):
@@ -402,7 +452,7 @@ def test_a_measurement_that_was_killed_goes_on(tiny_llama, folder, tmp_path, mon
         return wrapped
 
     arguments = ["plan", str(tiny_llama), "--budget", "5.5bits", "--out", str(tmp_path / "p"), *FAST]
-    arguments += ["--group-size", "32"]
+    arguments += ["--group-sizes", "32"]
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "stored_errors", dying(measuring.stored_errors))
         patch.setattr(costs, "_sampled", dying(costs._sampled))
@@ -484,6 +534,36 @@ def test_a_stock_base_with_ranks_of_its_own(tiny_llama, tmp_path):
     assert not (tmp_path / "a/base").exists()
     config = json.loads((tmp_path / "a/adapter_config.json").read_text(encoding="utf-8"))
     assert config["rank_pattern"]
+
+
+def test_layers_are_measured_for_the_recipe(tiny_llama, tmp_path):
+    """A base that is chosen costs less than the one that bitsandbytes makes."""
+    words = ["--format", "bitsandbytes", "--ranks", "1", "--samples", "16", "--sequence-length", "32"]
+    words += ["--budget", "7bits", str(tiny_llama)]
+    totals = []
+    for recipe in ("best-joint", "best"):
+        out, chosen = tmp_path / recipe, [] if recipe == "best-joint" else ["--recipe", recipe]
+        assert main(["plan", "--out", str(out), *words, *chosen]) == 0
+        plan, measured = BudgetPlan.read(out), Measurements.read(out / "measurements.json")
+        assert plan.recipe == measured.recipe == recipe
+        assert plan.method().recipe == resolved_name(recipe)
+        assert {layer.choice.title for layer in plan.layers.values()} == {"nf4 + rank 1", "16 bits"}
+        totals.append(sum(layer.costs[0] for layer in measured.layers.values()))
+    assert 0 < totals[0] < 0.95 * totals[1]
+
+
+def test_a_plan_with_8_bits_has_one_scale_a_row_there(tiny_llama, tmp_path):
+    words = ["--samples", "8", "--sequence-length", "32"]
+    run = ["--bits", "4", "8", "--ranks", "1", "--group-sizes", "32", "16", "--budget", "6.5bits"]
+    assert main(["plan", str(tiny_llama), "--out", str(tmp_path / "p"), *words, *run]) == 0
+    layers = BudgetPlan.read(tmp_path / "p").layers
+    assert len({layer.choice.base for layer in layers.values()}) > 1
+    arguments = ["init", str(tiny_llama), "--out", str(tmp_path / "a"), "--plan", str(tmp_path / "p"), *words]
+    assert main(arguments) == 0
+    base = StoredBase(str(tmp_path / "a/base"))
+    for name, layer in layers.items():
+        quantizer, stored = layer.choice.quantizer, base.weight(name, torch.float32)
+        assert (stored.bits, stored.group_size) == (quantizer.bits, quantizer.group_size or stored.columns)
 
 
 def test_the_code_on_the_card_is_that_of_gptqmodel(tiny_llama, folder, tmp_path, capsys):

@@ -23,13 +23,13 @@ def experiment(tiny_llama, tmp_path, monkeypatch):
         (tmp_path / name).write_text(" ".join(["river", "stone", "light", "under", "water"] * 900), encoding="utf-8")
     (tmp_path / "c4_300.jsonl").write_text('{"text": "' + "small house " * 900 + '"}\n', encoding="utf-8")
     monkeypatch.setattr(costs, "PASSES", 12)
-    measured = tmp_path / "plan"
-    words = ["--bits", "3", "4", "16", "--ranks", "0", "2", "4", "--group-size", "32", "--samples", "8"]
+    measured = tmp_path / "plans/gptq"
+    words = ["--bits", "3", "4", "16", "--ranks", "0", "2", "4", "--group-sizes", "32", "--samples", "8"]
     words += ["--sequence-length", "32"]
     assert main(["plan", str(tiny_llama), "--budget", "6bits", "--out", str(measured), *words]) == 0
     monkeypatch.setattr(budgets, "jobs", lambda: JOBS)
     monkeypatch.setitem(budgets.BASES, "4 bits", Uniform(4, 32))
-    places = (measured, measured, tmp_path, tmp_path / "runs", tmp_path / "results")
+    places = (measured.parent, tmp_path, tmp_path / "runs", tmp_path / "results")
     return Budgets(*places, "cpu", str(tiny_llama), Size(8, 32, 2, 64))
 
 

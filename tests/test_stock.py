@@ -123,10 +123,12 @@ def test_trained_blocks_of_two_bits(group_size, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_a_base_of_many_bits(bits, tokenizer, tmp_path):
-    """gptqmodel loads layers of their own bits and in full precision, and PEFT the adapter: our logits."""
+    """gptqmodel loads layers of their own bits and groups and in full precision, and PEFT the adapter: our logits."""
     model, block = save_llama(tmp_path / "model", tokenizer), "model.layers.0"
     quantizers = {
         f"{block}.self_attn.q_proj": Uniform(8, 64),
+        f"{block}.self_attn.k_proj": Uniform(8, None),
+        f"{block}.self_attn.o_proj": Uniform(4, 32),
         f"{block}.self_attn.v_proj": Uniform(3, 32),
         f"{block}.mlp.down_proj": None,
         "model.layers.1.mlp.up_proj": Uniform(2, 32),

@@ -18,6 +18,9 @@ PlanFormat = Literal["gptq", "bitsandbytes"]
 FULL_BITS = 16
 """Bits of a weight in full precision, and of a number of an adapter."""
 
+GROUP_SIZES = (64, 32)
+"""Columns that share a scale in layers of 4 bits, where nothing else is asked for."""
+
 _NARROW = 32  # largest group for codes of 2 bits, whose scales are worth more than their bytes
 
 
@@ -47,11 +50,11 @@ class Choice:
 
     @property
     def base(self) -> str:
-        """The base in a few words, such as `3 bits`."""
+        """The base in a few words, such as `3 bits g64` for groups of 64 columns."""
         if self.quantizer is None:
             return f"{FULL_BITS} bits"
-        bits = getattr(self.quantizer, "bits", None)
-        return self.quantizer.name if bits is None else f"{bits} bits"
+        bits, size = (getattr(self.quantizer, name, None) for name in ("bits", "group_size"))
+        return self.quantizer.name if bits is None else f"{bits} bits" + (f" g{size}" if size else "")
 
     def nbytes(self, layer: Layer) -> int:
         """Return the bytes of a layer and its adapter: codes, scales, zero points, and factors in 16 bits."""
@@ -84,7 +87,7 @@ def possible_choices(
     base_format: PlanFormat,
     bits: Sequence[int],
     ranks: Sequence[int],
-    group_size: int = 64,
+    group_sizes: Sequence[int] = GROUP_SIZES,
     *,
     symmetric: bool = False,
 ) -> tuple[Choice, ...]:
@@ -94,7 +97,7 @@ def possible_choices(
         base_format: format of the base.
         bits: bits to choose from; 16 leaves a layer in full precision, without an adapter.
         ranks: ranks to choose from.
-        group_size: columns that share a scale in AutoGPTQ's format; with 2 bits at most 32 of them.
+        group_sizes: columns that share a scale in AutoGPTQ's format; see `group_sizes_of`.
         symmetric: whether levels are symmetric around zero in AutoGPTQ's format.
 
     Raises:
@@ -113,10 +116,31 @@ def possible_choices(
         if width == FULL_BITS:
             found.append(Choice(None))
             continue
-        # Codes of 2 bits need a scale for every 32 columns: the error that this takes off is worth its bytes.
-        size = min(group_size, _NARROW) if width == min(known) == 2 else group_size
-        quantizer = Uniform(width, size, symmetric) if base_format == "gptq" else NF4()
-        found += [Choice(quantizer, rank) for rank in sorted(set(ranks))]
+        quantizers: Sequence[Quantizer] = [NF4()]
+        if base_format == "gptq":
+            quantizers = [Uniform(width, size, symmetric) for size in group_sizes_of(width, group_sizes)]
+        found += [Choice(quantizer, rank) for quantizer in quantizers for rank in sorted(set(ranks))]
     if all(choice.quantizer is None for choice in found):
         raise ConfigurationError("Expected bits below 16 to choose from, got 16 only. There is nothing to plan.")
     return tuple(found)
+
+
+def group_sizes_of(bits: int, asked: Sequence[int]) -> list[int | None]:
+    """Return how many columns share a scale in layers of some bits, cheapest first; None for a whole row.
+
+    Layers of 4 bits have each of the sizes that are asked for, and layers of 3 bits the largest one. Layers of 2 bits
+    have the largest one up to 32, and those of 8 bits one scale a row.
+
+    Raises:
+        ConfigurationError: if no size is asked for, or one is below 1.
+    """
+    if not asked or min(asked) < 1:
+        raise ConfigurationError(f"Expected sizes of groups of 1 or more, such as 64, got {list(asked)}.")
+    # The step from 4 to 8 bits is a large one, and a scale for fewer columns makes a smaller one. Below 4 bits another
+    # bit takes off more of the error for its bytes, except for 2 bits, which are too coarse for large groups. With 8
+    # bits nothing is left to gain from groups.
+    if bits == 8:
+        return [None]
+    if bits == 2:
+        return [max((size for size in asked if size <= _NARROW), default=_NARROW)]
+    return [max(asked)] if bits == 3 else [*sorted(set(asked), reverse=True)]

@@ -43,8 +43,16 @@ class RoundingError:
         """Return the inner product of a matrix with what is left of the error, for ranks from 0 to the highest."""
         # <G, T - Q - B A> = <G, T - Q> - sum_k b_k^T G a_k, of which each rank adds one term.
         taken = ((self.lora_B.float().T @ gradient) * self.lora_A.float()).sum(1).cumsum(0)
-        whole = (self.error.float() * gradient).sum()
+        whole = torch.dot(self.error.float().flatten(), gradient.flatten())
         return whole - torch.cat([taken.new_zeros(1), taken])
+
+    def squares(self) -> Float[Tensor, " ranks"]:
+        """Return the squared norm of what is left of the error, a total over its entries, for ranks from 0 up."""
+        # |E - B A|^2 = |E|^2 - 2 sum_k b_k^T E a_k + sum_kl (b_k^T b_l) (a_k^T a_l), with k and l up to the rank.
+        error, lora_B, lora_A = self.error.float(), self.lora_B.float(), self.lora_A.float()
+        taken = ((lora_B.T @ error) * lora_A).sum(1).cumsum(0)
+        added = ((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).cumsum(0).cumsum(1).diagonal()
+        return error.square().sum() + torch.cat([added.new_zeros(1), added - 2 * taken])
 
     def tensors(self, number: int) -> dict[str, Tensor]:
         """Return the tensors by name, to be kept; errors in bfloat16, which is as precise as they have to be."""

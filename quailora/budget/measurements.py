@@ -45,6 +45,7 @@ class Measurements:
         fingerprint: what the measurement depends on, item by item.
         choices: what each layer can become.
         reference: the choice of all layers in the reference network.
+        recipe: name of the recipe that layers were measured for; see `Question`.
         divergence: divergence of the predictions of the reference network from full precision, in nats per token.
         other_bytes: bytes of all that is not quantized, such as embeddings and norms.
         layers: the layers by name, in the order of the model.
@@ -55,6 +56,7 @@ class Measurements:
     fingerprint: Mapping[str, str]
     choices: tuple[Choice, ...]
     reference: Choice
+    recipe: str
     divergence: float
     other_bytes: int
     layers: Mapping[str, MeasuredLayer]
@@ -115,6 +117,7 @@ class Measurements:
             "fingerprint": dict(self.fingerprint),
             "choices": [choice.as_dict() for choice in self.choices],
             "reference": self.choices.index(self.reference),
+            "recipe": self.recipe,
             "divergence": self.divergence,
             "other_bytes": self.other_bytes,
             "seconds": self.seconds,
@@ -144,6 +147,7 @@ class Measurements:
                 fingerprint=content["fingerprint"],
                 choices=choices,
                 reference=choices[content["reference"]],
+                recipe=content["recipe"],
                 divergence=float(content["divergence"]),
                 other_bytes=int(content["other_bytes"]),
                 layers={name: measured_layer(one, len(choices)) for name, one in content["layers"].items()},

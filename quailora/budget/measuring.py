@@ -47,9 +47,9 @@ def planned(model: str, question: Question, source: TextCalibration, resources: 
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     quantizer = next(choice.quantizer for choice in question.choices if choice.quantizer is not None)
-    method = find_recipe("best-joint").method(quantizer, LoraScaling(1))
+    method = find_recipe(question.recipe).method(quantizer, LoraScaling(1))
     plan = plan_run(model, method, source, [ALL_LINEAR], None, resources)
-    written = quantizer.stock_config() is None or Choice(None) in question.choices
+    written = method.changes_base or quantizer.stock_config() is None or Choice(None) in question.choices
     check_packable(plan.adapter.layers, quantizer, written=written)
     return plan
 
@@ -115,6 +115,7 @@ def measure_model(plan: RunPlan, question: Question, folder: Path, *, fresh: boo
             depends,
             question.choices,
             question.reference,
+            question.recipe,
             divergence_of_reference(loaded, layers, pieces, store),
             sum(parameter_bytes(loaded.model).values()) - bytes_of(layers),
             measured,
@@ -182,9 +183,9 @@ def stored_errors(inputs: LayerInputs, method: Method, question: Question) -> St
     validation = validation_of(reference.quantizer, *pair, fit, ridge, share)
     layer = validation.layer
     assert layer.statistics is not None
-    # One way of rounding for all quantizers of the layer, the best one of the reference's. Stock packages have one way.
-    stock = reference.quantizer.stock_config() is not None
-    rounding = 0 if stock else best_rounding(reference.quantizer, validation)
+    # One way of rounding for all quantizers of the layer, the best one of the reference's.
+    chosen = method.initializer.schedule.needs_validation
+    rounding = best_rounding(reference.quantizer, validation) if chosen else 0
     target = layer.weight.to(layer.dtype)
     kept: dict[str, Tensor] = {}
     found = target

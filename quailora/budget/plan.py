@@ -89,6 +89,7 @@ class BudgetPlan:
         layers: the layers by name, in the order of the model.
         divergence: expected divergence of the predictions from full precision, in nats per token.
         other_bytes: bytes of the rest of the model.
+        recipe: name of the recipe that the plan was made for.
         file: the file that the plan was read from, if it was.
     """
 
@@ -97,6 +98,7 @@ class BudgetPlan:
     layers: Mapping[str, PlannedLayer]
     divergence: float
     other_bytes: int
+    recipe: str = "best-joint"
     file: str | None = None
 
     @property
@@ -135,16 +137,11 @@ class BudgetPlan:
         usual = self.quantizer
         return {name: layer.choice.quantizer for name, layer in self.layers.items() if layer.choice.quantizer != usual}
 
-    @property
-    def recipe(self) -> str:
-        """Name of the recipe that is recommended: one that keeps the base where stock packages make it."""
-        return "best-joint" if self.quantizer.stock_config() is None else "best"
-
-    def method(self, recipe: str = "best-joint", scaling: LoraScaling = LoraScaling()) -> Method:  # noqa: B008 # frozen
+    def method(self, recipe: str | None = None, scaling: LoraScaling = LoraScaling()) -> Method:  # noqa: B008 # frozen
         """Return the method that makes the layers what the plan says, to be run on `targets`.
 
         Args:
-            recipe: name of the recipe that finds bases and corrections.
+            recipe: name of the recipe that finds bases and corrections; that of the plan by default.
             scaling: its alpha, and whether it is rank-stabilised. PEFT's factor `s` is the same in all layers: that of
                 this scaling's rank and alpha. Ranks are those of the plan.
 
@@ -170,6 +167,7 @@ class BudgetPlan:
             rank_pattern=special,
             alpha_pattern={name: scaling.alpha_for(rank, scale) for name, rank in special.items()},
         )
+        recipe = recipe or self.recipe
         method = find_recipe(recipe).method(self.quantizer, chosen, quantizers=self.quantizers)
         return replace(method, recipe=resolved_name(recipe), budget=self.file)
 
@@ -181,6 +179,7 @@ class BudgetPlan:
             "bits": self.bits,
             "bytes": self.nbytes,
             "other_bytes": self.other_bytes,
+            "recipe": self.recipe,
             "divergence": self.divergence,
             "layers": {
                 name: {
@@ -212,6 +211,7 @@ class BudgetPlan:
                 layers,
                 float(content["divergence"]),
                 int(content["other_bytes"]),
+                content["recipe"],
                 str(file.resolve()),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:

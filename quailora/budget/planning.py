@@ -126,7 +126,7 @@ class Planner:
             )
             for number, ((name, layer), choice) in enumerate(zip(known.layers.items(), chosen, strict=True))
         }
-        return BudgetPlan(known.model, asked, layers, known.expected(list(chosen)), known.other_bytes)
+        return BudgetPlan(known.model, asked, layers, known.expected(list(chosen)), known.other_bytes, known.recipe)
 
 
 @final

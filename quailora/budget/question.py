@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 from ..errors import ConfigurationError
 from .choices import Choice
+
+PlanRecipe = Literal["best-joint", "best"]
+"""Recipes that plans are made for."""
 
 
 @final
@@ -17,10 +20,13 @@ class Question:
     Attributes:
         choices: what each layer can become.
         reference: the choice of all layers in the network whose inputs layers are fitted to.
+        recipe: name of the recipe that layers are measured for. The base of `best` is rounded as the quantizer alone
+            rounds it, which keeps a base of bitsandbytes where stock packages make it; that of `best-joint` is chosen.
     """
 
     choices: tuple[Choice, ...]
     reference: Choice
+    recipe: PlanRecipe = "best-joint"
 
     def __post_init__(self) -> None:
         if len(self.choices) < 2:
@@ -31,4 +37,5 @@ class Question:
         return {
             "choices": [choice.as_dict() for choice in self.choices],
             "reference": self.reference.as_dict(),
+            "recipe": self.recipe,
         }

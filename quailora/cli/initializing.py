@@ -110,7 +110,7 @@ def run_init(options: Mapping[str, Any]) -> InitResult | Estimate:
         method = asked_method(options["recipe"], options["quantizer"], as_str(options["base"]), scaling, asked)
     else:
         budget = asked_plan(options, asked)
-        method, targets = budget.method(options["recipe"] or budget.recipe, scaling), budget.targets
+        method, targets = budget.method(options["recipe"], scaling), budget.targets
     initializer = replace(method.initializer, family=options["family"])
     distillation = asked_distillation(method.distillation, options)
     method = replace(method, initializer=initializer, frozen_rank=options["frozen_rank"], distillation=distillation)

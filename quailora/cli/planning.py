@@ -17,7 +17,7 @@ from ..budget.measuring import measure_model, planned
 from ..budget.plan import PLAN_FILE, Budget, BudgetPlan
 from ..budget.planning import Planner, Point, by_kind, frontier
 from ..budget.plot import plot_frontier
-from ..budget.question import Question
+from ..budget.question import PlanRecipe, Question
 from ..calibration.sources import TextCalibration
 from ..errors import ConfigurationError, OutputExistsError
 from ..models.layers import Layer
@@ -170,18 +170,22 @@ def measured_for(options: Mapping[str, Any], budget: Budget | None, folder: Path
     if base_format == "bitsandbytes" and bits == BITS:  # of which this format holds two
         bits = (4, FULL_BITS)
     choices = possible_choices(
-        base_format, bits, options["ranks"], options["group_size"], symmetric=options["symmetric"]
+        base_format, bits, options["ranks"], options["group_sizes"], symmetric=options["symmetric"]
+    )
+    # NF4 everywhere is the base that every package makes. Any other one has to be written, and then it may be chosen.
+    recipe: PlanRecipe = options["recipe"] or (
+        "best" if base_format == "bitsandbytes" and FULL_BITS not in bits else "best-joint"
     )
     resources = Resources(options["dtype"], options["device"], "never", trust_remote_code=options["trust_remote_code"])
     source = TextCalibration(calibration_of(options))
     model = str(options["model"])
-    run = planned(model, Question(choices, choices[0]), source, resources)
-    question = Question(choices, reference_for(run, choices, budget))
+    run = planned(model, Question(choices, choices[0], recipe), source, resources)
+    question = Question(choices, reference_for(run, choices, budget), recipe)
     return measure_model(run, question, folder / STATE, fresh=options["fresh"])
 
 
 def reference_for(run: RunPlan, choices: Sequence[Choice], budget: Budget | None) -> Choice:
-    """Return the choice for the network that layers are measured in: the largest one within the budget.
+    """Return the choice for the network that layers are measured in: the largest base within the budget, and its rank.
 
     Args:
         run: the model.
@@ -206,7 +210,14 @@ def reference_for(run: RunPlan, choices: Sequence[Choice], budget: Budget | None
             f"{budget.text} leaves {size(max(0, int(allowed)))} for the layers. Raise it, or give fewer bits or lower "
             "ranks to choose from."
         )
-    return max((choice for choice in quantized if totals[choice] <= allowed), key=lambda choice: totals[choice])
+    # The base comes first: few bits with a high rank leave more errors than the same bytes spent on another bit.
+    fitting = [choice for choice in quantized if totals[choice] <= allowed]
+    return max(fitting, key=lambda choice: (totals[choice] - adapter_bytes(choice, layers), choice.rank))
+
+
+def adapter_bytes(choice: Choice, layers: Mapping[str, Layer]) -> int:
+    """Return the bytes of the adapter of a choice in all layers."""
+    return sum(2 * choice.rank * sum(layer.shape) for layer in layers.values())
 
 
 def other_bytes(run: RunPlan, layers: Mapping[str, Layer]) -> int:

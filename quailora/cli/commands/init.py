@@ -77,7 +77,7 @@ def init(
             place of a quantizer: of bitsandbytes in 4 or 8 bits, GPTQ, AWQ, HQQ, or torchao in 8 bits.
         plan: a budget plan, file or folder, which `quailora plan` has written: bits and rank of each layer, and which
             layers stay in full precision. It takes the place of quantizer, rank, patterns and targets. The recipe is
-            best-joint by default, and best for bitsandbytes.
+            the one that the plan was made for by default.
         solver: how the correction is found; `quailora list` names them.
         metric: what the solver minimises: gram is the output error, shrunk the same with less weight on
             correlations of the inputs, which generalises better, diagonal ignores them, magnitude weighs them by mean

@@ -10,6 +10,9 @@ from ...support.choices import BosPlacement, CalibrationDtype, DeviceName, Dtype
 BITS = (2, 3, 4, 8, 16)
 """Bits to choose from where none are asked for."""
 
+RANKS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Ranks to choose from, likewise. One search finds the adapters of all of them."""
+
 
 def plan(
     model: StrPath,
@@ -19,8 +22,9 @@ def plan(
     quality: float | None = None,
     format: Literal["gptq", "bitsandbytes"] = "gptq",  # noqa: A002 # the name of the option
     bits: Sequence[int] = BITS,
-    ranks: Sequence[int] = (0, 4, 8, 16, 32, 64),
-    group_size: int = 64,
+    ranks: Sequence[int] = RANKS,
+    group_sizes: Sequence[int] = (64, 32),
+    recipe: Literal["best-joint", "best"] | None = None,
     symmetric: bool = False,
     fused: bool = False,
     measurements: StrPath | None = None,
@@ -58,7 +62,11 @@ def plan(
         bits: bits to choose from; by default all that the format holds, which are 4 and 16 for bitsandbytes. Layers of
             16 bits stay as they are, without an adapter.
         ranks: ranks to choose from; 0 is no adapter. Leave 0 out where every quantized layer shall be trained later.
-        group_size: columns that share a scale in a base of gptq; with 2 bits at most 32.
+        group_sizes: columns that share a scale in a base of gptq. Layers of 4 bits can have any of these sizes, those
+            of 3 bits have the largest, those of 2 bits the largest up to 32, and those of 8 bits one scale a row.
+        recipe: what the plan is for. "best-joint" writes a base whose rounding is chosen together with the adapter,
+            "best" keeps the rounding of the quantizer alone; by default best-joint, except where all layers are NF4,
+            which stay as bitsandbytes makes them while it loads a model.
         symmetric: levels that are symmetric around zero in a base of gptq, as vLLM needs them, at a loss of accuracy.
         fused: quantize layers alike that serving engines compute as one: query, key and value; gate and up.
         measurements: folder or file of an earlier plan, whose measurements are taken in place of new ones.

@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from jsonargparse import auto_cli
 from transformers import AutoTokenizer
+from typing_extensions import override
 
 from quailora import (
     GPTQ,
@@ -47,6 +48,7 @@ from .after_stock import quantize_by_gptqmodel
 from .after_tables import draw
 from .arms import Arm
 from .data import write_training_pairs
+from .jobs import Jobs
 from .protocol import PROTOCOLS, Protocol, Run
 from .runs import RESULTS, Store
 from .training import model_of, train
@@ -54,7 +56,7 @@ from .training import model_of, train
 logger = logging.getLogger("experiments")
 
 
-class After:
+class After(Jobs):
     """What merging and moving trained adapters costs.
 
     Args:
@@ -75,12 +77,7 @@ class After:
     ) -> None:
         self._protocol: Protocol = PROTOCOLS[protocol]
         self._texts, self._bench, self._device = texts, folder / self._protocol.name, device
-        self._store = Store(self._protocol, results, "after")
-        self._work = self._bench / "after"
-
-    def left(self) -> None:
-        """Print the jobs that are left."""
-        print("\n".join(job for job in jobs() if job not in {row["key"] for row in self._store.rows()}))
+        super().__init__(Store(self._protocol, results, "after"), self._bench / "after")
 
     def draw(self, page: Path = Path("docs/after.md")) -> None:
         """Write the tables into the documentation.
@@ -90,39 +87,23 @@ class After:
         """
         draw(self._store.rows(), page)
 
-    def run(self, only: str = "", seconds: float = 1e9) -> None:
-        """Carry out the jobs that are left, except for those that another process is at.
+    @override
+    def _jobs(self) -> list[str]:
+        return jobs()
 
-        Args:
-            only: jobs whose names begin so.
-            seconds: after which no further job is begun.
-        """
-        began = time.monotonic()
-        self._work.mkdir(parents=True, exist_ok=True)
-        for job in jobs():
-            if not job.startswith(only) or job in {row["key"] for row in self._store.rows()}:
-                continue
-            lock = FileLock(self._work / f"job-{job.replace('/', '-')}.lock")
-            if time.monotonic() - began > seconds or not acquired(lock):
-                continue
-            try:
-                if job not in {row["key"] for row in self._store.rows()}:
-                    self._keep(job)
-            finally:
-                lock.release()
-
-    def _keep(self, job: str) -> None:
-        """Carry out a job and keep its row; a job that cannot be carried out yet is left for the next time."""
+    @override
+    def _row(self, job: str) -> dict[str, Any] | None:
+        """Carry out a job, and return its row; a job that cannot be carried out yet is left for the next time."""
         start = time.monotonic()
         try:
             row = self._carry_out(job)
         except (FileNotFoundError, ImportError) as error:
             logger.warning("%s waits: %s", job, error)
-            return
+            return None
         seconds = time.monotonic() - start
         end = AutoTokenizer.from_pretrained(resolve(self._protocol.model)).eos_token_id
-        self._store.add({"key": job, **row, "end": end, "wall": round(seconds, 1)})
         logger.warning("%s: %.0f s", job, seconds)
+        return {**row, "end": end, "wall": round(seconds, 1)}
 
     def _carry_out(self, job: str) -> dict[str, Any]:
         kind, *parts = job.split("/")
@@ -174,7 +155,7 @@ class After:
     ) -> dict[str, Any]:
         scorer = self._scorer()
         steps = f"{training.blocks.steps}-{training.scales.steps}"
-        out = self._work / f"merge-{adapter.arm}-{adapter.seed}-{name}-{target}-{steps}{'-mixed' * mixed}"
+        out = self._folder / f"merge-{adapter.arm}-{adapter.seed}-{name}-{target}-{steps}{'-mixed' * mixed}"
         began = time.monotonic()
         merge(
             adapter.folder,
@@ -197,7 +178,7 @@ class After:
 
     def _by_gptqmodel(self, adapter: Adapter) -> dict[str, Any]:
         """Score what people do today: the full-precision merge, quantized by gptqmodel."""
-        folder = self._work / f"gptqmodel-{adapter.arm}-{adapter.seed}"
+        folder = self._folder / f"gptqmodel-{adapter.arm}-{adapter.seed}"
         shutil.rmtree(folder, ignore_errors=True)
         pairs = [json.loads(line)["text"] for line in self._calibration_file().read_text(encoding="utf-8").splitlines()]
         seconds = quantize_by_gptqmodel(adapter, self._protocol.model, "\n\n".join(pairs), folder)
@@ -213,7 +194,7 @@ class After:
         return {"scores": scorer.scores(scorer.own(), {"start": start}, "full")}
 
     def _rebased(self, adapter: Adapter, name: str, rank: int) -> dict[str, Any]:
-        scorer, out = self._scorer(), self._work / f"rebase-{adapter.arm}-{adapter.seed}-{name}-{rank}"
+        scorer, out = self._scorer(), self._folder / f"rebase-{adapter.arm}-{adapter.seed}-{name}-{rank}"
         began = time.monotonic()
         rebase(  # which makes the same base as a start on it, bit for bit
             adapter.folder,
@@ -238,17 +219,17 @@ class After:
         base = place
         model = model_of(run, arm, base, self._protocol)
         began = time.monotonic()
-        train(model, run, arm, scorer.data, self._protocol, self._work / f"again-{name}-{seed}")
+        train(model, run, arm, scorer.data, self._protocol, self._folder / f"again-{name}-{seed}")
         seconds = time.monotonic() - began
-        out = self._work / f"trained-{name}-{seed}"
+        out = self._folder / f"trained-{name}-{seed}"
         model.save_pretrained(out)
-        shutil.rmtree(self._work / f"again-{name}-{seed}", ignore_errors=True)
+        shutil.rmtree(self._folder / f"again-{name}-{seed}", ignore_errors=True)
         scores = scorer.scores(scorer.own(), {"trained again": scorer.on(self._base(name), out)})
         return {"scores": scores, "seconds": round(seconds, 1)}
 
     def _start(self, name: str, rank: int = 16) -> Path:
         """Return the folder of a base, in floating point, with its own compensation, made once."""
-        place = self._work / f"start-{name}-{rank}"
+        place = self._folder / f"start-{name}-{rank}"
         with FileLock(f"{place}.lock"):
             if not place.exists():
                 written = Output(place, save_base=True, base_format="dequantized")
@@ -264,7 +245,7 @@ class After:
         return place
 
     def _base(self, name: str, rank: int = 16) -> ExistingBase:
-        return base_at(self._work / f"start-{name}-{rank}" / "base")
+        return base_at(self._folder / f"start-{name}-{rank}" / "base")
 
     def _calibration(self, *, mixed: bool = False) -> Calibration:
         """Return the text of the training pairs, of which codes and scales are trained on other windows.
@@ -276,7 +257,7 @@ class After:
         return Calibration(source, self._protocol.calibration_windows, self._protocol.length)
 
     def _calibration_file(self, *, mixed: bool = False) -> Path:
-        file = self._work / ("mixed.jsonl" if mixed else "pairs.jsonl")
+        file = self._folder / ("mixed.jsonl" if mixed else "pairs.jsonl")
         if not file.exists():
             write_training_pairs(self._texts, self._protocol, file, mixed=mixed)
         return file
@@ -286,17 +267,6 @@ class After:
 
     def _scorer(self) -> Scorer:
         return Scorer.of(self._protocol, self._texts, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def acquired(lock: FileLock) -> bool:
-    """Return whether a lock was free, and take it."""
-    from filelock import Timeout
-
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
+from typing_extensions import override
 
 from quailora import NF4, Calibration, LoraScaling, Output, Quantizer, Resources, TextSource, Uniform
 from quailora.budget.choices import Choice
@@ -31,9 +32,10 @@ from quailora.solvers import Zero
 
 from .budgets_tables import draw
 from .data import OTHER_TEXTS
+from .jobs import Jobs
 from .protocol import REFERENCE, Protocol
 from .runs import RESULTS, Store
-from .scored import BARE, Size, open_jobs, scores_of
+from .scored import BARE, Size, bytes_of, scores_of
 
 BUDGETS = (3.5, 4.5)
 """Bits for each weight of the layers, adapters included."""
@@ -79,7 +81,7 @@ def bits_of(quantizer: Quantizer, shape: tuple[int, int] = (576, 576)) -> float:
     return example_by(quantizer, shape).bits_per_weight
 
 
-class Budgets:
+class Budgets(Jobs):
     """What models of the same bytes predict, whose bits and ranks were chosen in different ways.
 
     Args:
@@ -104,13 +106,8 @@ class Budgets:
         size: Size = SIZE,
     ) -> None:
         self._protocol: Protocol = replace(REFERENCE, model=model)
-        self._plans = plans
-        self._texts, self._folder, self._device, self._size = texts, folder, device, size
-        self._store = Store(self._protocol, results, "budgets")
-
-    def left(self) -> None:
-        """Print the jobs that are left."""
-        print("\n".join(job for job in jobs() if job not in self._done()))
+        self._plans, self._texts, self._device, self._size = plans, texts, device, size
+        super().__init__(Store(self._protocol, results, "budgets"), folder)
 
     def draw(self, page: Path = Path("docs/budgets.md")) -> None:
         """Write the tables into the documentation.
@@ -120,31 +117,18 @@ class Budgets:
         """
         draw(self._store.rows(), page)
 
-    def run(self, only: str = "", seconds: float = 1e9) -> None:
-        """Carry out the jobs that are left, except for those that another process is at.
-
-        Args:
-            only: jobs whose names contain this.
-            seconds: after which no further job is begun.
-        """
-        for job in open_jobs(jobs(), self._done, self._folder, only, seconds):
-            self._store.add({"key": job, **self._made(job)})
-
-    def _done(self) -> set[str]:
-        return {row["key"] for row in self._store.rows()}
+    @override
+    def _jobs(self) -> list[str]:
+        return jobs()
 
     def _asked(self, budget: str, what: str) -> tuple[Method, list[str], BudgetPlan | None]:
         """Return the method of a job, the layers with an adapter, and the plan, if there is one."""
         measured = Measurements.read(self._plans / PLANS.get(what, "gptq") / "measurements.json")
-        planner, sides = Planner(measured), sum(sum(layer.shape) for layer in measured.layers.values())
-
-        def bytes_of(quantizer: Quantizer) -> float:
-            weights = (layer.shape[0] * layer.shape[1] for layer in measured.layers.values())
-            return sum(bits_of(quantizer) * count / 8 for count in weights)
-
+        planner, shapes = Planner(measured), [layer.shape for layer in measured.layers.values()]
+        sides = sum(map(sum, shapes))
         if budget in POINTS:
             quantizer, rank = POINTS[budget]
-            nbytes = bytes_of(quantizer) + 2 * rank * sides
+            nbytes = bytes_of(quantizer, shapes) + 2 * rank * sides
             if what == "same":
                 recipe = find_recipe("best-joint") if rank else BARE
                 return recipe.method(quantizer, LoraScaling(max(1, rank))), ["all-linear"], None
@@ -160,11 +144,12 @@ class Budgets:
             assert found is not None  # there are choices as small as every budget
             return BARE.method(found.quantizer, LoraScaling(1), quantizers=found.quantizers), ["all-linear"], found
         # The highest rank whose bytes fit, even if it is not one of those that plans choose from.
-        rank = int((nbytes - bytes_of(BASES[what])) // (2 * sides))
+        rank = int((nbytes - bytes_of(BASES[what], shapes)) // (2 * sides))
         recipe = find_recipe("best" if what.startswith("stock") else "best-joint")
         return recipe.method(BASES[what], LoraScaling(max(1, rank))), ["all-linear"], None
 
-    def _made(self, job: str) -> dict[str, Any]:
+    @override
+    def _row(self, job: str) -> dict[str, Any]:
         """Make the model of a job, and return its scores."""
         budget, what, seed = job.split("/")
         method, targets, planned = self._asked(budget, what)
@@ -204,7 +189,7 @@ def sizes(model: Any, layers: Mapping[str, Layer], method: Method, records: Any)
         assert quantizer is not None
         title = Choice(quantizer).base
         counted[title] = counted.get(title, 0) + 1
-        base += bits_of(quantizer, layer.shape) * layer.shape[0] * layer.shape[1] / 8
+        base += bytes_of(quantizer, [layer.shape])
     bare = isinstance(method.initializer.solver, Zero)
     return {"bytes": base, "adapter": 0 if bare else sum(record.numbers for record in records), "layers": counted}
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 from torch import Tensor
+from typing_extensions import override
 
 from quailora import NF4, Calibration, Int8, LoraScaling, Output, Quantizer, Resources, TextSource, Uniform
 from quailora.calibration.examples import BlockExamples
@@ -25,7 +26,6 @@ from quailora.methods.distillation import Distillation
 from quailora.methods.recipes import Recipe, find_recipe
 from quailora.models.layers import all_layers, block_of
 from quailora.models.load import load_model
-from quailora.pipeline.formats import example_by
 from quailora.pipeline.initialize_model import finished_run, model_run
 from quailora.pipeline.loading import loaded_model
 from quailora.pipeline.plan import RunPlan, plan_run, source_of
@@ -36,9 +36,10 @@ from quailora.solvers import Zero
 from .auto_rounding import auto_rounded, shuffled_windows
 from .data import OTHER_TEXTS
 from .few_bits_tables import draw
+from .jobs import Jobs
 from .protocol import REFERENCE, Protocol
 from .runs import RESULTS, Store
-from .scored import BARE, Size, open_jobs, scores_of
+from .scored import BARE, Size, bytes_of, scores_of
 
 logger = logging.getLogger("experiments")
 
@@ -102,7 +103,7 @@ def jobs() -> list[str]:
     ]
 
 
-class FewBits:
+class FewBits(Jobs):
     """What models of few bits predict, with adapters that make up for their errors.
 
     Args:
@@ -124,12 +125,8 @@ class FewBits:
         size: Size = SIZE,
     ) -> None:
         self._protocol: Protocol = replace(REFERENCE, model=model)
-        self._texts, self._folder, self._device, self._size = texts, folder, device, size
-        self._store = Store(self._protocol, results, "few-bits")
-
-    def left(self) -> None:
-        """Print the jobs that are left."""
-        print("\n".join(job for job in jobs() if job not in self._done()))
+        self._texts, self._device, self._size = texts, device, size
+        super().__init__(Store(self._protocol, results, "few-bits"), folder)
 
     def draw(self, page: Path = Path("docs/few-bits.md")) -> None:
         """Write the tables into the documentation.
@@ -139,19 +136,14 @@ class FewBits:
         """
         draw(self._store.rows(), page)
 
-    def run(self, only: str = "", seconds: float = 1e9) -> None:
-        """Carry out the jobs that are left, except for those that another process is at.
+    @override
+    def _jobs(self) -> list[str]:
+        return jobs()
 
-        Args:
-            only: jobs whose names contain this.
-            seconds: after which no further job is begun.
-        """
+    @override
+    def _row(self, job: str) -> dict[str, Any]:
         kinds = {"blocks": self._blocks, "auto-round": self._auto_rounded}
-        for job in open_jobs(jobs(), self._done, self._folder, only, seconds):
-            self._store.add({"key": job, **kinds.get(job.split("/")[1], self._made)(job)})
-
-    def _done(self) -> set[str]:
-        return {row["key"] for row in self._store.rows()}
+        return kinds.get(job.split("/")[1], self._made)(job)
 
     def _plan(self, recipe: Recipe, base: str, rank: int, seed: int = 0, out: Path | None = None) -> RunPlan:
         """Return the plan of a run on the calibration text."""
@@ -230,10 +222,9 @@ class FewBits:
         loaded = load_model(self._protocol.model, dtype="float32")
         layers = all_layers(loaded.model)
         stages = {"undistilled": {name: StoredLayer(dequantized=weight) for name, weight in weights.items()}}
-        shapes = [layer.shape for layer in layers.values()]
         return {
             "scores": scores_of(loaded, layers, stages, self._texts, self._size),
-            "bytes": sum(example_by(quantizer, one).bits_per_weight * one[0] * one[1] for one in shapes) / 8,
+            "bytes": bytes_of(quantizer, (layer.shape for layer in layers.values())),
             "adapter": 0,
             "blocks": [],
             "seconds": {"undistilled": round(seconds)},

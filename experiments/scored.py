@@ -1,25 +1,23 @@
-"""What experiments on models that were made in one run share: their jobs, and the scores of such a model."""
+"""What experiments on models that were made in one run share: sizes, and the scores of such a model."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from quailora.evaluation.scores import Corrected, measure
 from quailora.evaluation.texts import EvaluationTexts
 from quailora.methods.recipes import Recipe
 from quailora.models.layers import Layer
 from quailora.models.load import LoadedModel
+from quailora.pipeline.formats import example_by
 from quailora.pipeline.store import StoredLayer
+from quailora.quantizers import Quantizer
 from quailora.schedules import HeldOut, Once
 from quailora.solvers import Zero
 
-from .after import acquired
 from .data import OTHER_TEXTS, TEST
 
 BARE = Recipe("no adapter, rounded as held-out tokens choose", Zero(), schedule=HeldOut(Once()), inputs="asymmetric")
@@ -43,29 +41,9 @@ class Size:
     window_length: int = 2048
 
 
-def open_jobs(
-    names: Sequence[str], done: Callable[[], set[str]], folder: Path, only: str = "", seconds: float = 1e9
-) -> Iterator[str]:
-    """Yield the jobs that are left and that no other process is at, each while its lock is held.
-
-    Args:
-        names: all jobs, most important first.
-        done: returns those that are done.
-        folder: folder for the locks.
-        only: jobs whose names contain this.
-        seconds: after which no further job is begun.
-    """
-    began = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    for job in names:
-        lock = FileLock(folder / f"{job.replace('/', '-')}.lock")
-        if only not in job or job in done() or time.monotonic() - began > seconds or not acquired(lock):
-            continue
-        try:
-            if job not in done():  # another process may have finished it just now
-                yield job
-        finally:
-            lock.release()
+def bytes_of(quantizer: Quantizer, shapes: Iterable[tuple[int, int]]) -> float:
+    """Return the bytes of layers of some shapes, (out_features, in_features), without an adapter."""
+    return sum(example_by(quantizer, shape).bits_per_weight * shape[0] * shape[1] / 8 for shape in shapes)
 
 
 def scores_of(

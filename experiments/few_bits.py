@@ -29,7 +29,7 @@ from quailora.models.load import load_model
 from quailora.pipeline.initialize_model import finished_run, model_run
 from quailora.pipeline.loading import loaded_model
 from quailora.pipeline.plan import RunPlan, plan_run, source_of
-from quailora.pipeline.store import MemoryStore, StoredLayer
+from quailora.pipeline.store import MemoryStore, StoredLayer, corrections_of
 from quailora.pipeline.trained_blocks import compensated, weight_of
 from quailora.solvers import Zero
 
@@ -172,7 +172,7 @@ class FewBits(Jobs):
 
         def train(examples: BlockExamples, names: Sequence[str]) -> Mapping[str, Tensor]:
             stored = {name: run.store.load(name) for name in names}
-            corrections = {name: one.correction for name, one in stored.items() if one.correction is not None}
+            corrections = corrections_of(stored)
             for setting, training in BLOCKS.items():
                 weights = {name: weight_of(one, training) for name, one in stored.items()}
                 found = training.improve(examples, layers, weights, corrections)

@@ -13,7 +13,7 @@ from quailora.methods.recipes import Recipe
 from quailora.models.layers import Layer
 from quailora.models.load import LoadedModel
 from quailora.pipeline.formats import example_by
-from quailora.pipeline.store import StoredLayer
+from quailora.pipeline.store import StoredLayer, corrections_of, weights_of
 from quailora.quantizers import Quantizer
 from quailora.schedules import HeldOut, Once
 from quailora.solvers import Zero
@@ -68,11 +68,10 @@ def scores_of(
     model = loaded.model
     variants: dict[str, Mapping[str, Any]] = {"full": {}}
     for stage, made in stages.items():
-        weights = {name: one.dequantized for name, one in made.items() if one.dequantized is not None}
+        weights = weights_of(made)
         if len(weights) < len(layers):
             raise ValueError(f"Expected the weights of {len(layers)} layers, got {len(weights)}. Keep them in the run.")
-        corrections = {name: one.correction for name, one in made.items() if one.correction is not None}
-        variants[stage] = Corrected(weights, corrections, model.device)
+        variants[stage] = Corrected(weights, corrections_of(made), model.device)
     sources = tuple(str(texts / name) for name in (TEST, OTHER_TEXTS["c4"]))
     cut = EvaluationTexts(sources, windows=size.windows, window_length=size.window_length).cut(loaded)
     scores: dict[str, dict[str, list[float]]] = {stage: {} for stage in variants}

@@ -24,6 +24,7 @@ from quailora import InputStatistics, StoredBase, Uniform
 from quailora.budget import costs, measuring
 from quailora.budget.choices import Choice, possible_choices
 from quailora.budget.layer_errors import RoundingError, quantizers_of, rounding_errors
+from quailora.budget.made_up import later_layers, shares_left
 from quailora.budget.measurements import MeasuredLayer, Measurements
 from quailora.budget.plan import Budget, BudgetPlan
 from quailora.budget.planning import Planner, frontier
@@ -406,6 +407,39 @@ def test_costs_are_divergences(tiny_llama, monkeypatch):
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
 
 
+def test_what_later_layers_make_up_for_costs_less(tiny_llama, monkeypatch):
+    """Values that are too small, of which the next layer makes up for half: a quarter of the cost is left."""
+    monkeypatch.setattr(costs, "PASSES", 400)
+    loaded = load_model(str(tiny_llama))
+    layers = linear_layers(loaded.model)
+    store, choices = MemoryStore(), possible_choices("gptq", (2, 16), (0,))
+    for name, layer in layers.items():
+        error = 0.1 * layer.weight if name.endswith("0.self_attn.v_proj") else torch.zeros(layer.shape)
+        target = layer.weight * (1.05 if name.endswith("0.self_attn.o_proj") else 1.0)
+        kept = RoundingError(error, torch.zeros(len(error), 0), torch.zeros(0, error.shape[1]))
+        store.save(name, StoredLayer(dequantized=target - error, packed=kept.tensors(0)))
+    torch.manual_seed(0)
+    pieces = torch.randint(0, 300, (8, 24))
+    found = costs.measure_costs(Question(choices, choices[0]), loaded, layers, pieces, store)[:, 0]
+    values = {name: store.load(name).dequantized for name in layers if name.endswith("v_proj")}  # of both blocks
+    alone = measure(loaded.model, layers, {"values": values}, pieces)["values"].divergence
+    assert found.sum().item() == pytest.approx(alone / 4, rel=0.3)
+    assert found.sum().item() == pytest.approx(costs.divergence_of_reference(loaded, layers, pieces, store), rel=0.3)
+
+
+def test_the_share_that_is_left_is_that_of_samples():
+    """Of which targets see a part, at half of the step, among what else they make up for."""
+    names = [f"model.layers.{block}.{kind}" for block in range(40) for kind in ("v_proj", "o_proj")]
+    torch.manual_seed(0)
+    seen, unseen, other = torch.randn(3, 4000, len(names) // 2, dtype=torch.float64)
+    errors = torch.stack([seen + 0.5 * unseen, other], 2).flatten(1)
+    targets = torch.stack([other, 0.5 * seen], 2).flatten(1)
+    made_up = (errors * (targets @ later_layers(names).double().T)).mean(0)
+    left = shares_left(names, errors.square().mean(0), made_up, 0.5)
+    expected = (0.5 * seen + 0.5 * unseen).square().mean() / (seen + 0.5 * unseen).square().mean()
+    torch.testing.assert_close(left[::2], expected.expand(40), rtol=0, atol=0.02)
+
+
 def test_costs_are_the_same_on_every_device(tiny_llama, monkeypatch, accelerator):
     """Labels are drawn on the CPU; what the walk has kept waits there as well."""
     monkeypatch.setattr(costs, "PASSES", 4)
@@ -418,7 +452,8 @@ def test_costs_are_the_same_on_every_device(tiny_llama, monkeypatch, accelerator
         for name, layer in layers.items():
             rows, columns = layer.shape
             error = RoundingError(torch.randn(rows, columns), torch.randn(rows, 2), torch.randn(2, columns))
-            store.save(name, StoredLayer(packed=error.tensors(0)))
+            changed = layer.weight.cpu() + 0.1 * torch.randn(rows, columns) - error.left(2)
+            store.save(name, StoredLayer(dequantized=changed, packed=error.tensors(0)))
         question = Question(choices, choices[1])
         found.append(costs.measure_costs(question, loaded, layers, pieces, store, "float32"))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)

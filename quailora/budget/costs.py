@@ -17,6 +17,7 @@ from ..calibration.tokens import CalibrationTokens
 from ..calibration.windows import CalibrationDtype
 from ..errors import NumericalError
 from ..evaluation.scores import measure
+from ..methods.recipes import find_recipe
 from ..models.layers import Layer
 from ..models.load import LoadedModel
 from ..pipeline.store import Store, StoredLayer
@@ -24,6 +25,7 @@ from ..quantizers import Quantizer
 from ..support.progress import counting
 from .choices import Choice
 from .layer_errors import RoundingError, quantizers_of
+from .made_up import later_layers, shares_left
 from .question import Question
 
 logger = logging.getLogger("quailora")
@@ -95,14 +97,18 @@ def measure_costs(
     with counting("Measuring costs", len(pieces), sum(map(store.has, keys))) as counter:
         for number, (key, piece) in enumerate(zip(keys, pieces, strict=True)):
             if not store.has(key):
-                found = _sampled(question.choices, loaded.model, layers, piece, store, labels, number, dtype)
-                store.save(key, StoredLayer(packed={"costs": found}))
+                found = _sampled(question, loaded.model, layers, piece, store, labels, number, dtype)
+                store.save(key, StoredLayer(packed=found))
                 counter.advance()
-    costs = torch.stack([store.load(key).packed["costs"] for key in keys]).mean(0)
-    return torch.stack([
-        pooled(question.choices, row, _squares(question.choices, store.load(name)))
-        for name, row in zip(layers, costs, strict=True)
-    ])
+    costs, alone, made_up = (
+        torch.stack([store.load(key).packed[what] for key in keys]).mean(0) for what in ("costs", "alone", "made_up")
+    )
+    left = shares_left(list(layers), alone, made_up, find_recipe(question.recipe).step)
+    rows = []
+    for share, name, row in zip(left, layers, costs, strict=True):
+        squares = _of_ranks(question.choices, store.load(name), torch.device("cpu"), RoundingError.squares)
+        rows.append(share * pooled(question.choices, row, _of_choices(question.choices, squares)))
+    return torch.stack(rows)
 
 
 def pooled(
@@ -125,7 +131,7 @@ def pooled(
 
 
 def _sampled(
-    choices: Sequence[Choice],
+    question: Question,
     model: Any,
     layers: Mapping[str, Layer],
     piece: Int[Tensor, " length"],
@@ -133,16 +139,25 @@ def _sampled(
     labels: int,
     seed: int,
     dtype: CalibrationDtype,
-) -> Float[Tensor, "layers choices"]:
-    """Return the costs as a mean over some labels for one piece of text."""
-    total = torch.zeros(len(layers), len(choices), dtype=torch.float64)
-    rows = {name: row for row, name in enumerate(layers)}
+) -> dict[str, Tensor]:
+    """Return the costs, and what `shares_left` takes, as means over some labels for one piece of text."""
+    total = torch.zeros(len(layers), len(question.choices), dtype=torch.float64)
+    alone, made_up = torch.zeros(2, len(layers), dtype=torch.float64)
+    pair = torch.zeros(2, len(layers), dtype=torch.float64)  # of each layer: what its error does, and what its target
+    rows, later = {name: row for row, name in enumerate(layers)}, later_layers(list(layers)).double()
+    scale = 2 * labels * (len(piece) - 1)
 
     def add(name: str, gradient: Tensor) -> None:
         if not gradient.isfinite().all():
             raise NumericalError(f"The gradient of {name} is NaN or infinite. Try another calibration dtype.")
-        products = _products(choices, store.load(name), gradient)
-        total[rows[name]] += products.double().square() / (2 * labels * (len(piece) - 1))
+        stored, weight = store.load(name), layers[name].weight
+        known = _of_ranks(question.choices, stored, gradient.device, lambda error: error.products(gradient))
+        total[rows[name]] += _of_choices(question.choices, known).square() / scale
+        # The layer of the reference network is T - E, so that T - W is E less the difference of W from it.
+        ranks = known[question.reference.quantizer]
+        error = ranks[min(question.reference.rank, len(ranks) - 1)]
+        changed = torch.dot((weight - weight_in(stored).to(weight)).float().flatten(), gradient.flatten()).item()
+        pair[:, rows[name]] = torch.tensor([error, error - changed])
 
     with gradients(model, layers, add):
         with arithmetic(model, dtype):
@@ -154,36 +169,31 @@ def _sampled(
         for label in range(labels):
             chosen = predicted.gather(1, drawn[:, label : label + 1].to(predicted.device))
             torch.autograd.backward(chosen.sum(), retain_graph=label + 1 < labels)
-    return total
+            alone += pair[0].square() / scale
+            made_up += pair[0] * (later @ pair[1]) / scale
+    return {"costs": total, "alone": alone, "made_up": made_up}
 
 
-def _products(
-    choices: Sequence[Choice], stored: StoredLayer, gradient: Float[Tensor, "out_features in_features"]
-) -> Float[Tensor, " choices"]:
-    """Return the inner product of a gradient with the error of each choice; infinite for ranks that are too high."""
-    return _by_choice(choices, stored, gradient.device, lambda error: error.products(gradient))
-
-
-def _squares(choices: Sequence[Choice], stored: StoredLayer) -> Float[Tensor, " choices"]:
-    """Return the squared norms of the errors of each choice; infinite for ranks that are too high."""
-    return _by_choice(choices, stored, torch.device("cpu"), RoundingError.squares).double()
-
-
-def _by_choice(
+def _of_ranks(
     choices: Sequence[Choice],
     stored: StoredLayer,
     device: torch.device,
     numbers: Callable[[RoundingError], Float[Tensor, " ranks"]],
-) -> Float[Tensor, " choices"]:
-    """Return a number for each choice, given those of all ranks for a quantizer; infinite for ranks that are too high.
+) -> dict[Quantizer | None, list[float]]:
+    """Return a number for each rank that a layer can carry, by quantizer; in full precision it is 0."""
+    errors = {
+        quantizer: RoundingError.read(stored.packed, number, device)
+        for number, quantizer in enumerate(quantizers_of(choices))
+    }
+    return {None: [0.0]} | {quantizer: numbers(error).tolist() for quantizer, error in errors.items()}
 
-    In full precision it is 0.
-    """
-    known: dict[Quantizer | None, list[float]] = {None: [0.0]}
-    for number, quantizer in enumerate(quantizers_of(choices)):
-        known[quantizer] = numbers(RoundingError.read(stored.packed, number, device)).tolist()
-    ranks = ((known[choice.quantizer], choice.rank) for choice in choices)
-    return torch.tensor([of_rank[rank] if rank < len(of_rank) else math.inf for of_rank, rank in ranks])
+
+def _of_choices(
+    choices: Sequence[Choice], of_ranks: Mapping[Quantizer | None, list[float]]
+) -> Float[Tensor, " choices"]:
+    """Return the number of each choice; infinite for ranks that are too high."""
+    found = ((of_ranks[choice.quantizer], choice.rank) for choice in choices)
+    return torch.tensor([known[rank] if rank < len(known) else math.inf for known, rank in found], dtype=torch.float64)
 
 
 def divergence_of_reference(

@@ -17,7 +17,7 @@ from ..layer.initializer import Initializer
 from ..methods.method import Method
 from ..methods.recipes import Recipe
 from ..pipeline.fingerprint import digest
-from ..pipeline.store import StoredLayer
+from ..pipeline.store import StoredLayer, corrections_of, weights_of
 from ..quantizers import Quantizer
 from ..solvers import Zero
 from ..support.settings import describe
@@ -109,14 +109,14 @@ class VariantResult:
     @property
     def quantized(self) -> dict[str, Tensor]:
         """`Q` of each layer, where it was kept."""
-        return {name: layer.dequantized for name, layer in self.layers.items() if layer.dequantized is not None}
+        return weights_of(self.layers)
 
     @property
     def corrections(self) -> dict[str, Correction]:
         """The adapter of each layer, before PEFT's scaling; none for a base alone."""
         if not self.variant.recipe:
             return {}
-        return {name: layer.correction for name, layer in self.layers.items() if layer.correction is not None}
+        return corrections_of(self.layers)
 
     @property
     def seconds(self) -> float:

@@ -24,6 +24,7 @@ from ..pipeline.options import Output, Resources
 from ..pipeline.output import AdapterOutput
 from ..pipeline.plan import CalibrationGiven, plan_run, source_of
 from ..pipeline.report import versions
+from ..pipeline.store import weights_of
 from ..quantizers import GPTQ, NF4, NF4GPTQ, NF4MSE, Quantizer, Uniform
 from ..solvers import Zero
 from ..support.files import MODEL_MARK, StrPath, new_folder, write_json
@@ -134,8 +135,7 @@ def merge(
             layers, trained = trained_layers(finished, training)
             finished.write_base(partial, output.base_format, layers)
             if measured:
-                merged = {key: one.dequantized for key, one in layers.items() if one.dequantized is not None}
-                certificate = certify(fine_tuned, name, merged, nearest_of(into), texts, resources)
+                certificate = certify(fine_tuned, name, weights_of(layers), nearest_of(into), texts, resources)
                 certificate.check(max_kl)
             bits = write_notes(partial, finished, change, certificate, into, trained)
     return Merged(folder, bits, certificate)

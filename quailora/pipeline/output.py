@@ -39,7 +39,7 @@ from .options import Output
 from .plan import RunPlan, title_of
 from .report import build_report, versions
 from .run import ModelRun
-from .store import StoredLayer
+from .store import StoredLayer, corrections_of, weights_of
 
 
 @final
@@ -76,7 +76,7 @@ class AdapterOutput:
     @property
     def corrections(self) -> dict[str, Correction]:
         """The correction of each layer, by name, before PEFT's scaling is divided out."""
-        found = {name: stored.correction for name, stored in self.finished.items() if stored.correction is not None}
+        found = corrections_of(self.finished)
         method, seed = self.plan.method, self.plan.source.seed
         if method.frozen_rank is None:
             return found
@@ -186,8 +186,7 @@ class AdapterOutput:
             return
         if base_format == "awq":
             raise ConfigurationError("Expected layers that AutoAWQ's format can hold. Take another `base_format`.")
-        weights = {name: stored.dequantized for name, stored in finished.items() if stored.dequantized is not None}
-        replace_for_good(layers, weights, self.run.store.folder_for("base"))
+        replace_for_good(layers, weights_of(finished), self.run.store.folder_for("base"))
         save_model(folder, self.loaded)
 
     def _origin(self, base: Mapping[str, BaseIdentity]) -> Origin:

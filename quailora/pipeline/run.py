@@ -29,7 +29,7 @@ from ..support import distributed
 from ..support.progress import Counter, console, counting
 from .keys import distilled_keys, key, trained_key
 from .layerwise import initialize_layer, initializers, quantize_alone, seeded
-from .store import Store, StoredLayer
+from .store import Store, StoredLayer, corrections_of, weights_of
 from .trained_blocks import compensated, train_block
 
 logger = logging.getLogger("quailora")
@@ -205,13 +205,11 @@ class ModelRun:
             # Weights and corrections come from the store and not from memory, so that a run which ended after its last
             # layer can go on with the training alone.
             before = self.finished(method_name)
-            weights = {name: one.dequantized for name, one in before.items() if one.dequantized is not None}
-            corrections = {name: one.correction for name, one in before.items() if one.correction is not None}
             trained = distillation.train(
                 self.walk.model,
                 self.layers,
-                weights,
-                corrections,
+                weights_of(before),
+                corrections_of(before),
                 check_token_ids(self.walk.model, distillation.windows(source, tokenizer)),
                 source.dtype,
             )

@@ -37,6 +37,16 @@ class StoredLayer:
     packed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def weights_of(layers: Mapping[str, StoredLayer]) -> dict[str, Tensor]:
+    """Return `Q` of each layer, where it was kept."""
+    return {name: layer.dequantized for name, layer in layers.items() if layer.dequantized is not None}
+
+
+def corrections_of(layers: Mapping[str, StoredLayer]) -> dict[str, Correction]:
+    """Return the correction of each layer that has one."""
+    return {name: layer.correction for name, layer in layers.items() if layer.correction is not None}
+
+
 class Store(ABC):
     """Keeps finished layers by name, and the hidden states between blocks."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, final
+from typing import ClassVar, Literal, Protocol, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from ..core.linalg import safe_cholesky, triangular_inverse
 from ..core.metrics import SHRINKAGE, check_damping, check_shrinkage, gram
 from ..core.statistics import InputStatistics
 from ..errors import check_choice
-from .base import Quantizer
+from .base import QuantizedWeight, Quantizer
 from .grid import Grid, GridWeight, check_bits_and_group
 from .groups import consecutive_groups, split_groups
 from .uniform import Uniform, nearest
@@ -25,6 +25,7 @@ _TIE = 1e-4  # share of the loss by which the sweep has to be better than roundi
 BLOCK, STRETCH = 128, 32
 """Largest number of columns in a block and in a stretch; see `sweep`."""
 
+AnyWeight = TypeVar("AnyWeight", bound=QuantizedWeight)
 Matrix = Float[Tensor, "out_features in_features"]
 Square = Float[Tensor, "in_features in_features"]
 
@@ -259,6 +260,19 @@ def sweep(
             columns[last:stop].addmm_(factor[first:last, last:stop].T, errors[first:last], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return codes, errors.square().sum(dtype=torch.float64).item()
+
+
+def better_of(
+    swept: AnyWeight, nearest: AnyWeight, weight: Float[Tensor, "out_features in_features"], statistics: InputStatistics
+) -> AnyWeight:
+    """Return what a sweep has found, or rounding to nearest if that is as good in the metric of `H` itself.
+
+    Columns that are shifted can leave the range that scales cover which were fitted before. The metric of the sweep is
+    damped, and does not show how much that costs.
+    """
+    metric, full = gram(statistics), weight.float()
+    energies = [metric.energy(full - each.dequantize().float()) for each in (swept, nearest)]
+    return swept if energies[0] < (1 - _TIE) * energies[1] else nearest
 
 
 def cut(start: int, stop: int, run: int, limit: int) -> Iterator[tuple[int, int]]:

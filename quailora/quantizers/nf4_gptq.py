@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from ..core.metrics import SHRINKAGE, check_damping, check_shrinkage, gram
+from ..core.metrics import SHRINKAGE, check_damping, check_shrinkage
 from ..core.statistics import InputStatistics
 from ..errors import check_choice
 from .base import Quantizer
@@ -24,9 +24,7 @@ from .fourbit import (
     with_codes,
     with_least_error,
 )
-from .gptq import damped_factor, sweep
-
-_TIE = 1e-4  # share by which the sweep has to be better than rounding to nearest, against float32's errors
+from .gptq import better_of, damped_factor, sweep
 
 
 @final
@@ -78,14 +76,7 @@ class NF4GPTQ(Quantizer):
         _, _, factor = damped_factor(statistics, self.damping, self.damping_scale, self.shrinkage)
         table = nearest.state.code.to(full.device)
         codes, _ = sweep(columns, factor, lambda column: ScaledTable(table, scales[:, column]))
-        swept = with_codes(nearest, codes.T)
-
-        # Shifting columns can take them out of the range that their scales cover, which were chosen for the weight
-        # itself. So the sweep is compared with rounding to nearest in the metric itself, not in the damped one of the
-        # sweep.
-        metric = gram(statistics)
-        energies = [metric.energy(full - each.dequantize().float()) for each in (swept, nearest)]
-        return swept if energies[0] < (1 - _TIE) * energies[1] else nearest
+        return better_of(with_codes(nearest, codes.T), nearest, weight, statistics)
 
     @override
     def with_feedback(self, damping: float | None = None) -> NF4GPTQ:

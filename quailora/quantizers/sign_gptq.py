@@ -10,15 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from ..core.metrics import SHRINKAGE, check_damping, check_shrinkage, gram
+from ..core.metrics import SHRINKAGE, check_damping, check_shrinkage
 from ..core.statistics import InputStatistics
 from .base import Quantizer
-from .gptq import damped_factor, sweep
+from .gptq import better_of, damped_factor, sweep
 from .groups import check_group_size
 from .packing import pack
 from .sign import Sign, SignWeight, magnitudes
-
-_TIE = 1e-4  # share by which the sweep has to be better than the plain signs, against float32's errors
 
 
 @final
@@ -69,10 +67,7 @@ class SignGPTQ(Quantizer):
 
         codes, _ = sweep(columns, factor, levels, group_size)
         swept = replace(nearest, codes=pack(codes.T.to(torch.uint8), 1), scale=torch.stack(scales, 1))
-        # Feedback can shift columns beyond what their scale covers, so that both are compared in the metric itself.
-        metric = gram(statistics)
-        energies = [metric.energy(full - each.dequantize().float()) for each in (swept, nearest)]
-        return swept if energies[0] < (1 - _TIE) * energies[1] else nearest
+        return better_of(swept, nearest, weight, statistics)
 
     @override
     def with_feedback(self, damping: float | None = None) -> SignGPTQ:

@@ -18,7 +18,7 @@ from ..calibration.windows import CalibrationDtype
 from ..errors import NumericalError
 from ..evaluation.scores import measure
 from ..methods.recipes import find_recipe
-from ..models.layers import Layer
+from ..models.layers import Layer, kind
 from ..models.load import LoadedModel
 from ..pipeline.store import Store, StoredLayer
 from ..quantizers import Quantizer
@@ -45,7 +45,8 @@ PASSES = 256
 # of a text have a mean of zero given all before, so that they are uncorrelated, and the sum over all places needs one
 # backward pass: the expected square of <E, sum_t g_t> is the sum of the expected squares. It holds for every error of
 # the layer, so that one pass serves all choices of all layers. This is exact in what an error does to single tokens
-# and directions. Errors of different layers are nearly uncorrelated, so that what they cost adds up.
+# and directions. Errors of different layers are nearly uncorrelated, so that what they cost adds up, less what later
+# layers make up for; see `made_up.py`.
 #
 # A programme that chooses among many costs chooses those that came out low by chance. Errors of several quantizers are
 # independent draws of the same kind of noise, whose cost is in proportion to its square, and adapters of one rank take
@@ -78,7 +79,8 @@ def measure_costs(
 ) -> Float[Tensor, "layers choices"]:
     """Return what each choice costs in each layer, in nats per token; infinite where a layer cannot have it.
 
-    Passes that an earlier process has carried out are not carried out again.
+    It is pooled over quantizers, see `pooled`, and less what later layers make up for, see `shares_left`. Passes
+    that an earlier process has carried out are not carried out again.
 
     Args:
         question: the choices.
@@ -92,7 +94,7 @@ def measure_costs(
         NumericalError: if a gradient is NaN or infinite; the message names its layer.
     """
     labels = -(-PASSES // len(pieces))  # that are drawn for each piece
-    keys = [f"costs-{number}" for number in range(len(pieces))]
+    keys = [f"passes-{number}" for number in range(len(pieces))]
     logger.info("Measuring what errors cost: %d backward passes on held-out text.", labels * len(pieces))
     with counting("Measuring costs", len(pieces), sum(map(store.has, keys))) as counter:
         for number, (key, piece) in enumerate(zip(keys, pieces, strict=True)):
@@ -104,6 +106,8 @@ def measure_costs(
         torch.stack([store.load(key).packed[what] for key in keys]).mean(0) for what in ("costs", "alone", "made_up")
     )
     left = shares_left(list(layers), alone, made_up, find_recipe(question.recipe).step)
+    shares = {kind(name): f"{1 - share:.0%} of {kind(name)}" for name, share in zip(layers, left.tolist(), strict=True)}
+    logger.info("Of what errors cost, later layers make up for %s.", ", ".join(shares.values()))
     rows = []
     for share, name, row in zip(left, layers, costs, strict=True):
         squares = _of_ranks(question.choices, store.load(name), torch.device("cpu"), RoundingError.squares)

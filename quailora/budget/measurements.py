@@ -26,8 +26,9 @@ class MeasuredLayer:
     Attributes:
         shape: (out_features, in_features).
         nbytes: bytes of base and adapter with each choice; 0 for a choice that no checkpoint holds.
-        costs: divergence of the predictions from full precision that each choice costs by itself, in nats per token, to
-            the second order of its error; infinite for ranks that the layer cannot carry. See `costs.py`.
+        costs: divergence of the predictions from full precision that each choice costs, in nats per token, to the
+            second order of its error, less what later layers make up for; infinite for ranks that the layer cannot
+            carry. See `costs.py`.
     """
 
     shape: tuple[int, int]

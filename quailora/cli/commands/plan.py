@@ -47,7 +47,7 @@ def plan(
     One walk through the model quantizes and corrects every layer in every way. Backward passes on held-out text, from
     words that the model draws itself, then show what the error of each choice costs in its predictions. An integer
     programme chooses for all layers at once. What was measured stays when a run is killed, and other budgets take no
-    measuring. While it measures, the folder holds about ten bytes for each weight. `quailora init --plan` makes the
+    measuring. While it measures, the folder holds about 15 bytes for each weight. `quailora init --plan` makes the
     model. Writes plan.json, measurements.json, frontier.csv and frontier.svg.
 
     Args:

@@ -76,9 +76,9 @@ def jobs() -> list[str]:
     return found
 
 
-def bits_of(quantizer: Quantizer, shape: tuple[int, int] = (576, 576)) -> float:
+def bits_of(quantizer: Quantizer) -> float:
     """Return the bits of a weight of a layer."""
-    return example_by(quantizer, shape).bits_per_weight
+    return example_by(quantizer, (576, 576)).bits_per_weight
 
 
 class Budgets(Jobs):

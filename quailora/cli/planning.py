@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, final
 
 from ..budget.choices import FULL_BITS, Choice, possible_choices
+from ..budget.layer_errors import quantizers_of
 from ..budget.measurements import Measurements
 from ..budget.measuring import measure_model, planned
 from ..budget.plan import PLAN_FILE, Budget, BudgetPlan
@@ -24,6 +25,7 @@ from ..models.layers import Layer
 from ..pipeline.estimate import parameter_bytes
 from ..pipeline.options import Resources
 from ..pipeline.plan import RunPlan
+from ..quantizers import Quantizer
 from ..support.files import check_writable, complete_file, folder_of
 from ..support.machine import size
 from ..support.tables import print_note, print_table
@@ -212,12 +214,10 @@ def reference_for(run: RunPlan, choices: Sequence[Choice], budget: Budget | None
         )
     # The base comes first: few bits with a high rank leave more errors than the same bytes spent on another bit.
     fitting = [choice for choice in quantized if totals[choice] <= allowed]
-    return max(fitting, key=lambda choice: (totals[choice] - adapter_bytes(choice, layers), choice.rank))
-
-
-def adapter_bytes(choice: Choice, layers: Mapping[str, Layer]) -> int:
-    """Return the bytes of the adapter of a choice in all layers."""
-    return sum(2 * choice.rank * sum(layer.shape) for layer in layers.values())
+    bases: dict[Quantizer | None, int] = {
+        one: sum(Choice(one).nbytes(layer) for layer in layers.values()) for one in quantizers_of(fitting)
+    }
+    return max(fitting, key=lambda choice: (bases[choice.quantizer], choice.rank))
 
 
 def other_bytes(run: RunPlan, layers: Mapping[str, Layer]) -> int:

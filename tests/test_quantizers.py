@@ -240,6 +240,22 @@ def test_nf4_codes_and_scales_are_those_that_bitsandbytes_reads(shape, double_qu
     assert fourbit.with_codes(stored, codes).nbytes == stored.nbytes
 
 
+@pytest.mark.parametrize("quantizer", [NF4(), FP4()])
+def test_a_codebook_finds_the_nearest_of_all_values(quantizer, generator):
+    values = quantizer.quantize(torch.randn(64, 64, generator=generator), None).state.code.sort(stable=True).values
+    changes = (values[1:] + values[:-1]) / 2
+    # The hardest numbers are those next to a change, and those next to the edge of a cell of the table.
+    codebook = fourbit.Codebook.of(values)
+    edges = torch.arange(len(codebook.below) + 1) * (2 / len(codebook.below)) - 1
+    hard = torch.cat([changes, edges, values])
+    hard = torch.cat([hard, *(hard.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf))])
+    others = torch.tensor([-torch.inf, -1e30, -1.5, 1.5, 1e30, torch.inf])
+    scaled = torch.cat([hard, others, 3 * torch.rand(100_000, generator=generator) - 1.5])
+    expected = (scaled[:, None] > changes).sum(1, dtype=torch.int32)
+    torch.testing.assert_close(codebook.nearest(scaled), expected, rtol=0, atol=0)
+    torch.testing.assert_close(codebook.nearest(torch.tensor([torch.nan])), torch.zeros(1, dtype=torch.int32))
+
+
 def test_nf4_with_feedback_beats_rounding_to_nearest_on_correlated_inputs():
     problem = make_problem(64, 128, "decaying")
     metric = Gram(problem.statistics.second_moment)

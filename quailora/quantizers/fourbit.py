@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, final, get_args
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
@@ -97,8 +97,8 @@ class FourBitWeight(QuantizedWeight):
 
     @override
     def decode(self, codes: Shaped[Tensor, "out_features in_features"]) -> Float[Tensor, "out_features in_features"]:
-        table = self.state.code.sort(stable=True).values
-        return ScaledTable(table, scales_of(self)).decode(codes.float())
+        values = self.state.code.sort(stable=True).values
+        return ScaledCodebook(Codebook.of(values), scales_of(self)).decode(codes.float())
 
     @override
     def recoded(self, codes: Shaped[Tensor, "out_features in_features"]) -> FourBitWeight:
@@ -200,46 +200,83 @@ def with_least_error(stored: FourBitWeight, weight: Float[Tensor, "out_features 
     # A smaller scale clips the largest weights of a block and puts the levels closer together for all others; where the
     # largest weight is an outlier, that is a good trade. Codes and error of a block depend on its own scale alone, so
     # all blocks try one share after the other together, and each keeps its best.
-    table, size, full = stored.state.code.to(weight.device), stored.state.blocksize, weight.float()
+    codebook, size, full = Codebook.of(stored.state.code.to(weight.device)), stored.state.blocksize, weight.float()
     scales = scales_of(stored)
     flat = functional.pad(full.flatten(), (0, -full.numel() % size)).view(-1, size)
     largest = scales.flatten()[::size]
     least, best = torch.full_like(largest, torch.inf), largest
     for share in (1.0, *SHARES):
-        levels = ScaledTable(table, share * largest[:, None])
+        levels = ScaledCodebook(codebook, share * largest[:, None])
         error = (flat - levels.decode(levels.encode(flat))).square().sum(1)
         least, best = torch.minimum(error, least), torch.where(error < least, share * largest, best)
     # Scales in 8 bits are not the ones that were chosen. The codes are found again for the scales as they are stored,
     # and the result is compared as a whole.
     candidate = with_scales(stored, best)
-    candidate = with_codes(candidate, ScaledTable(table, scales_of(candidate)).encode(full))
+    candidate = with_codes(candidate, ScaledCodebook(codebook, scales_of(candidate)).encode(full))
     errors = [(full - weights.dequantize().float()).square().sum() for weights in (candidate, stored)]
     return candidate if errors[0] < errors[1] else stored
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class ScaledTable:
-    """The 16 values of a code, times a scale for each weight.
+class Codebook:
+    """The values of codes, which ascend from -1 to 1, and a table to find the nearest one with.
+
+    The table cuts the range into cells of one width, so narrow that the nearest value changes once in each at most. A
+    look into it finds the same code as a search among all values, in a fourth of its time on a CPU.
 
     Attributes:
-        table: values of the codes, ascending.
+        values: values of the codes.
+        below: how many changes lie below each cell, which is the code at its start.
+        change: where the nearest value changes in each cell, or above it.
+    """
+
+    values: Float[Tensor, " levels"]
+    below: Int[Tensor, " cells"]
+    change: Float[Tensor, " cells"]
+
+    @classmethod
+    def of(cls, values: Float[Tensor, " levels"]) -> Codebook:
+        """Return the codebook of some values, which ascend from -1 to 1."""
+        changes = (values[1:] + values[:-1]) / 2  # the nearest value changes in the middle between two neighbours
+        count = math.ceil(4 / changes.diff().min().item())  # two cells between two changes
+        # Cells begin a little early: a number whose place was rounded up into the next cell has its code there as well.
+        starts = torch.arange(count, device=values.device) * (2 / count) - (1 + 0.1 / count)
+        below = torch.bucketize(starts, changes, out_int32=True)
+        return cls(values, below, functional.pad(changes, (0, 1), value=torch.inf)[below])
+
+    def nearest(self, scaled: Float[Tensor, "*weights"]) -> Int[Tensor, "*weights"]:
+        """Return the codes of the nearest values, in 32 bits; the first one for NaN."""
+        count = len(self.below)
+        cell = ((scaled + 1) * (count / 2)).clamp_(0, count - 1).nan_to_num_(0.0).int().flatten()
+        above = scaled > self.change.index_select(0, cell).view_as(scaled)
+        return self.below.index_select(0, cell).view_as(scaled) + above
+
+    def decode(self, codes: Int[Tensor, "*weights"]) -> Float[Tensor, "*weights"]:
+        """Return the values of codes."""
+        return self.values.index_select(0, codes.flatten()).view(codes.shape)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ScaledCodebook:
+    """The values of codes, times a scale for each weight.
+
+    Attributes:
+        codebook: the values.
         scale: scale of each weight, in a shape that broadcasts to the weights.
     """
 
-    table: Float[Tensor, " levels"]
+    codebook: Codebook
     scale: Float[Tensor, "*scales"]
 
     def encode(self, value: Float[Tensor, "*weights"]) -> Float[Tensor, "*weights"]:
         """Return the code of the nearest value, held in float32."""
-        # The levels ascend, so the nearest one changes in the middle between two neighbours.
-        middles = (self.table[1:] + self.table[:-1]) / 2
-        scaled = value / self.scale.clamp(min=torch.finfo(value.dtype).tiny)
-        return torch.bucketize(scaled.contiguous(), middles).to(value.dtype)  # weights of GPT-2 are stored transposed
+        return self.codebook.nearest(value / self.scale.clamp(min=torch.finfo(value.dtype).tiny)).to(value.dtype)
 
     def decode(self, codes: Float[Tensor, "*weights"]) -> Float[Tensor, "*weights"]:
         """Return the values of codes."""
-        return self.table[codes.long()] * self.scale
+        return self.codebook.decode(codes.int()) * self.scale
 
 
 def four_bit_config(

@@ -16,8 +16,9 @@ from ..errors import check_choice
 from .base import Quantizer
 from .fourbit import (
     BlockSize,
+    Codebook,
     FourBitWeight,
-    ScaledTable,
+    ScaledCodebook,
     check_block_size,
     encode_four_bit,
     scales_of,
@@ -74,8 +75,8 @@ class NF4GPTQ(Quantizer):
         full = weight.float()
         columns = full.T.clone(memory_format=torch.contiguous_format)
         _, _, factor = damped_factor(statistics, self.damping, self.damping_scale, self.shrinkage)
-        table = nearest.state.code.to(full.device)
-        codes, _ = sweep(columns, factor, lambda column: ScaledTable(table, scales[:, column]))
+        codebook = Codebook.of(nearest.state.code.to(full.device))
+        codes, _ = sweep(columns, factor, lambda column: ScaledCodebook(codebook, scales[:, column]))
         return better_of(with_codes(nearest, codes.T), nearest, weight, statistics)
 
     @override

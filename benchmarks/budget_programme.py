@@ -16,11 +16,10 @@ from scipy.optimize import linprog
 from scipy.sparse import eye, kron
 
 from quailora.budget.programme import cheapest
+from quailora.support.choices import PLANNED_RANKS
 
 BITS = {2: 2.56, 3: 3.30, 4: 4.31, 4.4: 4.63, 8: 8.01}
 """Bits of a weight that errors are made up for, with those that are stored. 4.4 stands for 4 bits in smaller groups."""
-
-RANKS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def problem(blocks, hidden, intermediate, seed=0):
@@ -34,7 +33,7 @@ def problem(blocks, hidden, intermediate, seed=0):
         cost, size = [], []
         for bits, stored in BITS.items():
             noise = generator.lognormal(sigma=0.1)
-            for rank in RANKS:
+            for rank in PLANNED_RANKS:
                 cost.append(scale * noise * 3.9 ** (3 - bits) * np.exp(-decay * rank))
                 size.append(rows * columns * stored / 8 + 2 * rank * (rows + columns))
         costs.append([*cost, 0.0])

@@ -10,6 +10,7 @@ from ..errors import ConfigurationError, check_choice
 from ..models.layers import Layer
 from ..pipeline.formats import example_by
 from ..quantizers import NF4, Quantizer, Uniform
+from ..support.choices import PLANNED_GROUP_SIZES
 from ..support.settings import build, describe
 
 PlanFormat = Literal["gptq", "bitsandbytes"]
@@ -17,9 +18,6 @@ PlanFormat = Literal["gptq", "bitsandbytes"]
 
 FULL_BITS = 16
 """Bits of a weight in full precision, and of a number of an adapter."""
-
-GROUP_SIZES = (64, 32)
-"""Columns that share a scale in layers of 4 bits, where nothing else is asked for."""
 
 _NARROW = 32  # largest group for codes of 2 bits, whose scales are worth more than their bytes
 
@@ -87,7 +85,7 @@ def possible_choices(
     base_format: PlanFormat,
     bits: Sequence[int],
     ranks: Sequence[int],
-    group_sizes: Sequence[int] = GROUP_SIZES,
+    group_sizes: Sequence[int] = PLANNED_GROUP_SIZES,
     *,
     symmetric: bool = False,
 ) -> tuple[Choice, ...]:

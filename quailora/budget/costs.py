@@ -96,12 +96,12 @@ def measure_costs(
     labels = -(-PASSES // len(pieces))  # that are drawn for each piece
     keys = [f"passes-{number}" for number in range(len(pieces))]
     logger.info("Measuring what errors cost: %d backward passes on held-out text.", labels * len(pieces))
-    with counting("Measuring costs", len(pieces), sum(map(store.has, keys))) as counter:
+    done = labels * sum(map(store.has, keys))
+    with counting("Measuring costs", labels * len(pieces), done) as counter:
         for number, (key, piece) in enumerate(zip(keys, pieces, strict=True)):
             if not store.has(key):
-                found = _sampled(question, loaded.model, layers, piece, store, labels, number, dtype)
+                found = _sampled(question, loaded.model, layers, piece, store, labels, number, dtype, counter.advance)
                 store.save(key, StoredLayer(packed=found))
-                counter.advance()
     costs, alone, made_up = (
         torch.stack([store.load(key).packed[what] for key in keys]).mean(0) for what in ("costs", "alone", "made_up")
     )
@@ -143,6 +143,7 @@ def _sampled(
     labels: int,
     seed: int,
     dtype: CalibrationDtype,
+    on_pass: Callable[[], object],
 ) -> dict[str, Tensor]:
     """Return the costs, and what `shares_left` takes, as means over some labels for one piece of text."""
     total = torch.zeros(len(layers), len(question.choices), dtype=torch.float64)
@@ -175,6 +176,7 @@ def _sampled(
             torch.autograd.backward(chosen.sum(), retain_graph=label + 1 < labels)
             alone += pair[0].square() / scale
             made_up += pair[0] * (later @ pair[1]) / scale
+            on_pass()
     return {"costs": total, "alone": alone, "made_up": made_up}
 
 

@@ -26,10 +26,10 @@ from ..pipeline.estimate import parameter_bytes
 from ..pipeline.options import Resources
 from ..pipeline.plan import RunPlan
 from ..quantizers import Quantizer
+from ..support.choices import PLANNED_BITS
 from ..support.files import check_writable, complete_file, folder_of
 from ..support.machine import size
 from ..support.tables import print_note, print_table
-from .commands.plan import BITS
 from .initializing import calibration_of
 
 logger = logging.getLogger("quailora")
@@ -169,7 +169,7 @@ def measured_for(options: Mapping[str, Any], budget: Budget | None, folder: Path
         return known
     base_format = options["format"]
     bits = tuple(options["bits"])
-    if base_format == "bitsandbytes" and bits == BITS:  # of which this format holds two
+    if base_format == "bitsandbytes" and bits == PLANNED_BITS:  # of which this format holds two
         bits = (4, FULL_BITS)
     choices = possible_choices(
         base_format, bits, options["ranks"], options["group_sizes"], symmetric=options["symmetric"]

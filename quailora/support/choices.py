@@ -34,6 +34,15 @@ FactorsDtype = Literal["float32", "bfloat16"]
 BaseFormat = Literal["auto", "awq", "dequantized"]
 """How a quantized base is written; see `Output`."""
 
+PLANNED_BITS = (2, 3, 4, 8, 16)
+"""Bits that `quailora plan` chooses from where none are asked for."""
+
+PLANNED_RANKS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Ranks, likewise. One search finds the adapters of all of them."""
+
+PLANNED_GROUP_SIZES = (64, 32)
+"""Columns that share a scale in layers of 4 bits, likewise."""
+
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
     """Return a question with the name that is most like a given one, to be put after a message; nothing if none is."""

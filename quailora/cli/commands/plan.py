@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ...support.choices import BosPlacement, CalibrationDtype, DeviceName, DtypeName, StrPath
-
-BITS = (2, 3, 4, 8, 16)
-"""Bits to choose from where none are asked for."""
-
-RANKS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Ranks to choose from, likewise. One search finds the adapters of all of them."""
+from ...support.choices import (
+    PLANNED_BITS,
+    PLANNED_GROUP_SIZES,
+    PLANNED_RANKS,
+    BosPlacement,
+    CalibrationDtype,
+    DeviceName,
+    DtypeName,
+    StrPath,
+)
 
 
 def plan(
@@ -21,9 +24,9 @@ def plan(
     budget: str | None = None,
     quality: float | None = None,
     format: Literal["gptq", "bitsandbytes"] = "gptq",  # noqa: A002 # the name of the option
-    bits: Sequence[int] = BITS,
-    ranks: Sequence[int] = RANKS,
-    group_sizes: Sequence[int] = (64, 32),
+    bits: Sequence[int] = PLANNED_BITS,
+    ranks: Sequence[int] = PLANNED_RANKS,
+    group_sizes: Sequence[int] = PLANNED_GROUP_SIZES,
     recipe: Literal["best-joint", "best"] | None = None,
     symmetric: bool = False,
     fused: bool = False,

@@ -30,6 +30,7 @@ from quailora.budget.plan import Budget, BudgetPlan
 from quailora.budget.planning import Planner, frontier
 from quailora.budget.programme import cheapest, silenced
 from quailora.budget.question import Question
+from quailora.calibration.gradients import weight_gradient
 from quailora.cli.main import main
 from quailora.errors import ConfigurationError, ModelError
 from quailora.evaluation.scores import measure
@@ -117,10 +118,12 @@ def test_errors_are_those_of_each_quantizer_less_the_best_adapter(shape):
 def test_products_are_those_with_what_is_left(rank):
     torch.manual_seed(0)
     parts = [torch.randn(shape) for shape in ((12, 20), (12, rank), (rank, 20))]
-    gradient, kept = torch.randn(12, 20), RoundingError(*parts).tensors(3)
+    calls = [(torch.randn(7, 20), torch.randn(7, 12)), (torch.randn(3, 20), torch.randn(3, 12))]
+    gradient, kept = weight_gradient(calls), RoundingError(*parts).tensors(3)
+    torch.testing.assert_close(gradient, sum(outputs.T @ inputs for inputs, outputs in calls))
     found = RoundingError.read(kept, 3, torch.device("cpu"))
     expected = torch.stack([(found.left(number) * gradient).sum() for number in range(rank + 1)])
-    torch.testing.assert_close(found.products(gradient), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.products(gradient, calls), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [0, 5])

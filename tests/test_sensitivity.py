@@ -6,15 +6,16 @@ import pytest
 import torch
 from families import make_model
 from scipy.linalg import svd
+from torch import nn
 from torch.nn import functional
 
 from quailora import NF4, SVD, Initializer, Optimal
-from quailora.calibration.gradients import find_sensitivities
+from quailora.calibration.gradients import find_sensitivities, output_gradients, weight_gradient
 from quailora.calibration.tokens import CalibrationTokens
 from quailora.core.metrics import gram
 from quailora.core.weightings import FisherWeighting, IdentityWeighting, Sensitivity
 from quailora.errors import CalibrationError, NumericalError
-from quailora.models.layers import linear_layers
+from quailora.models.layers import Layer, linear_layers
 from quailora.models.load import load_model
 from quailora.testing import make_problem
 
@@ -39,6 +40,58 @@ def test_sensitivities_are_means_of_squared_gradients(family):
     for name, sensitivity in found.items():
         torch.testing.assert_close(sensitivity.rows.float(), expected[name].mean(1), rtol=1e-3, atol=1e-12)
         torch.testing.assert_close(sensitivity.columns.float(), expected[name].mean(0), rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "GPTNeoX", "OPT", "Bloom", "Gemma3", "Phi3", "Falcon"])
+def test_gradients_of_outputs_make_those_of_weights(family):
+    model = make_model(family)
+    layers = linear_layers(model)
+    ids = torch.arange(24).reshape(2, 12)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+
+    def losses():
+        logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        return [functional.cross_entropy(logits, labels) for labels in (ids.flatten(), ids.flatten().flip(0))]
+
+    found = []
+    with output_gradients(model, layers) as caught:
+        for loss in losses():
+            loss.backward(retain_graph=True)
+            found.append({name: weight_gradient(calls) for name, calls in caught.items()})
+            caught.clear()
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    for loss, one in zip(losses(), found, strict=True):
+        assert list(layers) == sorted(one, key=list(layers).index)
+        for name, layer in layers.items():
+            (expected,) = torch.autograd.grad(loss, layer.module.weight, retain_graph=True)
+            torch.testing.assert_close(one[name], expected.T if layer.transposed else expected, msg=name)
+
+
+class Reused(nn.Module):
+    """Runs one layer twice, another one by the name of its argument, and changes an output in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.named = nn.Linear(6, 6), nn.Linear(6, 4, bias=False)
+
+    def forward(self, hidden):
+        found = self.twice(hidden)
+        found *= 2
+        return self.named(input=self.twice(found).relu_())
+
+
+def test_gradients_of_layers_that_are_run_twice_or_changed_in_place(generator):
+    model, hidden = Reused(), torch.randn(2, 5, 6, generator=generator)
+    layers = {name: Layer(name, module) for name, module in model.named_children()}
+    with output_gradients(model, layers) as caught:
+        model(hidden).square().sum().backward()
+        assert {name: len(calls) for name, calls in caught.items()} == {"twice": 2, "named": 1}
+        found = {name: weight_gradient(calls) for name, calls in caught.items()}
+    model(hidden).square().sum().backward()
+    for name, layer in layers.items():
+        torch.testing.assert_close(found[name], layer.module.weight.grad)
+    assert hidden.grad is None
 
 
 def test_the_weighted_optimum_against_scipy():

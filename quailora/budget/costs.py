@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..calibration.capture import arithmetic
-from ..calibration.gradients import gradients
+from ..calibration.gradients import Caught, output_gradients, weight_gradient
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.windows import CalibrationDtype
 from ..errors import NumericalError
@@ -35,6 +36,8 @@ PIECE_TOKENS = 256
 
 PASSES = 256
 """Backward passes. The standard error of a cost is `sqrt(2 / PASSES)` of it, a twelfth, before it is pooled."""
+
+_TOGETHER = 8  # backward passes that errors are read from the store for at once; each holds gradients of all outputs
 
 # Let E be the error of one layer, and g the gradient of log q(y) with respect to its weight, for the predictions q of
 # a model at one place of a text. To the second order in E
@@ -110,7 +113,8 @@ def measure_costs(
     logger.info("Of what errors cost, later layers make up for %s.", ", ".join(shares.values()))
     rows = []
     for share, name, row in zip(left, layers, costs, strict=True):
-        squares = _of_ranks(question.choices, store.load(name), torch.device("cpu"), RoundingError.squares)
+        read = _errors_of(question.choices, store.load(name), torch.device("cpu"))
+        squares = {None: [0.0]} | {quantizer: error.squares().tolist() for quantizer, error in read.items()}
         rows.append(share * pooled(question.choices, row, _of_choices(question.choices, squares)))
     return torch.stack(rows)
 
@@ -148,56 +152,69 @@ def _sampled(
     """Return the costs, and what `shares_left` takes, as means over some labels for one piece of text."""
     total = torch.zeros(len(layers), len(question.choices), dtype=torch.float64)
     alone, made_up = torch.zeros(2, len(layers), dtype=torch.float64)
-    pair = torch.zeros(2, len(layers), dtype=torch.float64)  # of each layer: what its error does, and what its target
-    rows, later = {name: row for row, name in enumerate(layers)}, later_layers(list(layers)).double()
+    later = later_layers(list(layers)).double()
     scale = 2 * labels * (len(piece) - 1)
 
-    def add(name: str, gradient: Tensor) -> None:
-        if not gradient.isfinite().all():
-            raise NumericalError(f"The gradient of {name} is NaN or infinite. Try another calibration dtype.")
-        stored, weight = store.load(name), layers[name].weight
-        known = _of_ranks(question.choices, stored, gradient.device, lambda error: error.products(gradient))
-        total[rows[name]] += _of_choices(question.choices, known).square() / scale
-        # The layer of the reference network is T - E, so that T - W is E less the difference of W from it.
-        ranks = known[question.reference.quantizer]
-        error = ranks[min(question.reference.rank, len(ranks) - 1)]
-        changed = torch.dot((weight - weight_in(stored).to(weight)).float().flatten(), gradient.flatten()).item()
-        pair[:, rows[name]] = torch.tensor([error, error - changed])
+    def add(passes: Sequence[Caught]) -> None:
+        # What the error of each layer does, and what its target does.
+        errors, targets = torch.zeros(2, len(passes), len(layers), dtype=torch.float64)
+        for row, (name, layer) in enumerate(layers.items()):
+            stored = store.load(name)
+            changed = (layer.weight - weight_in(stored).to(layer.weight)).float().flatten()
+            read = _errors_of(question.choices, stored, changed.device)
+            read = {key: replace(one, error=one.error.float()) for key, one in read.items()}  # once for all passes
+            for number, one in enumerate(passes):
+                if name not in one:  # its output is not used for this text
+                    continue
+                # Inputs of a layer may come from one on another device.
+                calls = [(inputs.to(changed.device), outputs.to(changed.device)) for inputs, outputs in one[name]]
+                gradient = weight_gradient(calls)
+                target = torch.dot(changed, gradient.flatten()).item()
+                if not math.isfinite(target):
+                    raise NumericalError(f"The gradient of {name} is NaN or infinite. Try another calibration dtype.")
+                known: dict[Quantizer | None, list[float]] = {None: [0.0]}
+                known |= {key: error.products(gradient, calls).tolist() for key, error in read.items()}
+                total[row] += _of_choices(question.choices, known).square() / scale
+                # The layer of the reference network is T - E, so that T - W is E less the difference of W from it.
+                ranks = known[question.reference.quantizer]
+                error = ranks[min(question.reference.rank, len(ranks) - 1)]
+                errors[number, row] = error
+                targets[number, row] = error - target
+        alone.add_(errors.square().sum(0) / scale)
+        made_up.add_((errors * (targets @ later.T)).sum(0) / scale)
 
-    with gradients(model, layers, add):
+    with output_gradients(model, layers) as caught:
         with arithmetic(model, dtype):
             logits = model(input_ids=piece[None].to(next(model.parameters()).device), use_cache=False).logits[0, :-1]
         predicted = torch.log_softmax(logits.float(), dim=-1)
         # Drawn on the CPU, so that every device goes through the same labels.
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(predicted.detach().exp().cpu(), labels, replacement=True, generator=generator)
+        passes: list[Caught] = []
         for label in range(labels):
             chosen = predicted.gather(1, drawn[:, label : label + 1].to(predicted.device))
             torch.autograd.backward(chosen.sum(), retain_graph=label + 1 < labels)
-            alone += pair[0].square() / scale
-            made_up += pair[0] * (later @ pair[1]) / scale
+            passes.append(dict(caught))
+            caught.clear()
+            if len(passes) == _TOGETHER or label + 1 == labels:
+                add(passes)
+                passes.clear()
             on_pass()
     return {"costs": total, "alone": alone, "made_up": made_up}
 
 
-def _of_ranks(
-    choices: Sequence[Choice],
-    stored: StoredLayer,
-    device: torch.device,
-    numbers: Callable[[RoundingError], Float[Tensor, " ranks"]],
-) -> dict[Quantizer | None, list[float]]:
-    """Return a number for each rank that a layer can carry, by quantizer; in full precision it is 0."""
-    errors = {
-        quantizer: RoundingError.read(stored.packed, number, device)
-        for number, quantizer in enumerate(quantizers_of(choices))
-    }
-    return {None: [0.0]} | {quantizer: numbers(error).tolist() for quantizer, error in errors.items()}
+def _errors_of(
+    choices: Sequence[Choice], stored: StoredLayer, device: torch.device
+) -> dict[Quantizer | None, RoundingError]:
+    """Return what each quantizer leaves of a layer."""
+    quantizers = enumerate(quantizers_of(choices))
+    return {quantizer: RoundingError.read(stored.packed, number, device) for number, quantizer in quantizers}
 
 
 def _of_choices(
     choices: Sequence[Choice], of_ranks: Mapping[Quantizer | None, list[float]]
 ) -> Float[Tensor, " choices"]:
-    """Return the number of each choice; infinite for ranks that are too high."""
+    """Return the number of each choice from those of the ranks that a layer can carry; infinite for higher ranks."""
     found = ((of_ranks[choice.quantizer], choice.rank) for choice in choices)
     return torch.tensor([known[rank] if rank < len(known) else math.inf for known, rank in found], dtype=torch.float64)
 

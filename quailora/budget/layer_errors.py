@@ -39,12 +39,26 @@ class RoundingError:
         found: Tensor = self.error.float() - self.lora_B[:, :rank].float() @ self.lora_A[:rank].float()
         return found
 
-    def products(self, gradient: Float[Tensor, "out_features in_features"]) -> Float[Tensor, " ranks"]:
-        """Return the inner product of a matrix with what is left of the error, for ranks from 0 to the highest."""
-        # <G, T - Q - B A> = <G, T - Q> - sum_k b_k^T G a_k, of which each rank adds one term.
-        taken = ((self.lora_B.float().T @ gradient) * self.lora_A.float()).sum(1).cumsum(0)
+    def products(
+        self,
+        gradient: Float[Tensor, "out_features in_features"],
+        calls: Sequence[tuple[Float[Tensor, "tokens in_features"], Float[Tensor, "tokens out_features"]]],
+    ) -> Float[Tensor, " ranks"]:
+        """Return the inner product of a gradient with what is left of the error, for ranks from 0 to the highest.
+
+        Args:
+            gradient: the gradient of the weight, in float32.
+            calls: what it is made from: inputs, and gradients of outputs.
+        """
+        # <G, T - Q - B A> = <G, T - Q> - sum_k b_k^T G a_k, of which each rank adds one term. With G = sum_t d_t x_t^T
+        # this term is sum_t (b_k^T d_t) (a_k^T x_t), which takes less time for a few tokens.
         whole = torch.dot(self.error.float().flatten(), gradient.flatten())
-        return whole - torch.cat([taken.new_zeros(1), taken])
+        taken = whole.new_zeros(self.lora_B.shape[1])
+        for inputs, outputs in calls:
+            dtype = outputs.dtype  # that of the backward pass
+            coordinates = inputs.to(dtype) @ self.lora_A.T.to(dtype)
+            taken += ((outputs @ self.lora_B.to(dtype)).float() * coordinates.float()).sum(0)
+        return whole - torch.cat([taken.new_zeros(1), taken.cumsum(0)])
 
     def squares(self) -> Float[Tensor, " ranks"]:
         """Return the squared norm of what is left of the error, a total over its entries, for ranks from 0 up."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -58,6 +59,65 @@ def gradients(model: Any, layers: Mapping[str, Layer], take: Callable[[str, Tens
             weight = getattr(layer.module, layer.parameter).requires_grad_()
             hooks.callback(weight.register_post_accumulate_grad_hook(handing(name)).remove)
         yield
+
+
+Caught = dict[str, list[tuple[Tensor, Tensor]]]
+"""Inputs of each layer, and gradients of its outputs, call by call; both (tokens, features)."""
+
+
+@contextmanager
+def output_gradients(model: Any, layers: Mapping[str, Layer]) -> Iterator[Caught]:
+    """Collect what each backward pass inside a `with` statement says about the outputs of layers.
+
+    Gradients of weights are made from it, see `weight_gradient`, and take far more memory. Whoever starts another pass
+    clears what has been collected.
+
+    Args:
+        model: a model in memory; it is left as it was.
+        layers: its linear layers, no fused experts among them.
+    """
+    caught: Caught = {}
+
+    def watch(name: str, module: torch.nn.Module) -> Iterator[Any]:
+        def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            # Nothing in the model asks for gradients, so that they begin with the inputs of the first layers.
+            if arguments:
+                return (asking(arguments[0]), *arguments[1:]), named
+            first = next(iter(named))
+            return arguments, named | {first: asking(named[first])}
+
+        def after(_: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+            inputs = next(iter((*arguments, *named.values()))).detach()
+
+            def keep(gradient: Tensor) -> None:
+                pair = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+                caught.setdefault(name, []).append(pair)
+
+            # A view forgets its hooks when the model changes it in place, and outputs of linear layers are views.
+            output = output.clone()
+            output.register_hook(keep)  # type: ignore[no-untyped-call]
+            return output
+
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after, with_kwargs=True)
+
+    with frozen(model), ExitStack() as hooks, torch.enable_grad():
+        for name, layer in layers.items():
+            for hook in watch(name, layer.module):
+                hooks.callback(hook.remove)
+        yield caught
+
+
+def asking(inputs: Tensor) -> Tensor:
+    """Return a tensor that gradients are computed for, or from."""
+    return inputs if inputs.requires_grad else inputs.detach().requires_grad_()
+
+
+def weight_gradient(calls: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "out_features in_features"]:
+    """Return the gradient of the weight of a layer, in float32, from inputs and gradients of outputs in all calls."""
+    # In the dtype of the gradients, as the backward pass of the layer itself multiplies.
+    first, *others = ((gradient.T @ inputs.to(gradient.dtype)).float() for inputs, gradient in calls)
+    return sum(others, first)
 
 
 def find_sensitivities(

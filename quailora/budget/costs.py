@@ -114,7 +114,7 @@ def measure_costs(
     rows = []
     for share, name, row in zip(left, layers, costs, strict=True):
         read = _errors_of(question.choices, store.load(name), torch.device("cpu"))
-        squares = {None: [0.0]} | {quantizer: error.squares().tolist() for quantizer, error in read.items()}
+        squares = {quantizer: error.squares().tolist() for quantizer, error in read.items()}
         rows.append(share * pooled(question.choices, row, _of_choices(question.choices, squares)))
     return torch.stack(rows)
 
@@ -172,8 +172,7 @@ def _sampled(
                 target = torch.dot(changed, gradient.flatten()).item()
                 if not math.isfinite(target):
                     raise NumericalError(f"The gradient of {name} is NaN or infinite. Try another calibration dtype.")
-                known: dict[Quantizer | None, list[float]] = {None: [0.0]}
-                known |= {key: error.products(gradient, calls).tolist() for key, error in read.items()}
+                known = {key: error.products(gradient, calls).tolist() for key, error in read.items()}
                 total[row] += _of_choices(question.choices, known).square() / scale
                 # The layer of the reference network is T - E, so that T - W is E less the difference of W from it.
                 ranks = known[question.reference.quantizer]
@@ -215,7 +214,8 @@ def _of_choices(
     choices: Sequence[Choice], of_ranks: Mapping[Quantizer | None, list[float]]
 ) -> Float[Tensor, " choices"]:
     """Return the number of each choice from those of the ranks that a layer can carry; infinite for higher ranks."""
-    found = ((of_ranks[choice.quantizer], choice.rank) for choice in choices)
+    every: dict[Quantizer | None, list[float]] = {None: [0.0], **of_ranks}  # full precision has no error
+    found = ((every[choice.quantizer], choice.rank) for choice in choices)
     return torch.tensor([known[rank] if rank < len(known) else math.inf for known, rank in found], dtype=torch.float64)
 
 

@@ -66,9 +66,15 @@ def captured(layers: Mapping[str, Layer], *, cut: bool = False) -> Iterator[Inpu
 
 def _hook(name: str, module: nn.Module, observe: Callable[[str, Tensor], None]) -> Any:
     def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        observe(name, next(iter((*arguments, *named.values()))))
+        observe(name, first_input(arguments, named))
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def first_input(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """Return what a linear layer is run on, whether it is given by place or by name."""
+    inputs: Tensor = next(iter((*arguments, *named.values())))
+    return inputs
 
 
 _PRODUCTS = {functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}

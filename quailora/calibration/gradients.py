@@ -16,7 +16,7 @@ from ..errors import NumericalError
 from ..models.layers import Layer
 from ..support import distributed
 from ..support.progress import track
-from .capture import arithmetic
+from .capture import arithmetic, first_input
 from .tokens import IGNORED_LABEL, CalibrationTokens
 from .windows import CalibrationDtype
 
@@ -87,7 +87,7 @@ def output_gradients(model: Any, layers: Mapping[str, Layer]) -> Iterator[Caught
             return arguments, named | {first: asking(named[first])}
 
         def after(_: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-            inputs = next(iter((*arguments, *named.values()))).detach()
+            inputs = first_input(arguments, named).detach()
 
             def keep(gradient: Tensor) -> None:
                 pair = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])

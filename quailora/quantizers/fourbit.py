@@ -97,8 +97,8 @@ class FourBitWeight(QuantizedWeight):
 
     @override
     def decode(self, codes: Shaped[Tensor, "out_features in_features"]) -> Float[Tensor, "out_features in_features"]:
-        values = self.state.code.sort(stable=True).values
-        return ScaledCodebook(Codebook.of(values), scales_of(self)).decode(codes.float())
+        values: Tensor = self.state.code.sort(stable=True).values
+        return values[codes.long()] * scales_of(self)
 
     @override
     def recoded(self, codes: Shaped[Tensor, "out_features in_features"]) -> FourBitWeight:

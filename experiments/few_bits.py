@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 from typing_extensions import override
 
-from quailora import NF4, Calibration, Int8, LoraScaling, Output, Quantizer, Resources, TextSource, Uniform
+from quailora import NF4, Calibration, Int8, LoraScaling, Output, Quantizer, Resources, Sign, TextSource, Uniform
 from quailora.calibration.examples import BlockExamples
 from quailora.calibration.walk import Block
 from quailora.methods.block_training import BlockTraining
@@ -43,6 +43,9 @@ from .scored import BARE, Size, bytes_of, scores_of
 
 logger = logging.getLogger("experiments")
 
+SIGNS = "signs, groups of 64"
+"""A base of 1 bit and a scale for each group, which no package loads."""
+
 BASES: dict[str, Quantizer] = {
     "2 bits, groups of 32": Uniform(2, 32),
     "2 bits, groups of 64": Uniform(2, 64),
@@ -50,6 +53,7 @@ BASES: dict[str, Quantizer] = {
     "4 bits, groups of 64": Uniform(4, 64),
     "NF4": NF4(),
     "int8": Int8(),
+    SIGNS: Sign(64),
 }
 
 WITHOUT: dict[str, Recipe] = {
@@ -84,7 +88,7 @@ SIZE = Size()
 
 def jobs() -> list[str]:
     """Return the names of all jobs, most important first: base, recipe or "blocks", rank (0: no adapter) and seed."""
-    own = [base for base in BASES if base != "int8"]
+    own = [base for base in BASES if base not in ("int8", SIGNS)]
     two, four = own[:2], own[2:]
     trained = [f"{base}/block-trained-joint/{rank}/{seed}" for seed in (0, 1, 2) for base in two for rank in (16, 64)]
     closed = [f"{base}/best-joint/{rank}/0" for base in own for rank in (16, 64)]
@@ -100,6 +104,8 @@ def jobs() -> list[str]:
         *(f"{base}/blocks/{rank}/0" for base in two for rank in (16, 64)),
         *others,
         *(f"NF4/best/16/{seed}" for seed in (0, 1, 2)),
+        f"{SIGNS}/nearest/0/0",
+        *(f"{SIGNS}/block-trained-joint/{rank}/0" for rank in (16, 64)),
     ]
 
 

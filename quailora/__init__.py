@@ -2,7 +2,8 @@
 
 Whole models: `initialize` for a `PeftModel` in place, `initialize_model` for a model by name, folder or object,
 `replace_lora_weights` with the arguments of PEFT's function for LoftQ, `load` for a base with its adapter. After
-training: `convert`, `merge`, `merge_full`, `rebase` and `combine`. One layer: `Initializer`.
+training: `convert`, `merge`, `merge_full`, `rebase` and `combine`. Budgets: `measure_choices` and `Planner`. One layer:
+`Initializer`.
 
 Names are imported when they are first used, so that the command line's help does not wait for PyTorch.
 """
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from .adapters.frozen import freeze
     from .adapters.lora import LoraScaling
     from .bases import ExistingBase, StoredBase
+    from .budget.choices import Choice, possible_choices
+    from .budget.measure_choices import measure_choices
+    from .budget.measurements import Measurements
     from .budget.plan import BudgetPlan
+    from .budget.planning import Planner
     from .calibration.text import TextSource
     from .calibration.windows import Calibration
     from .core.metrics import Diagonal, Gram, Identity, Metric
@@ -73,7 +78,11 @@ _HOMES = {
     "adapters.frozen": ("freeze",),
     "adapters.lora": ("LoraScaling",),
     "bases": ("ExistingBase", "StoredBase"),
+    "budget.choices": ("Choice", "possible_choices"),
+    "budget.measure_choices": ("measure_choices",),
+    "budget.measurements": ("Measurements",),
     "budget.plan": ("BudgetPlan",),
+    "budget.planning": ("Planner",),
     "calibration.text": ("TextSource",),
     "calibration.windows": ("Calibration",),
     "core.metrics": ("Diagonal", "Gram", "Identity", "Metric"),
@@ -124,6 +133,7 @@ __all__ = [
     "BlockTraining",
     "BudgetPlan",
     "Calibration",
+    "Choice",
     "Correction",
     "Diagonal",
     "DiagonalWeighting",
@@ -142,11 +152,13 @@ __all__ = [
     "LoraScaling",
     "LowRank",
     "MagnitudeWeighting",
+    "Measurements",
     "MergeTraining",
     "Method",
     "Metric",
     "Optimal",
     "Output",
+    "Planner",
     "QuailoraError",
     "Quantizer",
     "RecalibrationCallback",
@@ -172,8 +184,10 @@ __all__ = [
     "initialize",
     "initialize_model",
     "load",
+    "measure_choices",
     "merge",
     "merge_full",
+    "possible_choices",
     "rebase",
     "replace_lora_weights",
 ]

@@ -20,14 +20,14 @@ from hypothesis.extra.numpy import arrays
 from runs import Killed
 
 import quailora
-from quailora import InputStatistics, StoredBase, Uniform
+from quailora import NF4, Calibration, InputStatistics, Resources, StoredBase, TextSource, Uniform
 from quailora.budget import costs, measuring
 from quailora.budget.choices import Choice, possible_choices
 from quailora.budget.layer_errors import RoundingError, quantizers_of, rounding_errors
 from quailora.budget.made_up import later_layers, shares_left
 from quailora.budget.measurements import MeasuredLayer, Measurements
 from quailora.budget.plan import Budget, BudgetPlan
-from quailora.budget.planning import Planner, frontier
+from quailora.budget.planning import Planner
 from quailora.budget.programme import cheapest, silenced
 from quailora.budget.question import Question
 from quailora.calibration.gradients import weight_gradient
@@ -174,7 +174,7 @@ def bits(choice):
 def test_a_plan_is_never_worse_than_what_is_the_same_everywhere(seed):
     """Nor than one quantizer with layers in full precision, in what is expected; and it stays within its bytes."""
     planner = Planner(measurements(seed))
-    points = frontier(planner)
+    points = planner.frontier()
     assert len(points) > 5
     assert all(first.plan >= second.plan - 1e-9 for first, second in itertools.pairwise(points))
     for point in points:
@@ -189,7 +189,7 @@ def test_a_plan_of_a_quality_is_the_smallest_one():
     """Asked for the quality of a plan within some bytes, it takes no more of them."""
     planner = Planner(measurements())
     within = planner.within(4.5 * planner.measurements.weights / 8, "4.5bits")
-    again = planner.of_quality(within.divergence * (1 + 1e-9), "")
+    again = planner.of_quality(within.divergence * (1 + 1e-9))
     assert again.nbytes <= within.nbytes
     assert again.divergence <= within.divergence * (1 + 1e-6)
 
@@ -613,3 +613,52 @@ def test_the_code_on_the_card_is_that_of_gptqmodel(tiny_llama, folder, tmp_path,
         quailora.load(tmp_path / "a")
     evaluation = evaluate(str(tiny_llama), adapter=str(tmp_path / "a"))
     assert evaluation.results["quantized + adapter"].perplexity > 0
+
+
+def test_a_notebook_measures_what_the_terminal_does(tiny_llama, folder, tmp_path, monkeypatch):
+    """By name and in memory, and a second time without a pass through the model."""
+    arguments = {
+        "calibration": Calibration(TextSource(), 16, 32),
+        "choices": possible_choices("gptq", (2, 3, 4, 16), (1, 4), (32,)),
+        "around": "5.5bits",
+    }
+    expected = Measurements.read(folder)
+    measured = quailora.measure_choices(tiny_llama, state=tmp_path / "state", **arguments)
+    assert (measured.layers, measured.divergence) == (expected.layers, expected.divergence)
+    plan = quailora.Planner(measured).of_budget("5.5bits")
+    assert plan.layers == BudgetPlan.read(folder).layers
+    in_memory = quailora.measure_choices(load_model(str(tiny_llama)).model, **arguments)
+    assert in_memory.choices == expected.choices
+    torch.testing.assert_close(torch.from_numpy(in_memory.costs), torch.from_numpy(expected.costs))
+    monkeypatch.setattr(measuring, "stored_errors", None)
+    monkeypatch.setattr(costs, "_sampled", None)
+    again = quailora.measure_choices(tiny_llama, state=tmp_path / "state", **arguments)
+    assert again.layers == expected.layers
+
+
+def test_batches_are_measured_on(tiny_llama):
+    """As 64 windows of a text are, where nothing else is asked for; ranks of NF4 alone keep its base."""
+    ids = torch.arange(8 * 32).reshape(8, 32) % 90
+    batches = [{"input_ids": part} for part in torch.split(ids, 2)]
+    measured = quailora.measure_choices(
+        str(tiny_llama), batches, choices=possible_choices("bitsandbytes", (4,), (0, 4)), around="6bits"
+    )
+    assert measured.recipe == "best"
+    assert quailora.Planner(measured).of_budget("5bits").recipe == "best"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"choices": [Choice(Uniform(4, 32)), Choice(NF4())]}, "one checkpoint holds"),
+        ({"choices": [Choice(Uniform(5, 32)), Choice(Uniform(5, 32), 4)]}, "one checkpoint holds"),
+        ({"choices": [Choice(None)]}, "nothing to plan"),
+        ({"choices": [Choice(NF4())]}, "got one"),
+        ({"resources": Resources(offload="always")}, "has to be in memory"),
+        ({"around": "1bits"}, "The smallest choice takes"),
+        ({"state": ""}, "empty path"),
+    ],
+)
+def test_measurements_that_cannot_be_made(tiny_llama, arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        quailora.measure_choices(str(tiny_llama), Calibration(TextSource(), 8, 32), **arguments)

@@ -14,8 +14,11 @@ from numpy import ndarray
 
 from ..errors import ModelError
 from ..models.files import read_json
-from ..support.files import write_json
+from ..support.files import StrPath, write_json
 from .choices import Choice
+
+MEASURED = "measurements.json"
+"""Name of the measurements in the folder that `quailora plan` writes."""
 
 
 @final
@@ -111,7 +114,7 @@ class Measurements:
         """Return bytes of all layers as bits for each of their weights."""
         return 8 * nbytes / self.weights
 
-    def write(self, file: Path) -> None:
+    def write(self, file: StrPath) -> None:
         """Write the measurements as JSON."""
         content = {
             "model": self.model,
@@ -131,15 +134,17 @@ class Measurements:
                 for name, layer in self.layers.items()
             },
         }
-        write_json(file, content)
+        write_json(Path(file), content)
 
     @classmethod
-    def read(cls, file: Path) -> Measurements:
-        """Read measurements.
+    def read(cls, place: StrPath) -> Measurements:
+        """Read measurements from their file, or from the folder that `quailora plan` has written.
 
         Raises:
             ModelError: if the file is missing, damaged, or of another version.
         """
+        path = Path(place).expanduser()
+        file = path / MEASURED if path.is_dir() else path
         content = read_json(file)
         try:
             choices = tuple(Choice.read(one) for one in content["choices"])

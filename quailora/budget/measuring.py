@@ -9,80 +9,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.lora import LoraScaling
-from ..bases.writer import is_replaced
 from ..calibration.collector import LayerInputs
-from ..calibration.sources import TextCalibration
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Block, Walk
 from ..errors import ConfigurationError, named
 from ..layer.asymmetric import chosen_step, validation_of
 from ..methods.method import Method
-from ..methods.recipes import find_recipe
-from ..models.layers import ALL_LINEAR, Layer, all_layers, block_of, stock_quantizes
+from ..models.layers import Layer, all_layers
 from ..models.limits import check_token_ids
 from ..models.load import LoadedModel
 from ..pipeline.checkpoint import locked, open_checkpoint
 from ..pipeline.estimate import parameter_bytes
 from ..pipeline.fingerprint import fingerprint
-from ..pipeline.formats import example_by
 from ..pipeline.loading import loaded_model
-from ..pipeline.options import Resources
-from ..pipeline.plan import RunPlan, plan_run
+from ..pipeline.plan import RunPlan
 from ..pipeline.store import Store, StoredLayer
-from ..quantizers import Quantizer
 from ..support import distributed
 from ..support.progress import counting
-from .choices import Choice
 from .costs import divergence_of_reference, held_out_pieces, measure_costs, weight_in
 from .layer_errors import best_rounding, quantizers_of, rounding_errors
 from .measurements import MeasuredLayer, Measurements
 from .question import Question
 
 
-def planned(model: str, question: Question, source: TextCalibration, resources: Resources) -> RunPlan:
-    """Return the plan of the walk through a model; only configurations and shapes are read.
-
-    Raises:
-        QuailoraError: for everything that is wrong with the input; the message says what to do.
-    """
-    quantizer = next(choice.quantizer for choice in question.choices if choice.quantizer is not None)
-    method = find_recipe(question.recipe).method(quantizer, LoraScaling(1))
-    plan = plan_run(model, method, source, [ALL_LINEAR], None, resources)
-    written = method.changes_base or quantizer.stock_config() is None or Choice(None) in question.choices
-    check_packable(plan.adapter.layers, quantizer, written=written)
-    return plan
-
-
-def check_packable(layers: Mapping[str, Layer], quantizer: Quantizer, *, written: bool) -> None:
-    """Raise a `ConfigurationError` unless checkpoints hold all layers in the format of a quantizer.
-
-    A base that is written in floating point takes the bytes of full precision, whatever was planned.
-
-    Args:
-        layers: the layers.
-        quantizer: one of the quantizers to choose from.
-        written: whether the base has to be written, because stock packages do not make it while they load a model.
-    """
-    grouped = "qweight" in example_by(quantizer, next(iter(layers.values())).shape).packed()
-    odd = [
-        name
-        for name, layer in layers.items()
-        if not (is_replaced(layer) if written else stock_quantizes(layer)) or (grouped and not block_of(name))
-    ]
-    if odd:
-        raise ConfigurationError(
-            f"No checkpoint holds {len(odd)} of the {len(layers)} layers in this format, {odd[0]} among them: "
-            f"{layers[odd[0]].module}. Choose ranks only, with `format='bitsandbytes'` and `bits=[4]`, or plan another "
-            "model."
-        )
-
-
 def measure_model(plan: RunPlan, question: Question, folder: Path, *, fresh: bool = False) -> Measurements:
     """Measure the layers of a model; what was measured before a process was killed is not measured again.
 
     Args:
-        plan: the model and the text; see `planned`.
+        plan: the model and the text; see `measure_choices`.
         question: what is to be measured.
         folder: an existing folder for the state of the measurement.
         fresh: forget what is there.

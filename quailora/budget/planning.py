@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from ..errors import ConfigurationError
 from ..models.layers import block_of, ending
 from .choices import Choice
 from .measurements import Measurements
-from .plan import BudgetPlan, PlannedLayer
+from .plan import Budget, BudgetPlan, PlannedLayer
 from .programme import cheapest
 
 FUSED: tuple[frozenset[str], ...] = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
@@ -23,9 +24,35 @@ FUSED: tuple[frozenset[str], ...] = (frozenset({"q_proj", "k_proj", "v_proj"}), 
 
 
 @final
+@dataclass(frozen=True)
+class Point:
+    """One budget, and what it buys in each way.
+
+    Attributes:
+        bits: bits of each weight, adapters included.
+        plan: expected divergence of the plan, in nats per token.
+        uniform: that of the best choice which is the same for all layers; None if none is as small.
+        uniform_title: this choice in words.
+        skipping: that of one quantizer, no adapter and some layers in full precision; None likewise.
+    """
+
+    bits: float
+    plan: float
+    uniform: float | None
+    uniform_title: str
+    skipping: float | None
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class Planner:
-    """Makes plans from measurements.
+    """Makes plans from measurements, which takes seconds.
+
+    For example:
+
+        measured = quailora.measure_choices("org/model", "text.txt", around="4bits")
+        plan = quailora.Planner(measured).of_budget("3.5bits")
+        quailora.initialize_model("org/model", plan.method(), "text.txt", targets=plan.targets, out="adapter")
 
     Attributes:
         measurements: the layers of the model as they were measured.
@@ -34,6 +61,18 @@ class Planner:
 
     measurements: Measurements
     fused: bool = False
+
+    def of_budget(self, budget: Budget | str) -> BudgetPlan:
+        """Return the plan of the least expected divergence that stays within a budget.
+
+        Args:
+            budget: `3.5bits` for each weight of the layers, adapters included; or `2GiB`, for the whole model.
+
+        Raises:
+            ConfigurationError: if no plan stays within it, or it is none.
+        """
+        budget = Budget(budget) if isinstance(budget, str) else budget
+        return self.within(budget.nbytes(self.measurements.weights, self.measurements.other_bytes), budget.text)
 
     def within(self, nbytes: float, asked: str, allowed: Sequence[Choice] | None = None) -> BudgetPlan:
         """Return the plan of the least expected divergence that stays within a number of bytes.
@@ -50,15 +89,19 @@ class Planner:
         costs = np.where(self._usable(allowed), known.costs, np.inf)
         return self._plan(cheapest(costs, known.sizes, nbytes, self._alike), asked)
 
-    def of_quality(self, divergence: float, asked: str) -> BudgetPlan:
+    def of_quality(self, divergence: float) -> BudgetPlan:
         """Return the smallest plan whose expected divergence stays within a bound, in nats per token.
 
         Raises:
-            ConfigurationError: if there is none.
+            ConfigurationError: if there is none, or the bound is not above 0.
         """
+        check_quality(divergence)
         known = self.measurements
         sizes = np.where(np.isfinite(known.costs), known.sizes, np.inf)
-        return self._plan(cheapest(sizes, np.nan_to_num(known.costs, posinf=0.0), divergence, self._alike), asked)
+        return self._plan(
+            cheapest(sizes, np.nan_to_num(known.costs, posinf=0.0), divergence, self._alike),
+            f"{divergence:g} nats per token",
+        )
 
     def uniform(self, nbytes: float) -> tuple[Choice, float] | None:
         """Return the best choice that is the same for all layers and stays within a number of bytes.
@@ -97,6 +140,34 @@ class Planner:
             plans.append(self.within(nbytes, f"{nbytes:.0f} bytes", allowed))
         return min(plans, key=lambda plan: plan.divergence, default=None)
 
+    def frontier(self, bits: Sequence[float] = ()) -> list[Point]:
+        """Return what budgets buy, from small to large.
+
+        Args:
+            bits: bits of each weight of the budgets; by default those of every choice that is the same for all layers.
+        """
+        known = self.measurements
+        asked = bits or sorted({round(known.bits(self.nbytes_of(choice)), 4) for choice in known.choices})
+        # Budgets of the uniform choices show what each of these could have been for the same bytes.
+        points = []
+        for one in asked:
+            nbytes = one * known.weights / 8 * (1 + 1e-4)  # what was rounded to four digits still fits
+            try:
+                plan = self.within(nbytes, f"{one:.2f} bits")
+            except ConfigurationError:  # fewer bits than the smallest choice of each layer takes
+                continue
+            uniform, skipping = self.uniform(nbytes), self.skipping(nbytes)
+            points.append(
+                Point(
+                    one,
+                    plan.divergence,
+                    None if uniform is None else uniform[1],
+                    "" if uniform is None else uniform[0].title,
+                    None if skipping is None else skipping.divergence,
+                )
+            )
+        return points
+
     def _usable(self, allowed: Sequence[Choice] | None) -> Bool[ndarray, " choices"]:
         choices = self.measurements.choices
         return np.array([allowed is None or choice in allowed for choice in choices])
@@ -129,54 +200,10 @@ class Planner:
         return BudgetPlan(known.model, asked, layers, known.expected(list(chosen)), known.other_bytes, known.recipe)
 
 
-@final
-@dataclass(frozen=True)
-class Point:
-    """One budget, and what it buys in each way.
-
-    Attributes:
-        bits: bits of each weight, adapters included.
-        plan: expected divergence of the plan, in nats per token.
-        uniform: that of the best choice which is the same for all layers; None if none is as small.
-        uniform_title: this choice in words.
-        skipping: that of one quantizer, no adapter and some layers in full precision; None likewise.
-    """
-
-    bits: float
-    plan: float
-    uniform: float | None
-    uniform_title: str
-    skipping: float | None
-
-
-def frontier(planner: Planner, bits: Sequence[float] = ()) -> list[Point]:
-    """Return what budgets buy, from small to large.
-
-    Args:
-        planner: makes the plans.
-        bits: bits of each weight of the budgets; by default those of every choice that is the same for all layers.
-    """
-    known = planner.measurements
-    asked = bits or sorted({round(known.bits(planner.nbytes_of(choice)), 4) for choice in known.choices})
-    # Budgets of the uniform choices show what each of these could have been for the same bytes.
-    points = []
-    for one in asked:
-        nbytes = one * known.weights / 8 * (1 + 1e-4)  # what was rounded to four digits still fits
-        try:
-            plan = planner.within(nbytes, f"{one:.2f} bits")
-        except ConfigurationError:  # fewer bits than the smallest choice of each layer takes
-            continue
-        uniform, skipping = planner.uniform(nbytes), planner.skipping(nbytes)
-        points.append(
-            Point(
-                one,
-                plan.divergence,
-                None if uniform is None else uniform[1],
-                "" if uniform is None else uniform[0].title,
-                None if skipping is None else skipping.divergence,
-            )
-        )
-    return points
+def check_quality(divergence: float) -> None:
+    """Raise a `ConfigurationError` unless a divergence is one that a plan may have."""
+    if not 0 < divergence < math.inf:
+        raise ConfigurationError(f"Expected a divergence above 0 as quality, got {divergence}. Try 0.1.")
 
 
 def by_kind(plan: BudgetPlan) -> Mapping[str, list[PlannedLayer]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,20 +11,13 @@ from pathlib import Path
 from typing import Any, final
 
 from ..budget.choices import FULL_BITS, Choice, possible_choices
-from ..budget.layer_errors import quantizers_of
-from ..budget.measurements import Measurements
-from ..budget.measuring import measure_model, planned
+from ..budget.measure_choices import measure_choices
+from ..budget.measurements import MEASURED, Measurements
 from ..budget.plan import PLAN_FILE, Budget, BudgetPlan
-from ..budget.planning import Planner, Point, by_kind, frontier
+from ..budget.planning import Planner, Point, by_kind, check_quality
 from ..budget.plot import plot_frontier
-from ..budget.question import PlanRecipe, Question
-from ..calibration.sources import TextCalibration
 from ..errors import ConfigurationError, OutputExistsError
-from ..models.layers import Layer
-from ..pipeline.estimate import parameter_bytes
 from ..pipeline.options import Resources
-from ..pipeline.plan import RunPlan
-from ..quantizers import Quantizer
 from ..support.choices import PLANNED_BITS
 from ..support.files import check_writable, complete_file, folder_of
 from ..support.machine import size
@@ -34,7 +26,7 @@ from .initializing import calibration_of
 
 logger = logging.getLogger("quailora")
 
-MEASURED, FRONTIER, PLOT, STATE = "measurements.json", "frontier.csv", "frontier.svg", "measuring"
+FRONTIER, PLOT, STATE = "frontier.csv", "frontier.svg", "measuring"
 """What is in the folder beside the plan; the last one is the state of a measurement that is not finished."""
 
 
@@ -115,8 +107,8 @@ def run_plan(options: Mapping[str, Any]) -> PlanResult:
     """
     if (options["budget"] is None) == (options["quality"] is None):
         raise ConfigurationError("Expected either `budget`, such as 3.5bits or 2GiB, or `quality`, in nats per token.")
-    if options["quality"] is not None and not 0 < options["quality"] < math.inf:
-        raise ConfigurationError(f"Expected a divergence above 0 as quality, got {options['quality']}. Try 0.1.")
+    if options["quality"] is not None:
+        check_quality(options["quality"])
     budget = None if options["budget"] is None else Budget(options["budget"])
     folder = folder_of(options["out"])
     check_writable(folder)
@@ -127,20 +119,17 @@ def run_plan(options: Mapping[str, Any]) -> PlanResult:
             f"{folder} already holds a plan ({', '.join(kept)}). Choose another folder, or pass `overwrite=True`. With "
             f"`measurements={folder}` another budget takes no measuring."
         )
-    measured = measured_for(options, budget, folder)
+    measured = measured_for(options, folder)
     # The measurements are written first, so that nothing which fails later loses them, such as a budget that no plan
     # stays within. The state that they came from can go then.
     folder.mkdir(parents=True, exist_ok=True)
     measured.write(folder / MEASURED)
     shutil.rmtree(folder / STATE, ignore_errors=True)
     planner = Planner(measured, options["fused"])
-    if budget is not None:
-        plan = planner.within(budget.nbytes(measured.weights, measured.other_bytes), budget.text)
-    else:
-        plan = planner.of_quality(options["quality"], f"{options['quality']:g} nats per token")
+    plan = planner.of_quality(options["quality"]) if budget is None else planner.of_budget(budget)
     if not plan.targets:
         logger.warning("No layer of this plan has an adapter. Leave 0 out of `ranks` for a model that can be trained.")
-    points = frontier(planner)
+    points = planner.frontier()
     plan.write(folder / PLAN_FILE)
     write_points(points, folder / FRONTIER)
     plot_frontier(points, str(options["model"]), folder / PLOT)
@@ -155,15 +144,14 @@ def run_plan(options: Mapping[str, Any]) -> PlanResult:
     )
 
 
-def measured_for(options: Mapping[str, Any], budget: Budget | None, folder: Path) -> Measurements:
+def measured_for(options: Mapping[str, Any], folder: Path) -> Measurements:
     """Return the measurements of a model: those that are there, or new ones.
 
     Raises:
         ConfigurationError: if those that are there are of another model, or no plan stays within the budget.
     """
     if options["measurements"] is not None:
-        place = Path(options["measurements"]).expanduser()
-        known = Measurements.read(place / MEASURED if place.is_dir() else place)
+        known = Measurements.read(options["measurements"])
         if known.model != str(options["model"]):
             logger.warning("These measurements are of %s; they are taken for %s.", known.model, options["model"])
         return known
@@ -171,59 +159,18 @@ def measured_for(options: Mapping[str, Any], budget: Budget | None, folder: Path
     bits = tuple(options["bits"])
     if base_format == "bitsandbytes" and bits == PLANNED_BITS:  # of which this format holds two
         bits = (4, FULL_BITS)
-    choices = possible_choices(
-        base_format, bits, options["ranks"], options["group_sizes"], symmetric=options["symmetric"]
+    return measure_choices(
+        str(options["model"]),
+        calibration_of(options),
+        choices=possible_choices(
+            base_format, bits, options["ranks"], options["group_sizes"], symmetric=options["symmetric"]
+        ),
+        around=options["budget"],
+        recipe=options["recipe"],
+        state=folder / STATE,
+        fresh=options["fresh"],
+        resources=Resources(options["dtype"], options["device"], trust_remote_code=options["trust_remote_code"]),
     )
-    # NF4 everywhere is the base that every package makes. Any other one has to be written, and then it may be chosen.
-    recipe: PlanRecipe = options["recipe"] or (
-        "best" if base_format == "bitsandbytes" and FULL_BITS not in bits else "best-joint"
-    )
-    resources = Resources(options["dtype"], options["device"], "never", trust_remote_code=options["trust_remote_code"])
-    source = TextCalibration(calibration_of(options))
-    model = str(options["model"])
-    run = planned(model, Question(choices, choices[0], recipe), source, resources)
-    question = Question(choices, reference_for(run, choices, budget), recipe)
-    return measure_model(run, question, folder / STATE, fresh=options["fresh"])
-
-
-def reference_for(run: RunPlan, choices: Sequence[Choice], budget: Budget | None) -> Choice:
-    """Return the choice for the network that layers are measured in: the largest base within the budget, and its rank.
-
-    Args:
-        run: the model.
-        choices: the choices.
-        budget: the budget; None for a plan of some quality, which is measured around 4 bits.
-
-    Raises:
-        ConfigurationError: if no plan stays within the budget.
-    """
-    quantized = [choice for choice in choices if choice.quantizer is not None]
-    if budget is None:
-        return min(quantized, key=lambda choice: (abs(getattr(choice.quantizer, "bits", 4) - 4), choice.rank))
-    # Bytes follow from shapes, so a budget that nothing fits is refused before a weight is read.
-    layers = run.adapter.layers
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
-    allowed = budget.nbytes(weights, other_bytes(run, layers))
-    totals = {choice: sum(choice.nbytes(layer) for layer in layers.values()) for choice in quantized}
-    least = min(totals.values())
-    if least > allowed:
-        raise ConfigurationError(
-            f"The smallest choice takes {8 * least / weights:.2f} bits a weight, or {size(least)}, and the budget "
-            f"{budget.text} leaves {size(max(0, int(allowed)))} for the layers. Raise it, or give fewer bits or lower "
-            "ranks to choose from."
-        )
-    # The base comes first: few bits with a high rank leave more errors than the same bytes spent on another bit.
-    fitting = [choice for choice in quantized if totals[choice] <= allowed]
-    bases: dict[Quantizer | None, int] = {
-        one: sum(Choice(one).nbytes(layer) for layer in layers.values()) for one in quantizers_of(fitting)
-    }
-    return max(fitting, key=lambda choice: (bases[choice.quantizer], choice.rank))
-
-
-def other_bytes(run: RunPlan, layers: Mapping[str, Layer]) -> int:
-    """Return the bytes of a model without some layers, as it is stored now."""
-    own = sum(layer.shape[0] * layer.shape[1] for layer in layers.values()) * run.empty.dtype.itemsize
-    return sum(parameter_bytes(run.empty).values()) - int(own)
 
 
 def write_points(points: Sequence[Point], file: Path) -> None:

@@ -43,6 +43,9 @@ PLANNED_RANKS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 PLANNED_GROUP_SIZES = (64, 32)
 """Columns that share a scale in layers of 4 bits, likewise."""
 
+PLANNED_SAMPLES, PLANNED_LENGTH = 64, 512
+"""Calibration windows of a plan and tokens in each, likewise."""
+
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
     """Return a question with the name that is most like a given one, to be put after a message; nothing if none is."""

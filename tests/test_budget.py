@@ -627,6 +627,9 @@ def test_a_notebook_measures_what_the_terminal_does(tiny_llama, folder, tmp_path
     assert (measured.layers, measured.divergence) == (expected.layers, expected.divergence)
     plan = quailora.Planner(measured).of_budget("5.5bits")
     assert plan.layers == BudgetPlan.read(folder).layers
+    assert repr(measured).endswith("14 layers, 7 choices)")
+    assert "14 layers, " in repr(plan)
+    assert plan._repr_markdown_().count("\n") == 1 + 2 + 7  # the plan in words, and a line for each kind of layer
     in_memory = quailora.measure_choices(load_model(str(tiny_llama)).model, **arguments)
     assert in_memory.choices == expected.choices
     torch.testing.assert_close(torch.from_numpy(in_memory.costs), torch.from_numpy(expected.costs))

@@ -40,7 +40,7 @@ class MeasuredLayer:
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Measurements:
     """The layers of a model as they were measured.
 
@@ -65,6 +65,9 @@ class Measurements:
     other_bytes: int
     layers: Mapping[str, MeasuredLayer]
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"Measurements({self.model!r}: {len(self.layers)} layers, {len(self.choices)} choices)"
 
     @cached_property
     def sizes(self) -> Float[ndarray, "layers choices"]:

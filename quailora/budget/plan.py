@@ -15,9 +15,11 @@ from ..errors import ConfigurationError, ModelError
 from ..methods.method import Method
 from ..methods.recipes import find_recipe, resolved_name
 from ..models.files import read_json
+from ..models.layers import ending
 from ..quantizers import Quantizer
 from ..support.files import StrPath, write_json
 from ..support.machine import parse_size
+from ..support.tables import markdown_table
 from .choices import Choice
 
 PLAN_FILE = "plan.json"
@@ -79,7 +81,7 @@ class PlannedLayer:
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BudgetPlan:
     """What each layer of a model becomes.
 
@@ -100,6 +102,34 @@ class BudgetPlan:
     other_bytes: int
     recipe: str = "best-joint"
     file: str | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"BudgetPlan({self.model!r}, {self.asked!r}: {len(self.layers)} layers, {self.bits:.2f} bits a weight, "
+            f"expected divergence {self.divergence:.3g})"
+        )
+
+    def _repr_markdown_(self) -> str:
+        """Show the plan in a notebook."""
+        return f"{self!r}\n\n{markdown_table(*self.table())}"
+
+    def table(self) -> tuple[tuple[str, ...], list[list[str]]]:
+        """Return the header and the rows of a table of what layers of each kind become, such as `down_proj`."""
+        kinds: dict[str, list[PlannedLayer]] = {}
+        for name, layer in self.layers.items():
+            kinds.setdefault(ending(name), []).append(layer)
+        rows = []
+        for kind, layers in kinds.items():
+            bases = Counter(layer.choice.base for layer in layers)
+            ranks = [layer.choice.rank for layer in layers]
+            rows.append([
+                kind,
+                ", ".join(f"{count} x {base}" for base, count in sorted(bases.items())),
+                f"{min(ranks)}-{max(ranks)}",
+                f"{8 * sum(layer.nbytes for layer in layers) / sum(layer.weights for layer in layers):.2f}",
+                f"{sum(layer.divergence for layer in layers):.3g}",
+            ])
+        return ("layers", "bases", "ranks", "bits a weight", "expected cost (nats)"), rows
 
     @property
     def nbytes(self) -> int:

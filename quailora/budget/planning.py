@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -204,11 +204,3 @@ def check_quality(divergence: float) -> None:
     """Raise a `ConfigurationError` unless a divergence is one that a plan may have."""
     if not 0 < divergence < math.inf:
         raise ConfigurationError(f"Expected a divergence above 0 as quality, got {divergence}. Try 0.1.")
-
-
-def by_kind(plan: BudgetPlan) -> Mapping[str, list[PlannedLayer]]:
-    """Return the layers of a plan by what they are in their block, such as `down_proj`."""
-    kinds: dict[str, list[PlannedLayer]] = {}
-    for name, layer in plan.layers.items():
-        kinds.setdefault(ending(name), []).append(layer)
-    return kinds

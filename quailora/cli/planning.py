@@ -14,7 +14,7 @@ from ..budget.choices import FULL_BITS, Choice, possible_choices
 from ..budget.measure_choices import measure_choices
 from ..budget.measurements import MEASURED, Measurements
 from ..budget.plan import PLAN_FILE, Budget, BudgetPlan
-from ..budget.planning import Planner, Point, by_kind, check_quality
+from ..budget.planning import Planner, Point, check_quality
 from ..budget.plot import plot_frontier
 from ..errors import ConfigurationError, OutputExistsError
 from ..pipeline.options import Resources
@@ -54,20 +54,8 @@ class PlanResult:
     def show(self) -> None:
         """Print what layers become, what that buys, and what comes next."""
         plan = self.plan
-        rows = []
-        for kind, layers in by_kind(plan).items():
-            bases = [layer.choice.base for layer in layers]
-            counted = ", ".join(f"{bases.count(base)} x {base}" for base in sorted(set(bases)))
-            ranks = [layer.choice.rank for layer in layers]
-            rows.append([
-                kind,
-                counted,
-                f"{min(ranks)}-{max(ranks)}",
-                f"{8 * sum(layer.nbytes for layer in layers) / sum(layer.weights for layer in layers):.2f}",
-                number(sum(layer.divergence for layer in layers)),
-            ])
         title = f"{self.folder}: {len(plan.layers)} layers, {plan.bits:.2f} bits a weight, {size(plan.nbytes)}"
-        print_table(title, ("layers", "bases", "ranks", "bits a weight", "expected cost (nats)"), rows)
+        print_table(title, *plan.table())
         print_table(
             "What budgets buy: expected divergence from full precision, nats per token",
             ("bits a weight", "plan", "the same everywhere", "", "16-bit skips alone"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 import yaml
 from families import save_llama
@@ -85,6 +86,27 @@ def test_what_the_solver_prints_by_itself_is_kept_back(capfd):
 def test_choices_that_a_layer_cannot_have_are_never_taken():
     costs = np.array([[np.inf, 1.0], [0.0, 5.0]])
     assert cheapest(costs, np.ones((2, 2)), 2).tolist() == [1, 0]
+
+
+def test_why_there_is_no_choice(monkeypatch, caplog):
+    """The message names sizes with their unit, layers that belong together, or the time; a solver that stops warns."""
+    costs, sizes, kinds = np.array([[1.0, 2.0], [1.0, np.inf]]), np.array([[3.0, 2.0], [3.0, 1.0]]), np.array([0, 1])
+    with pytest.raises(ConfigurationError, match=r"smallest takes 5 apples, and the budget leaves 4 apples"):
+        cheapest(costs, sizes, 4, amount="{:g} apples".format)
+    with pytest.raises(ConfigurationError, match="quantize layers alike"):
+        cheapest(costs, sizes, 5, [([0, 1], kinds)])
+    milp = scipy.optimize.milp
+
+    def stopped(*arguments, **options):
+        result = milp(*arguments, **options)
+        result.status, result.mip_gap = 1, 0.02
+        return result
+
+    monkeypatch.setattr(scipy.optimize, "milp", stopped)
+    assert cheapest(costs, sizes, 6).tolist() == [0, 0]
+    assert "may cost 0.02 less" in caplog.text
+    with pytest.raises(ConfigurationError, match="in 60 seconds"):
+        cheapest(costs, sizes, 5, [([0, 1], kinds)])
 
 
 def test_layers_that_belong_together_are_quantized_alike():
@@ -623,11 +645,16 @@ def test_a_notebook_measures_what_the_terminal_does(tiny_llama, folder, tmp_path
         "around": "5.5bits",
     }
     expected = Measurements.read(folder)
-    measured = quailora.measure_choices(tiny_llama, state=tmp_path / "state", **arguments)
+    monkeypatch.chdir(tiny_llama.parent)
+    name = f"./{tiny_llama.name}"
+    measured = quailora.measure_choices(name, state=tmp_path / "state", **arguments)
+    assert measured.model == name  # as it was given, and not the folder that it is loaded from
     assert (measured.layers, measured.divergence) == (expected.layers, expected.divergence)
     plan = quailora.Planner(measured).of_budget("5.5bits")
     assert plan.layers == BudgetPlan.read(folder).layers
-    assert repr(measured).endswith("14 layers, 7 choices)")
+    with pytest.raises(ConfigurationError, match=r"smallest takes [\d.]+ bits a weight \([\d.]+ [kM]iB\)"):
+        quailora.Planner(measured).of_budget("1bits")
+    assert repr(measured) == f"Measurements({name!r}: 14 layers, 7 choices)"
     assert "14 layers, " in repr(plan)
     assert plan._repr_markdown_().count("\n") == 1 + 2 + 7  # the plan in words, and a line for each kind of layer
     in_memory = quailora.measure_choices(load_model(str(tiny_llama)).model, **arguments)
@@ -635,7 +662,7 @@ def test_a_notebook_measures_what_the_terminal_does(tiny_llama, folder, tmp_path
     torch.testing.assert_close(torch.from_numpy(in_memory.costs), torch.from_numpy(expected.costs))
     monkeypatch.setattr(measuring, "stored_errors", None)
     monkeypatch.setattr(costs, "_sampled", None)
-    again = quailora.measure_choices(tiny_llama, state=tmp_path / "state", **arguments)
+    again = quailora.measure_choices(name, state=tmp_path / "state", **arguments)
     assert again.layers == expected.layers
 
 

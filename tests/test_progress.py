@@ -55,3 +55,26 @@ def test_the_summary_says_what_comes_next(tiny_llama, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"quailora evaluate {tiny_llama} --adapter '{out}' --text" in shown
     assert f'"{out}", is_trainable=True)' in shown
+
+
+def test_a_notebook_shows_a_bar_of_its_own(monkeypatch, capsys):
+    """As widgets where there are such, which a test has not, and as text otherwise; and log lines are not needed."""
+    monkeypatch.setattr(progress, "console", Console(stderr=True, force_jupyter=True))
+    with progress.counting("Measuring", 4, 1) as counter:
+        counter.describe("Block 0")
+        counter.advance()
+    seen = capsys.readouterr().err
+    assert "Block 0:  50%" in seen
+    assert "2/4" in seen
+    assert progress.watched()
+    with progress.shown(False), progress.counting("Measuring", 4) as counter:
+        counter.advance()
+        assert not progress.watched()
+    assert capsys.readouterr().err == ""
+
+
+def test_nobody_watches_a_file(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "console", Console(stderr=True))
+    assert list(progress.track([1, 2], "Counting")) == [1, 2]
+    assert not progress.watched()
+    assert capsys.readouterr().err == ""

@@ -22,7 +22,7 @@ from ..pipeline.checkpoint import locked, open_checkpoint
 from ..pipeline.estimate import parameter_bytes
 from ..pipeline.fingerprint import fingerprint
 from ..pipeline.loading import loaded_model
-from ..pipeline.plan import RunPlan
+from ..pipeline.plan import RunPlan, title_of
 from ..pipeline.store import Store, StoredLayer
 from ..support import distributed
 from ..support.progress import counting
@@ -65,7 +65,7 @@ def measure_model(plan: RunPlan, question: Question, folder: Path, *, fresh: boo
             nbytes = tuple(choice.nbytes(layer) if choice.is_packed(layer) else 0 for choice in question.choices)
             measured[name] = MeasuredLayer(layer.shape, nbytes, tuple(row))
         return Measurements(
-            loaded.name,
+            title_of(plan.model),
             depends,
             question.choices,
             question.reference,

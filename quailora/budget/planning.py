@@ -14,6 +14,7 @@ from numpy import ndarray
 
 from ..errors import ConfigurationError
 from ..models.layers import block_of, ending
+from ..support.machine import size
 from .choices import Choice
 from .measurements import Measurements
 from .plan import Budget, BudgetPlan, PlannedLayer
@@ -87,7 +88,11 @@ class Planner:
         """
         known = self.measurements
         costs = np.where(self._usable(allowed), known.costs, np.inf)
-        return self._plan(cheapest(costs, known.sizes, nbytes, self._alike), asked)
+
+        def amount(nbytes: float) -> str:
+            return f"{known.bits(nbytes):.2f} bits a weight ({size(max(0, int(nbytes)))})"
+
+        return self._plan(cheapest(costs, known.sizes, nbytes, self._alike, amount), asked)
 
     def of_quality(self, divergence: float) -> BudgetPlan:
         """Return the smallest plan whose expected divergence stays within a bound, in nats per token.
@@ -99,7 +104,7 @@ class Planner:
         known = self.measurements
         sizes = np.where(np.isfinite(known.costs), known.sizes, np.inf)
         return self._plan(
-            cheapest(sizes, np.nan_to_num(known.costs, posinf=0.0), divergence, self._alike),
+            cheapest(sizes, np.nan_to_num(known.costs, posinf=0.0), divergence, self._alike, "{:.3g} nats".format),
             f"{divergence:g} nats per token",
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -15,8 +16,11 @@ from numpy import ndarray
 
 from ..errors import ConfigurationError
 
+logger = logging.getLogger("quailora")
+
 _GAP = 1e-4  # share of the optimum by which a solution may be above it
 _LARGEST = 1e4  # the largest cost as the solver sees it
+_STOPPED = 1  # the solver's status at its limit of time
 _SECONDS = 60.0  # that the solver may take; models of a hundred billion weights take less than ten
 
 
@@ -25,6 +29,7 @@ def cheapest(
     sizes: Float[ndarray, "layers choices"],
     budget: float,
     alike: Sequence[tuple[Sequence[int], Int[ndarray, " choices"]]] = (),
+    amount: Callable[[float], str] = "{:.4g}".format,
 ) -> Int[ndarray, " layers"]:
     """Return the choice for each layer with which the costs add up to least, while the sizes stay within a budget.
 
@@ -36,6 +41,7 @@ def cheapest(
         sizes: what it takes of the budget.
         budget: what all layers may take together.
         alike: numbers of layers that must have choices of the same kind, each with the kind of every choice.
+        amount: writes sizes and budgets with their unit, for messages.
 
     Raises:
         ConfigurationError: if even the smallest choices exceed the budget, or the solver finds nothing in a minute.
@@ -68,9 +74,21 @@ def cheapest(
         )
     if result.x is None:
         least = np.where(usable.reshape(costs.shape), sizes, np.inf).min(1).sum()
+        if least > budget:
+            found = f"the smallest takes {amount(least)}, and the budget leaves {amount(budget)} for them"
+        elif result.status == _STOPPED:
+            found = f"the solver found none in {_SECONDS:.0f} seconds"
+        else:
+            found = "none of those does that quantize layers alike which have to be"
         raise ConfigurationError(
-            f"No choice for the layers stays within the budget: the smallest takes {least:.4g}, and the budget leaves "
-            f"{budget:.4g} for them. Raise the budget, or give fewer bits or lower ranks to choose from."
+            f"No choice for the layers stays within the budget: {found}. Raise the budget, or give fewer bits or lower "
+            "ranks to choose from."
+        )
+    if result.status == _STOPPED:
+        logger.warning(
+            "The solver stopped after %.0f seconds. A better plan may cost %.2g less than this one, as a share of it.",
+            _SECONDS,
+            result.mip_gap,
         )
     chosen: Int[ndarray, " layers"] = result.x.reshape(costs.shape).argmax(1)
     return chosen

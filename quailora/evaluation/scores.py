@@ -17,7 +17,7 @@ from ..families import Correction
 from ..models.layers import Layer
 from ..models.weights import biased, replaced
 from ..support.machine import free_memory
-from ..support.progress import console, counting
+from ..support.progress import counting, watched
 
 logger = logging.getLogger("quailora")
 
@@ -163,7 +163,7 @@ def measure(
                     for ids, reference in zip(part, references, strict=True):
                         scores[name].append(score(reference, predict(model, ids, given), ids[given:]))
                         counter.advance()
-                if not console.is_terminal:  # where nobody sees a progress bar
+                if not watched():  # where nobody sees a progress bar
                     logger.info("%s: %s, %d of %d windows.", description, name, len(scores[name]), len(windows))
     return {name: Scores(*map(tuple, zip(*pairs, strict=True))) for name, pairs in scores.items()}
 

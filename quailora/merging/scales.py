@@ -25,7 +25,7 @@ from ..errors import ConfigurationError, NumericalError
 from ..methods.distillation import divergence
 from ..models.layers import Layer
 from ..quantizers import QuantizedWeight
-from ..support.progress import console, track
+from ..support.progress import track, watched
 
 logger = logging.getLogger("quailora")
 
@@ -138,7 +138,7 @@ class ScaleTraining:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 rate.step()
-                if not console.is_terminal and rate.last_epoch % _LOGGED == 0:  # where nobody sees a progress bar
+                if not watched() and rate.last_epoch % _LOGGED == 0:  # where nobody sees a progress bar
                     logger.info("Training scales: step %d of %d.", rate.last_epoch, self.steps)
         after = held_out_loss()
         logger.info("Divergence on held-out calibration text: %.4f nats a token before, %.4f after.", before, after)

@@ -27,7 +27,7 @@ from ..families import Correction
 from ..models.layers import Layer
 from ..models.weights import replaced, resident
 from ..quantizers import QuantizedWeight
-from ..support.progress import console, track
+from ..support.progress import track, watched
 from .block_walk import BlockWalk
 from .distillation import detached, trainable
 from .trained_codes import TrainedCodes, computing_with
@@ -198,7 +198,7 @@ class BlockTraining:
         others = {name: detached(one) for name, one in adapters.items()}
         # All processes sum up their losses, so that they come to the same decision.
         after = _held_out_loss(examples, layers, found, others)
-        if not console.is_terminal:  # where nobody sees a progress bar
+        if not watched():  # where nobody sees a progress bar
             logger.info(
                 "%s: error of its outputs on held-out text %.5f before training, %.5f after.",
                 examples.name, before, after,

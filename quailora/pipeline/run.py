@@ -26,7 +26,7 @@ from ..models.limits import check_token_ids
 from ..models.weights import resident
 from ..quantizers import QuantizedWeight
 from ..support import distributed
-from ..support.progress import Counter, console, counting
+from ..support.progress import Counter, counting, watched
 from .keys import distilled_keys, key, trained_key
 from .layerwise import initialize_layer, initializers, quantize_alone, seeded
 from .store import Store, StoredLayer, corrections_of, weights_of
@@ -108,7 +108,7 @@ class ModelRun:
             weights = self._visit(block, counter)
             spent, start = time.perf_counter() - start, time.perf_counter()
             self.seconds[block.index] = round(self.seconds.get(block.index, 0.0) + spent, 3)
-            if not console.is_terminal:  # where nobody sees a progress bar
+            if not watched():  # where nobody sees a progress bar
                 logger.info("Block %d, %d layers: %.1f s.", block.index, len(block.layers), spent)
             return weights
 

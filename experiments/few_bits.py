@@ -9,18 +9,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
-from torch import Tensor
 from typing_extensions import override
 
 from quailora import NF4, Calibration, Int8, LoraScaling, Output, Quantizer, Resources, Sign, TextSource, Uniform
-from quailora.calibration.examples import BlockExamples
-from quailora.calibration.walk import Block
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.distillation import Distillation
 from quailora.methods.recipes import Recipe, find_recipe
@@ -29,13 +25,13 @@ from quailora.models.load import load_model
 from quailora.pipeline.initialize_model import finished_run, model_run
 from quailora.pipeline.loading import loaded_model
 from quailora.pipeline.plan import RunPlan, plan_run, source_of
-from quailora.pipeline.store import MemoryStore, StoredLayer, corrections_of
-from quailora.pipeline.trained_blocks import compensated, weight_of
+from quailora.pipeline.store import MemoryStore, StoredLayer
 from quailora.solvers import Zero
 
 from .auto_rounding import auto_rounded, shuffled_windows
 from .data import OTHER_TEXTS
 from .few_bits_tables import draw
+from .first_block import trained_first_block
 from .jobs import Jobs
 from .protocol import REFERENCE, Protocol
 from .runs import RESULTS, Store
@@ -69,16 +65,6 @@ DIAL = (120, 480, 960)
 RATES = (3e-4, 1e-3)
 """Learning rates of these distillations."""
 
-BLOCKS: dict[str, BlockTraining] = {
-    "factors": BlockTraining(parts=("factors",)),
-    "factors and scales": BlockTraining(parts=("scales", "factors")),
-    "the same, twice as long": BlockTraining(400, parts=("scales", "factors")),
-    "the same, factors at 3e-4": BlockTraining(parts=("scales", "factors"), factor_rate=3e-4),
-    "the same, factors at 3e-3": BlockTraining(parts=("scales", "factors"), factor_rate=3e-3),
-    **{f"factors, scales and codes at {rate:g}": BlockTraining(code_rate=rate) for rate in (1e-3, 5e-3, 2e-2)},
-}
-"""Settings of a training of the first block of the model, which jobs named blocks try out."""
-
 STEPS = 120
 """Steps of the distillation that ends a job; rows have the model before it as well."""
 
@@ -101,7 +87,8 @@ def jobs() -> list[str]:
         *dials,
         *closed,
         *(f"{base}/{recipe}/0/0" for base in list(BASES)[:4] for recipe in ("bare", "bare-trained", "auto-round")),
-        *(f"{base}/blocks/{rank}/0" for base in two for rank in (16, 64)),
+        *(f"{base}/blocks/{rank}/0" for base in two for rank in (0, 16, 64)),
+        *(f"{base}/signed steps/{rank}/0" for base in two for rank in (0, 16, 64)),
         *others,
         *(f"NF4/best/16/{seed}" for seed in (0, 1, 2)),
         f"{SIGNS}/nearest/0/0",
@@ -148,7 +135,7 @@ class FewBits(Jobs):
 
     @override
     def _row(self, job: str) -> dict[str, Any]:
-        kinds = {"blocks": self._blocks, "auto-round": self._auto_rounded}
+        kinds = {"blocks": self._blocks, "signed steps": self._blocks, "auto-round": self._auto_rounded}
         return kinds.get(job.split("/")[1], self._made)(job)
 
     def _plan(self, recipe: Recipe, base: str, rank: int, seed: int = 0, out: Path | None = None) -> RunPlan:
@@ -162,31 +149,14 @@ class FewBits(Jobs):
 
     def _blocks(self, job: str) -> dict[str, Any]:
         """Train the first block of the model with all settings; return its errors before and after each training."""
-        base, _, rank, _ = job.split("/")
-        plan = self._plan(find_recipe("best-joint"), base, int(rank))
+        base, kind, rank, _ = job.split("/")
+        quantizer = BASES[base]
+        assert isinstance(quantizer, Uniform)
+        plan = self._plan(find_recipe("best-joint") if int(rank) else BARE, base, int(rank))
         loaded = loaded_model(plan, None)
         targets = plan.adapter.of(all_layers(loaded.model))
         run = model_run(plan, loaded, targets, plan.source.tokens(loaded.tokenizer), MemoryStore())
-        first = block_of(next(iter(run.walk.layers)))
-        layers = {name: layer for name, layer in run.walk.layers.items() if block_of(name) == first}
-        walk = replace(run.walk, layers=layers, batch_tokens=BlockTraining.tokens)
-        replace(run, walk=walk).finish()
-        errors: dict[str, tuple[float, float]] = {}
-
-        def visit(block: Block) -> Mapping[str, Tensor]:
-            return {name: compensated(run.store.load(name)) for name in block.layers}
-
-        def train(examples: BlockExamples, names: Sequence[str]) -> Mapping[str, Tensor]:
-            stored = {name: run.store.load(name) for name in names}
-            corrections = corrections_of(stored)
-            for setting, training in BLOCKS.items():
-                weights = {name: weight_of(one, training) for name, one in stored.items()}
-                found = training.improve(examples, layers, weights, corrections)
-                errors[setting] = found.before, found.after
-            return {}
-
-        walk.run(visit, train)
-        return {"blocks": errors}
+        return {"blocks": trained_first_block(run, quantizer, signed=kind == "signed steps", adapters=bool(int(rank)))}
 
     def _made(self, job: str) -> dict[str, Any]:
         """Make the model of a job, and return its scores before and after each distillation."""

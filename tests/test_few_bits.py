@@ -8,12 +8,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import stopped_after_a_block
 
-from experiments import few_bits
+from experiments import few_bits, first_block
 from experiments.few_bits import FewBits, jobs
 from experiments.few_bits_tables import draw
 from experiments.scored import Size
+from experiments.signed_steps import MovedWeight
+from quailora import Uniform
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.recipes import RECIPES
 from quailora.models.layers import all_layers
@@ -37,7 +40,9 @@ def experiment(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setitem(few_bits.WITHOUT, "bare-trained", trained)
     monkeypatch.setattr(few_bits, "DIAL", (2, 3))
     monkeypatch.setattr(few_bits, "jobs", lambda: [JOB, "2 bits, groups of 32/blocks/4/0"])
-    monkeypatch.setattr(few_bits, "BLOCKS", {"short": BlockTraining(2, 64)})
+    monkeypatch.setattr(first_block, "BLOCKS", {"short": BlockTraining(2, 64)})
+    monkeypatch.setattr(first_block, "ALONE", {"short": BlockTraining(2, 64, parts=("scales",))})
+    monkeypatch.setattr(first_block, "SIGNED", {"steps": BlockTraining(40, 64)})
     return FewBits(tmp_path, tmp_path / "runs", tmp_path / "results", "cpu", str(tiny_llama), Size(8, 32, 2, 64))
 
 
@@ -57,6 +62,36 @@ def test_a_job_goes_on_and_is_scored_at_each_stage(experiment, tmp_path, monkeyp
     page.write_text(PAGE, encoding="utf-8")
     experiment.draw(page)
     assert "| 2 bits, groups of 32 | `block-trained-joint` + distillation | 4 |" in page.read_text(encoding="utf-8")
+
+
+def test_a_block_is_trained_in_several_ways(experiment, monkeypatch):
+    """All begin with the same closed form; signed steps do so from codes rounded to nearest, and make them better."""
+    kinds = [f"2 bits, groups of 32/{kind}/{rank}/0" for rank in (0, 4) for kind in ("blocks", "signed steps")]
+    monkeypatch.setattr(few_bits, "jobs", lambda: kinds)
+    experiment.run()
+    found = {row["key"]: row["blocks"] for row in experiment._store.rows()}
+    for ours, signed in (kinds[:2], kinds[2:]):
+        assert found[signed]["steps"][0] == pytest.approx(found[ours]["short"][0], rel=1e-3)
+    monkeypatch.setattr(first_block, "SIGNED", {"none": BlockTraining(0)})
+    monkeypatch.setattr(few_bits, "jobs", lambda: [f"2 bits, groups of 32/signed steps/{rank}/1" for rank in (0, 4)])
+    experiment.run()
+    nearest = {row["key"]: row["blocks"]["none"][1] for row in experiment._store.rows() if "none" in row["blocks"]}
+    for before, after in zip(nearest.values(), (found[kinds[1]], found[kinds[3]]), strict=True):
+        assert after["steps"][1] < before
+
+
+def test_signed_steps_begin_with_what_is_nearest():
+    """Up to the precision of scales, which `Uniform` rounds to float16, and to ties that this decides."""
+    torch.manual_seed(0)
+    weight = torch.randn(32, 64)
+    moved = MovedWeight(weight, Uniform(2, 32))
+    nearest = Uniform(2, 32).quantize(weight).dequantize()
+    close = (moved.values() - nearest).abs() < 1e-2
+    assert close.float().mean() > 0.99
+    torch.autograd.backward((moved.values() * torch.ones(64).scatter(0, torch.arange(0, 64, 2), -1.0)).sum())
+    moved.step(0.75)
+    assert moved.moves.detach().aminmax() == (-0.5, 0.5)
+    assert 0 <= moved.ends.min() < 1 == moved.ends.max()
 
 
 def test_bases_without_an_adapter_and_distillations_from_one_start(experiment, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from helpers import init
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import content
+from runs import Killed, content, small_run
 from torch.nn import functional
 
 from quailora import SVD, Initializer, Uniform
@@ -20,6 +20,7 @@ from quailora.core.objective import Factors
 from quailora.errors import ConfigurationError, NumericalError
 from quailora.evaluation.scores import Corrected, measure
 from quailora.families.lora import lora_correction
+from quailora.methods import distillation
 from quailora.methods.distillation import Distillation, corrected, next_token_loss
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
@@ -153,3 +154,36 @@ def test_a_dial_says_what_it_has_set(steps, tokens, rate):
     assert (found.steps, found.learning_rate) == (steps, rate)
     assert tokens - found.sequence_length < found.tokens <= tokens
     assert found.asked(found.steps, found.tokens, found.learning_rate) == found
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_distillation_that_was_killed_goes_on(tiny_llama, tmp_path, monkeypatch, after):
+    """With the same bytes, from the step where its state was kept last; a state that has changed begins again."""
+    options = {"recipe": "distilled", "distill": 6, "distill_tokens": 64}
+    small_run(tiny_llama, tmp_path / "whole", **options)
+    monkeypatch.setattr(distillation, "_SAVED_SECONDS", -1.0)
+    taken = []
+    plain = distillation.divergence
+
+    def counted(*logits):
+        taken.append(1)
+        if len(taken) > after + 1:
+            raise Killed
+        return plain(*logits)
+
+    for damage in (False, True):
+        out = tmp_path / f"killed-{damage}"
+        with monkeypatch.context() as patch:
+            patch.setattr(distillation, "divergence", counted)
+            with pytest.raises(Killed):
+                small_run(tiny_llama, out, **options)
+        if damage:
+            (state,) = tmp_path.glob(f"{out.name}.partial/*/layers/distilling-*/state.safetensors")
+            state.write_bytes(state.read_bytes()[:-1] + b"?")
+        taken.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(distillation, "divergence", lambda *logits: (taken.append(1), plain(*logits))[1])
+            small_run(tiny_llama, out, **options)
+        assert len(taken) == (6 if damage else 6 - after - 1)
+        assert content(out) == content(tmp_path / "whole")
+        taken.clear()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
@@ -22,9 +23,14 @@ from ..errors import ConfigurationError, NumericalError, check_choice
 from ..families import Correction
 from ..models.layers import Layer
 from ..models.weights import beside, replaced
-from ..support.progress import track
+from ..support.progress import counting
 
 logger = logging.getLogger("quailora")
+
+_SAVED_SECONDS = 120.0  # between two times that an unfinished training is kept; results do not depend on it
+
+Save = Callable[[Mapping[str, Tensor]], None]
+"""Keeps an unfinished training, in place of what was kept before."""
 
 
 @final
@@ -105,6 +111,8 @@ class Distillation:
         corrections: Mapping[str, Correction],
         windows: Int[Tensor, "samples sequence_length"],
         dtype: CalibrationDtype = "auto",
+        earlier: Mapping[str, Tensor] | None = None,
+        save: Save | None = None,
     ) -> dict[str, Correction]:
         """Return the trained corrections.
 
@@ -115,6 +123,9 @@ class Distillation:
             corrections: the adapters to start from, before PEFT's scaling.
             windows: token ids, `batch` for each step.
             dtype: arithmetic, see `Calibration`.
+            earlier: what `save` was called with last, in the same training, which then goes on from there. On a CPU the
+                result is the same, bit by bit, as that of a training that was not interrupted.
+            save: called every two minutes.
 
         Raises:
             NumericalError: if the loss is NaN or infinite.
@@ -125,22 +136,30 @@ class Distillation:
         # the place of the model's own, so that the model needs no change and no copy.
         parameters = [tensor for one in trained.values() for tensor in one.parameters.values() if tensor.requires_grad]
         optimizer = torch.optim.AdamW(parameters, self.learning_rate)
-        rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
-        losses = []
-        quantized = beside(layers, quantized)
-        for ids in track(torch.split(windows.to(device), self.batch), "Distilling"):
-            expected = self._expected(model, ids, dtype)
-            with frozen(model), torch.enable_grad(), replaced(layers, quantized), corrected(layers, trained, quantized):
-                with arithmetic(model, dtype):
-                    logits = model(input_ids=ids, use_cache=False).logits
-                loss = next_token_loss(logits, ids) if expected is None else divergence(expected, logits.flatten(0, 1))
-                torch.autograd.backward(loss)  # inside, where the weights that it needs are in place
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise NumericalError(f"The loss of step {len(losses)} is {losses[-1]}. Lower the learning rate.")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            rate.step()
+        losses = [] if earlier is None else _restore(optimizer, parameters, earlier)
+        quantized, saved = beside(layers, quantized), time.monotonic()
+        batches = torch.split(windows.to(device), self.batch)
+        with counting("Distilling", len(batches), len(losses)) as counter:
+            for ids in batches[len(losses) :]:
+                if save is not None and losses and time.monotonic() - saved > _SAVED_SECONDS:
+                    save(_state(optimizer, parameters, losses))
+                    saved = time.monotonic()
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate * (1 - len(losses) / len(batches))
+                expected = self._expected(model, ids, dtype)
+                with frozen(model), torch.enable_grad(), replaced(layers, quantized):
+                    with corrected(layers, trained, quantized), arithmetic(model, dtype):
+                        logits = model(input_ids=ids, use_cache=False).logits
+                    loss = (
+                        next_token_loss(logits, ids) if expected is None else divergence(expected, logits.flatten(0, 1))
+                    )
+                    torch.autograd.backward(loss)  # inside, where the weights that it needs are in place
+                losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    raise NumericalError(f"The loss of step {len(losses)} is {losses[-1]}. Lower the learning rate.")
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                counter.advance()
         logger.info("Loss of the training: %.4f nats a token at first, %.4f at last.", losses[0], losses[-1])
         return {name: detached(correction) for name, correction in trained.items()}
 
@@ -154,6 +173,34 @@ class Distillation:
         with arithmetic(model, dtype):
             logits: Tensor = model(input_ids=ids, use_cache=False).logits
         return logits.flatten(0, 1)
+
+
+def _state(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], losses: Sequence[float]
+) -> dict[str, Tensor]:
+    """Return a training as it is between two steps: the losses of those that are done, parameters and moments."""
+    found = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for number, parameter in enumerate(parameters):
+        found[f"{number}.parameter"] = parameter.detach().clone()
+        found |= {f"{number}.{name}": tensor.clone() for name, tensor in optimizer.state[parameter].items()}
+    return found
+
+
+def _restore(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], state: Mapping[str, Tensor]
+) -> list[float]:
+    """Put parameters and moments back, and return the losses of the steps that are done."""
+    moments: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(parameters))}
+    for key, tensor in state.items():
+        number, _, name = key.partition(".")
+        if name == "parameter":
+            with torch.no_grad():
+                parameters[int(number)].copy_(tensor)
+        elif name:
+            moments[int(number)][name] = tensor.clone()  # which may be mapped from a file that another one replaces
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    done: list[float] = state["losses"].tolist()
+    return done
 
 
 def next_token_loss(logits: Float[Tensor, "batch tokens vocabulary"], ids: Int[Tensor, "batch tokens"]) -> Tensor:

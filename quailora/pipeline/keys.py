@@ -21,3 +21,8 @@ def trained_key(key: str) -> str:
 def distilled_keys(method_name: str, distillation: Distillation, layers: Iterable[str]) -> dict[str, str]:
     """Return the name of each distilled layer in the store."""
     return {layer: key(f"distilled-{digest([repr(distillation)])}", key(method_name, layer)) for layer in layers}
+
+
+def distilling_key(method_name: str, distillation: Distillation) -> str:
+    """Return the name that a distillation has in the store while it is not finished."""
+    return key(f"distilling-{digest([repr(distillation)])}", key(method_name, "state"))

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, final
 
 from torch import Tensor
@@ -27,7 +28,7 @@ from ..models.weights import resident
 from ..quantizers import QuantizedWeight
 from ..support import distributed
 from ..support.progress import Counter, counting, watched
-from .keys import distilled_keys, key, trained_key
+from .keys import distilled_keys, distilling_key, key, trained_key
 from .layerwise import initialize_layer, initializers, quantize_alone, seeded
 from .store import Store, StoredLayer, corrections_of, weights_of
 from .trained_blocks import compensated, train_block
@@ -204,7 +205,7 @@ class ModelRun:
         if distillation is not None and distributed.rank() == 0 and not all(map(self.store.has, keys.values())):
             # Weights and corrections come from the store and not from memory, so that a run which ended after its last
             # layer can go on with the training alone.
-            before = self.finished(method_name)
+            before, state = self.finished(method_name), distilling_key(method_name, distillation)
             trained = distillation.train(
                 self.walk.model,
                 self.layers,
@@ -212,10 +213,17 @@ class ModelRun:
                 corrections_of(before),
                 check_token_ids(self.walk.model, distillation.windows(source, tokenizer)),
                 source.dtype,
+                self.store.load(state).packed or None if self.store.has(state) else None,
+                partial(self._keep, state) if self.store.outlives else None,
             )
             for name, correction in trained.items():
                 self.store.save(keys[name], replace(before[name], correction=correction))
+            if self.store.has(state):
+                self._keep(state, {})
         distributed.barrier()
+
+    def _keep(self, stored: str, tensors: Mapping[str, Tensor]) -> None:
+        self.store.save(stored, StoredLayer(packed=tensors))
 
     def _latest(self, stored: str) -> str:
         """Return the key of a layer after the training of its block, where there was one."""

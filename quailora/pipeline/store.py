@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 from typing_extensions import override
@@ -48,7 +48,13 @@ def corrections_of(layers: Mapping[str, StoredLayer]) -> dict[str, Correction]:
 
 
 class Store(ABC):
-    """Keeps finished layers by name, and the hidden states between blocks."""
+    """Keeps finished layers by name, and the hidden states between blocks.
+
+    Attributes:
+        outlives: whether what is kept outlives the process.
+    """
+
+    outlives: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -92,6 +98,8 @@ class Store(ABC):
 @final
 class MemoryStore(Store):
     """Keeps everything in the memory of the process, and ends with it."""
+
+    outlives: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._activations = Activations()

@@ -33,7 +33,7 @@ from quailora.budget.programme import cheapest, silenced
 from quailora.budget.question import Question
 from quailora.calibration.gradients import weight_gradient
 from quailora.cli.main import main
-from quailora.errors import ConfigurationError, ModelError
+from quailora.errors import ConfigurationError, DoesNotFitError, ModelError
 from quailora.evaluation.scores import measure
 from quailora.methods.recipes import resolved_name
 from quailora.models.layers import linear_layers
@@ -664,6 +664,22 @@ def test_a_notebook_measures_what_the_terminal_does(tiny_llama, folder, tmp_path
     monkeypatch.setattr(costs, "_sampled", None)
     again = quailora.measure_choices(name, state=tmp_path / "state", **arguments)
     assert again.layers == expected.layers
+
+
+def test_a_model_that_does_not_fit_is_announced(tiny_llama, monkeypatch, caplog):
+    """By a warning; a limit that was given is kept to, and memory that runs out is told in one line."""
+    arguments = {"calibration": Calibration(TextSource(), 8, 32), "choices": CHOICES}
+    with pytest.raises(DoesNotFitError, match="Expected to stay below"):
+        quailora.measure_choices(str(tiny_llama), **arguments, resources=Resources(memory_limit="1MB"))
+    monkeypatch.setattr("quailora.pipeline.plan.memory_available", lambda *_: 1000)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has less.")
+
+    monkeypatch.setattr("quailora.budget.measure_choices.measure_model", full)
+    with pytest.raises(DoesNotFitError, match="The memory is full"):
+        quailora.measure_choices(str(tiny_llama), **arguments)
+    assert "holds the whole model in memory" in caplog.text
 
 
 def test_batches_are_measured_on(tiny_llama):

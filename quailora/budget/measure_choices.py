@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from ..pipeline.plan import CalibrationGiven, RunPlan, plan_run, source_of
 from ..quantizers import NF4, Quantizer
 from ..support.choices import PLANNED_BITS, PLANNED_LENGTH, PLANNED_RANKS, PLANNED_SAMPLES, StrPath
 from ..support.files import folder_of
-from ..support.machine import size
+from ..support.machine import size, within_memory
 from .choices import Choice, possible_choices
 from .layer_errors import quantizers_of
 from .measurements import Measurements
@@ -32,9 +33,12 @@ from .measuring import measure_model
 from .plan import Budget
 from .question import PlanRecipe, Question
 
+logger = logging.getLogger("quailora")
+
 _SIDE = 256  # rows and columns of the layer that formats are compared by
 
 
+@within_memory("shorter windows, `device='cpu'`, or a machine with more memory: the whole model has to fit")
 def measure_choices(
     model: Any,
     calibration: CalibrationGiven = None,
@@ -89,6 +93,12 @@ def measure_choices(
     recipe = recipe or ("best" if all(choice.quantizer == NF4() for choice in chosen) else "best-joint")
     plan = planned(model, Question(chosen, chosen[0], recipe), source_of(calibration), resources)
     question = Question(chosen, reference_for(plan, chosen, budget), recipe)
+    needed = plan.estimate
+    if not plan.on_disk and needed.in_memory > needed.available:  # which raises an error where a limit was given
+        logger.warning(
+            "Measuring holds the whole model in memory. It needs about %s of %s, and %s may be used.",
+            size(needed.in_memory), needed.memory, size(needed.available),
+        )  # fmt: skip
     with ExitStack() as held:
         if state is None:
             folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="quailora-")))

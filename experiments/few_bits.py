@@ -55,9 +55,9 @@ BASES: dict[str, Quantizer] = {
 WITHOUT: dict[str, Recipe] = {
     "nearest": Recipe("no adapter, rounded to nearest", Zero(), inputs="quantized"),
     "bare": BARE,
-    "bare-trained": replace(BARE, blocks=BlockTraining(parts=("scales",))),
+    "bare-trained": replace(BARE, blocks=BlockTraining(code_rate=1e-3, parts=("codes", "scales"))),
 }
-"""Bases without an adapter: as stock packages round them, as `best-joint` does, and with scales trained by blocks."""
+"""Bases without an adapter: as stock packages round them, as `best-joint` does, and trained by blocks after that."""
 
 DIAL = (120, 480, 960)
 """Steps of the distillations that begin with the same adapters, in jobs whose recipe names a learning rate."""
@@ -88,6 +88,7 @@ def jobs() -> list[str]:
         *closed,
         *(f"{base}/{recipe}/0/0" for base in list(BASES)[:4] for recipe in ("bare", "bare-trained", "auto-round")),
         *(f"{base}/blocks/{rank}/0" for base in two for rank in (0, 16, 64)),
+        "3 bits, groups of 64/blocks/0/0",
         *(f"{base}/signed steps/{rank}/0" for base in two for rank in (0, 16, 64)),
         *others,
         *(f"NF4/best/16/{seed}" for seed in (0, 1, 2)),

@@ -24,7 +24,7 @@ STEP_TOKENS = 1024
 NAMES = {
     "nearest": "rounded to nearest",
     "bare": "rounded as held-out tokens choose",
-    "bare-trained": "the same, scales trained by blocks",
+    "bare-trained": "the same, codes and scales trained by blocks",
     "auto-round": "by the package auto-round",
 }
 """What is done to bases without an adapter, in words."""

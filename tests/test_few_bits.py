@@ -36,7 +36,7 @@ def experiment(tiny_llama, tmp_path, monkeypatch):
     short = replace(RECIPES["block-trained-joint"], blocks=BlockTraining(3, 64, parts=("scales", "factors")))
     monkeypatch.setitem(RECIPES, "block-trained-joint", short)
     monkeypatch.setattr(few_bits, "STEPS", 2)
-    trained = replace(few_bits.WITHOUT["bare-trained"], blocks=BlockTraining(3, 64, parts=("scales",)))
+    trained = replace(few_bits.WITHOUT["bare-trained"], blocks=BlockTraining(3, 64, parts=("codes", "scales")))
     monkeypatch.setitem(few_bits.WITHOUT, "bare-trained", trained)
     monkeypatch.setattr(few_bits, "DIAL", (2, 3))
     monkeypatch.setattr(few_bits, "jobs", lambda: [JOB, "2 bits, groups of 32/blocks/4/0"])
@@ -114,7 +114,7 @@ def test_bases_without_an_adapter_and_distillations_from_one_start(experiment, t
     page.write_text(PAGE, encoding="utf-8")
     experiment.draw(page)
     text = page.read_text(encoding="utf-8")
-    assert "| 2 bits, groups of 32 | the same, scales trained by blocks | - |" in text
+    assert "| 2 bits, groups of 32 | the same, codes and scales trained by blocks | - |" in text
     assert text.index("| NF4, no adapter |") < text.index("| 0.0003 | 0 |") < text.index("| 0.001 | 2,048 |")
 
 

@@ -96,7 +96,7 @@ def test_signed_steps_begin_with_what_is_nearest():
 
 def test_bases_without_an_adapter_and_distillations_from_one_start(experiment, tmp_path, monkeypatch):
     bare = [f"2 bits, groups of 32/{recipe}/0/0" for recipe in ("bare", "bare-trained")]
-    nearest = [f"{base}/nearest/0/0" for base in ("NF4", "int8")]
+    nearest = [f"{base}/nearest/0/0" for base in ("2 bits, groups of 32", "NF4", "int8")]
     dials = ["NF4/best at 0.001/4/0", "NF4/best at 0.0003/4/0"]
     monkeypatch.setattr(few_bits, "jobs", lambda: [*bare, *nearest, *dials])
     experiment.run()
@@ -104,7 +104,7 @@ def test_bases_without_an_adapter_and_distillations_from_one_start(experiment, t
     losses = {key: sum(row["scores"]["undistilled"]["wikitext2 kl"]) for key, row in rows.items()}
     assert all(rows[key]["adapter"] == 0 and rows[key]["scores"].keys() == {"full", "undistilled"} for key in bare)
     assert losses[bare[0]] != losses[bare[1]]
-    assert losses["int8/nearest/0/0"] < losses["NF4/nearest/0/0"] < losses[bare[0]]
+    assert losses[nearest[2]] < losses[nearest[1]] < losses[nearest[0]]
     first, second = (rows[key] for key in dials)
     assert first["seconds"].keys() == {"undistilled", "2 steps", "3 steps"}
     assert first["scores"]["undistilled"] == second["scores"]["undistilled"]

@@ -67,8 +67,9 @@ def test_an_adapter_is_measured_on_its_base_of_many_bits(tiny_llama, tmp_path):
     origin = json.loads((tmp_path / "a/quailora.json").read_text(encoding="utf-8"))["origin"]
     assert origin["needs"] == "base"
     results = evaluate(tiny_llama, adapter=tmp_path / "a").results
-    full, quantized, corrected = (torch.tensor(one.window_losses).mean() for one in results.values())
-    assert abs(corrected - full) < abs(quantized - full)
+    # The losses of a model of random weights go up and down by chance; how far they move in each window does not.
+    full, quantized, corrected = (torch.tensor(one.window_losses) for one in results.values())
+    assert (corrected - full).norm() < (quantized - full).norm()
 
 
 @pytest.mark.parametrize("quantizer", [NF4(), Int8()], ids=repr)

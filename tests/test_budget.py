@@ -680,6 +680,7 @@ def test_a_model_that_does_not_fit_is_announced(tiny_llama, monkeypatch, caplog)
     with pytest.raises(DoesNotFitError, match="The memory is full"):
         quailora.measure_choices(str(tiny_llama), **arguments)
     assert "holds the whole model in memory" in caplog.text
+    assert "on the text that ships with quailora" in caplog.text
 
 
 def test_batches_are_measured_on(tiny_llama):

@@ -18,6 +18,7 @@ from ..calibration.windows import Calibration
 from ..errors import ConfigurationError
 from ..methods.recipes import find_recipe
 from ..models.layers import ALL_LINEAR, Layer, block_of, stock_quantizes
+from ..pipeline.checks import warn_of_shipped_text
 from ..pipeline.estimate import parameter_bytes
 from ..pipeline.formats import example_by
 from ..pipeline.options import Resources
@@ -93,6 +94,7 @@ def measure_choices(
     recipe = recipe or ("best" if all(choice.quantizer == NF4() for choice in chosen) else "best-joint")
     plan = planned(model, Question(chosen, chosen[0], recipe), source_of(calibration), resources)
     question = Question(chosen, reference_for(plan, chosen, budget), recipe)
+    warn_of_shipped_text(plan.source)
     needed = plan.estimate
     if not plan.on_disk and needed.in_memory > needed.available:  # which raises an error where a limit was given
         logger.warning(

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapters.frozen import check_frozen
 from ..adapters.lora import LoraScaling
 from ..bases.writer import is_replaced
-from ..calibration.sources import CalibrationSource
+from ..calibration.sources import CalibrationSource, TextCalibration
 from ..errors import ConfigurationError, TargetError, named
 from ..families import Family, Lora
 from ..methods.block_training import ENOUGH_TOKENS
@@ -253,6 +253,12 @@ def check_tokens(layers: Mapping[str, Layer], source: CalibrationSource) -> None
             widest.shape[1],
             widest.name,
         )
+
+
+def warn_of_shipped_text(source: CalibrationSource) -> None:
+    """Warn if no text was given to calibrate on."""
+    if isinstance(source, TextCalibration) and source.calibration.text.source is None:
+        logger.warning("Calibrating on the text that ships with quailora; pass a text like that of your task.")
 
 
 def warn_of_training(method: Method, source: CalibrationSource, layer: Layer) -> None:

@@ -36,6 +36,7 @@ from .checks import (
     check_seed,
     output_folder,
     warn_of_blocks,
+    warn_of_shipped_text,
     warn_of_training,
 )
 from .estimate import Estimate, estimate
@@ -217,8 +218,7 @@ def check_plan(plan: RunPlan) -> None:
     """Check just before a run begins that the hub takes an upload; warn of a calibration text that is too little."""
     if plan.output is not None:
         check_upload(plan.output.push_to_hub)
-    if isinstance(plan.source, TextCalibration) and plan.source.calibration.text.source is None:
-        logger.warning("Calibrating on the text that ships with quailora; pass a text like that of your task.")
+    warn_of_shipped_text(plan.source)
     warn_of_training(plan.method, plan.source, next(iter(plan.adapter.layers.values())))
 
 

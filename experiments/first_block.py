@@ -10,9 +10,8 @@ from torch import Tensor
 from quailora import Uniform
 from quailora.calibration.examples import BlockExamples
 from quailora.calibration.walk import Block
-from quailora.methods.block_training import BlockTraining
+from quailora.methods.block_training import BlockTraining, aim_beside
 from quailora.models.layers import block_of
-from quailora.models.weights import replaced
 from quailora.pipeline.run import ModelRun
 from quailora.pipeline.store import corrections_of
 from quailora.pipeline.trained_blocks import compensated, weight_of
@@ -67,13 +66,10 @@ def trained_first_block(
         stored = {name: run.store.load(name) for name in names}
         corrections = corrections_of(stored) if adapters else {}
         if signed:
-            fitted = {name: compensated(one) for name, one in stored.items()}
-            with replaced(layers, fitted):
-                before = examples.mean_loss(examples.held_out)
-            # What is rounded is the weight less the adapter.
+            weights = {name: weight_of(one, BlockTraining()) for name, one in stored.items()}
+            before = BlockTraining(0).improve(examples, layers, weights, corrections).before
             aims = {
-                name: layers[name].weight - (fitted[name] - weight_of(one, BlockTraining()).dequantize())
-                for name, one in stored.items()
+                name: aim_beside(layers[name].weight, weight, corrections.get(name)) for name, weight in weights.items()
             }
             for setting, training in SIGNED.items():
                 errors[setting] = before, signed_steps(examples, layers, aims, corrections, quantizer, training)

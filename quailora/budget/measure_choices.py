@@ -13,7 +13,6 @@ from typing import Any
 from ..adapters.lora import LoraScaling
 from ..bases.writer import is_replaced
 from ..calibration.sources import CalibrationSource
-from ..calibration.text import TextSource
 from ..calibration.windows import Calibration
 from ..errors import ConfigurationError
 from ..methods.recipes import find_recipe
@@ -83,16 +82,14 @@ def measure_choices(
             "Costs of layers are measured by gradients of the whole model, which has to be in memory. "
             "Leave out `offload='always'`."
         )
-    if calibration is None or isinstance(calibration, StrPath):
-        text = TextSource(None if calibration is None else str(calibration))
-        calibration = Calibration(text, PLANNED_SAMPLES, PLANNED_LENGTH)
+    source = source_of(calibration, Calibration(samples=PLANNED_SAMPLES, sequence_length=PLANNED_LENGTH))
     chosen = tuple(possible_choices("gptq", PLANNED_BITS, PLANNED_RANKS) if choices is None else choices)
     if not any(choice.quantizer for choice in chosen):
         raise ConfigurationError("Expected a choice that quantizes layers, got none. There is nothing to plan.")
     budget = None if around is None else Budget(around)
     # NF4 everywhere is the base that every package makes. Any other one has to be written, and then it may be chosen.
     recipe = recipe or ("best" if all(choice.quantizer == NF4() for choice in chosen) else "best-joint")
-    plan = planned(model, Question(chosen, chosen[0], recipe), source_of(calibration), resources)
+    plan = planned(model, Question(chosen, chosen[0], recipe), source, resources)
     question = Question(chosen, reference_for(plan, chosen, budget), recipe)
     warn_of_shipped_text(plan.source)
     needed = plan.estimate

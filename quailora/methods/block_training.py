@@ -152,7 +152,7 @@ class BlockTraining:
         codes = {
             name: TrainedCodes(
                 weight,
-                _beside(layers[name].weight, weight, corrections.get(name)),
+                aim_beside(layers[name].weight, weight, corrections.get(name)),
                 codes="codes" in self.parts,
                 scales="scales" in self.parts,
             )
@@ -261,7 +261,7 @@ class BlockTraining:
         return result
 
 
-def _beside(weight: Tensor, quantized: QuantizedWeight, correction: Correction | None) -> Tensor:
+def aim_beside(weight: Tensor, quantized: QuantizedWeight, correction: Correction | None) -> Tensor:
     """Return what a quantized weight comes close to: the weight of full precision, less the correction."""
     return weight if correction is None else weight.float() - _change(correction, quantized, weight.device)
 

@@ -30,7 +30,7 @@ logger = logging.getLogger("quailora")
 _SAVED_SECONDS = 120.0  # between two times that an unfinished training is kept; results do not depend on it
 
 Save = Callable[[Mapping[str, Tensor]], None]
-"""Keeps an unfinished training, in place of what was kept before."""
+"""Keeps an unfinished training, in place of what was kept before. The next step changes the tensors."""
 
 
 @final
@@ -136,7 +136,7 @@ class Distillation:
         # the place of the model's own, so that the model needs no change and no copy.
         parameters = [tensor for one in trained.values() for tensor in one.parameters.values() if tensor.requires_grad]
         optimizer = torch.optim.AdamW(parameters, self.learning_rate)
-        losses = [] if earlier is None else _restore(optimizer, parameters, earlier)
+        losses = _restore(optimizer, parameters, earlier) if earlier else []
         quantized, saved = beside(layers, quantized), time.monotonic()
         batches = torch.split(windows.to(device), self.batch)
         with counting("Distilling", len(batches), len(losses)) as counter:
@@ -181,8 +181,8 @@ def _state(
     """Return a training as it is between two steps: the losses of those that are done, parameters and moments."""
     found = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for number, parameter in enumerate(parameters):
-        found[f"{number}.parameter"] = parameter.detach().clone()
-        found |= {f"{number}.{name}": tensor.clone() for name, tensor in optimizer.state[parameter].items()}
+        found[f"{number}.parameter"] = parameter.detach()
+        found |= {f"{number}.{name}": tensor for name, tensor in optimizer.state[parameter].items()}
     return found
 
 

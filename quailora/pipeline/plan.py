@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,8 +43,6 @@ from .fine_tuned import FineTuned
 from .formats import check_single_layers, examples_of_base
 from .options import Output, Resources
 from .targets import AdapterPlan, plan_adapter
-
-logger = logging.getLogger("quailora")
 
 CalibrationGiven = CalibrationSource | Calibration | StrPath | Iterable[Mapping[str, Any]] | None
 """What callers may calibrate on: a text by file or name, windows of it, batches of tokens; the shipped text if None."""
@@ -240,14 +237,18 @@ def fitted_to(source: CalibrationSource, empty: Any) -> CalibrationSource:
     return source
 
 
-def source_of(given: CalibrationGiven) -> CalibrationSource:
+def source_of(given: CalibrationGiven, usual: Calibration = Calibration()) -> CalibrationSource:  # noqa: B008 # frozen
     """Return what callers pass as calibration as a source of tokens.
+
+    Args:
+        given: what they pass.
+        usual: windows that are taken of a text.
 
     Raises:
         CalibrationError: if batches have no tokens, or are of another form.
     """
     if given is None or isinstance(given, StrPath):
-        given = Calibration(TextSource(None if given is None else str(given)))
+        given = replace(usual, text=TextSource(None if given is None else str(given)))
     if isinstance(given, Calibration):
         return TextCalibration(given)
     return given if isinstance(given, CalibrationSource) else BatchCalibration.of(given)

@@ -213,7 +213,7 @@ class ModelRun:
                 corrections_of(before),
                 check_token_ids(self.walk.model, distillation.windows(source, tokenizer)),
                 source.dtype,
-                self.store.load(state).packed or None if self.store.has(state) else None,
+                self.store.load(state).packed if self.store.has(state) else None,
                 partial(self._keep, state) if self.store.outlives else None,
             )
             for name, correction in trained.items():

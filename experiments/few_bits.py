@@ -37,8 +37,6 @@ from .protocol import REFERENCE, Protocol
 from .runs import RESULTS, Store
 from .scored import BARE, Size, bytes_of, scores_of
 
-logger = logging.getLogger("experiments")
-
 SIGNS = "signs, groups of 64"
 """A base of 1 bit and a scale for each group, which no package loads."""
 
@@ -142,7 +140,8 @@ class FewBits(Jobs):
     def _plan(self, recipe: Recipe, base: str, rank: int, seed: int = 0, out: Path | None = None) -> RunPlan:
         """Return the plan of a run on the calibration text."""
         text = TextSource(str(self._texts / OTHER_TEXTS["wikitext2"]))
-        source = source_of(Calibration(text, self._size.samples, self._size.sequence_length, seed=seed))
+        samples = 1 if recipe is WITHOUT["nearest"] else self._size.samples  # rounding to nearest does not see the text
+        source = source_of(Calibration(text, samples, self._size.sequence_length, seed=seed))
         method = recipe.method(BASES[base], LoraScaling(max(1, rank)))
         resources = Resources(device="auto" if self._device == "auto" else "cpu")
         output = None if out is None else Output(out)

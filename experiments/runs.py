@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -28,8 +27,6 @@ from .scoring import held_out_losses, rounds, window_losses
 from .starts import being_made, start_folder, start_place
 from .tasks import TASKS, answered, bits, read_items
 from .training import model_of, train
-
-logger = logging.getLogger("experiments")
 
 RESULTS = Path(__file__).parent / "results"
 

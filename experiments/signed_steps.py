@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from quailora import Uniform
 from quailora.calibration.examples import BlockExamples
+from quailora.calibration.windows import random_order
 from quailora.families import Correction
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.distillation import trainable
@@ -94,11 +95,10 @@ def signed_steps(
     adapters = {name: trainable(one, layers[name].weight.device) for name, one in corrections.items()}
     numbers = [tensor for one in adapters.values() for tensor in one.parameters.values()]
     optimizer = torch.optim.AdamW(numbers, training.factor_rate, (0.9, 0.95), 1e-15, 0.0) if numbers else None
-    generator = torch.Generator().manual_seed(training.seed)
-    for step in range(training.steps):
-        number = examples.trained[int(torch.randint(len(examples.trained), (), generator=generator))]
+    order = random_order(len(examples.trained), training.steps, training.seed + examples.index)
+    for step, number in enumerate(order.tolist()):
         with torch.enable_grad(), computing_with(layers, moved, adapters):
-            torch.autograd.backward(examples.loss(number))
+            torch.autograd.backward(examples.loss(examples.trained[number]))
         left = 1 - step / training.steps
         for one in moved.values():
             one.step(left / training.steps)

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from ..errors import CalibrationError
 from .tokens import CalibrationTokens
-from .windows import Calibration, CalibrationDtype
+from .windows import Calibration, CalibrationDtype, random_order
 
 
 class CalibrationSource(ABC):
@@ -164,10 +164,7 @@ class BatchCalibration(CalibrationSource):
         rows = [sequence[:cut] for sequence in self.given.sequences if len(sequence) >= cut]
         if cut < 2:
             raise CalibrationError("Expected calibration sequences of at least two tokens to train on.")
-        generator = torch.Generator().manual_seed(self.draw + 1)
-        rounds = -(-count // len(rows))
-        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])
-        return torch.stack([rows[number] for number in order[:count].tolist()])
+        return torch.stack([rows[number] for number in random_order(len(rows), count, self.draw + 1).tolist()])
 
     @override
     def described(self) -> dict[str, Any]:

@@ -88,9 +88,7 @@ class Calibration:
             )
         # Sorted, so that windows come in the order of the text whatever the draw was: with several processes, and when
         # a run goes on, each window has the same number.
-        generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(len(every.ids), generator=generator)[: self.samples].sort().values
-        return every.ids[chosen]
+        return every.ids[random_order(len(every.ids), self.samples, self.seed).sort().values]
 
     def repeated(self, tokenizer: Any, count: int) -> Int[Tensor, "count sequence_length"]:
         """Draw `count` windows at random, in random order.
@@ -103,10 +101,7 @@ class Calibration:
         """
         self.windows(tokenizer)
         available = self._every_window(tokenizer, count).ids
-        generator = torch.Generator().manual_seed(self.seed)
-        rounds = -(-count // len(available))
-        order = torch.cat([torch.randperm(len(available), generator=generator) for _ in range(rounds)])
-        return available[order[:count]]
+        return available[random_order(len(available), count, self.seed)]
 
     def other_windows(self, tokenizer: Any, count: int, length: int) -> Int[Tensor, "count length"]:
         """Draw `count` windows with another seed than those of calibration, and no longer ones; see `repeated`."""
@@ -115,6 +110,13 @@ class Calibration:
 
     def _every_window(self, tokenizer: Any, needed: int) -> _Windows:
         return _windows(tokenizer, self.text.documents(tokenizer), needed, self.length, self.bos)
+
+
+def random_order(available: int, count: int, seed: int) -> Int[Tensor, " count"]:
+    """Return `count` numbers below `available` in random order; all of them come once before one comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = max(1, -(-count // available))
+    return torch.cat([torch.randperm(available, generator=generator) for _ in range(rounds)])[:count]
 
 
 def evaluation_source(source: str | None, fields: Sequence[str]) -> TextSource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,8 +39,6 @@ from .attach import adapted
 from .base import ChosenBase, check_measured_on, choose_base
 from .scores import perplexity_of
 from .texts import EvaluationTexts
-
-logger = logging.getLogger("quailora")
 
 
 @final

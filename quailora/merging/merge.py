@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -34,8 +33,6 @@ from .card import merged_card
 from .certificate import Certificate, certify
 from .trained_on import base_trained_on, check_model, model_of
 from .training import MergeTraining, check_memory, trained_layers
-
-logger = logging.getLogger("quailora")
 
 TEXTS = EvaluationTexts(windows=8)
 """What a merged model is measured on, if nothing else is asked for."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, final, get_args
@@ -21,7 +20,7 @@ from ..calibration.examples import BlockExamples
 from ..calibration.gradients import frozen
 from ..calibration.held_out import trained_and_held_out
 from ..calibration.sources import CalibrationSource
-from ..calibration.windows import CalibrationDtype
+from ..calibration.windows import CalibrationDtype, random_order
 from ..errors import ConfigurationError, NumericalError
 from ..families import Correction
 from ..models.layers import Layer
@@ -177,9 +176,9 @@ class BlockTraining:
             weight_decay=0.0,
         )
         rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.steps)
-        for number in _in_random_order(examples.trained, self.steps, self.seed + examples.index):
+        for number in random_order(len(examples.trained), self.steps, self.seed + examples.index).tolist():
             with torch.enable_grad(), computing_with(layers, codes, adapters):
-                loss = examples.loss(number)
+                loss = examples.loss(examples.trained[number])
                 torch.autograd.backward(loss)
             if not math.isfinite(loss.item()):
                 raise NumericalError(
@@ -282,11 +281,3 @@ def _held_out_loss(
         values[name] = values[name] + _change(correction, weights[name], values[name].device).to(values[name].dtype)
     with replaced(layers, values):
         return examples.mean_loss(examples.held_out)
-
-
-def _in_random_order(batches: Sequence[int], steps: int, seed: int) -> Iterator[int]:
-    """Yield a batch for each step; all of them come once before one comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = partial(torch.randperm, len(batches), generator=generator)
-    rounds = torch.cat([draw() for _ in range(-(-steps // len(batches)))])
-    yield from (batches[int(number)] for number in rounds[:steps])

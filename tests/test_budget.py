@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,13 @@ from quailora.calibration.gradients import weight_gradient
 from quailora.cli.main import main
 from quailora.errors import ConfigurationError, DoesNotFitError, ModelError
 from quailora.evaluation.scores import measure
-from quailora.methods.recipes import resolved_name
+from quailora.methods.block_training import BlockTraining
+from quailora.methods.recipes import RECIPES, resolved_name
 from quailora.models.layers import linear_layers
 from quailora.models.load import load_model
 from quailora.pipeline.store import MemoryStore, StoredLayer
 from quailora.schedules.held_out import roundings
+from quailora.support.settings import describe
 
 CHOICES = possible_choices("gptq", (2, 4, 16), (0, 4, 8))
 NUMBERS = st.floats(0.0, 9.0, width=32)
@@ -332,6 +335,10 @@ def test_a_plan_becomes_a_base_and_an_adapter(tiny_llama, folder, tmp_path, caps
             nbytes += stored.nbytes
             assert stored.bits == layer.choice.quantizer.bits
     assert nbytes == pytest.approx(plan.nbytes, rel=0.01)
+    shapes = {name: layer_shape(tiny_llama, name) for name in plan.layers}
+    adapter = sum(2 * ranks.get(name, 0) * sum(shape) for name, shape in shapes.items())
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    assert report["bits_per_weight"] == pytest.approx(8 * (nbytes - adapter) / weights, rel=0.01)
     config = json.loads((tmp_path / "a/adapter_config.json").read_text(encoding="utf-8"))
     scales = {config["lora_alpha"] / config["r"]}
     scales |= {config["alpha_pattern"][name] / rank for name, rank in config["rank_pattern"].items()}
@@ -341,6 +348,34 @@ def test_a_plan_becomes_a_base_and_an_adapter(tiny_llama, folder, tmp_path, caps
     assert main(["init", "--config", str(tmp_path / "a/config.yaml"), "--out", str(tmp_path / "b")]) == 0
     for name in ("adapter_model.safetensors", "base/model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_blocks_of_a_plan_are_trained(tiny_llama, folder, tmp_path, monkeypatch):
+    """Layers without an adapter among them, which count in the size that is said before and after."""
+    content = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    bare = [f"model.layers.{block}.{name}" for block in (0, 1) for name in ("self_attn.q_proj", "mlp.gate_proj")]
+    for name in bare:
+        content["layers"][name] |= {"quantizer": describe(Uniform(2, 32)), "rank": 0}
+    (tmp_path / "plan.json").write_text(json.dumps(content), encoding="utf-8")
+    blocks = BlockTraining(20, 256, scale_rate=1e-3, factor_rate=3e-4, parts=("scales", "factors"))
+    monkeypatch.setitem(RECIPES, "block-trained-joint", replace(RECIPES["block-trained-joint"], blocks=blocks))
+    options = {"quantizer": None, "plan": str(tmp_path / "plan.json"), "samples": 64, "sequence_length": 64}
+    bits = set()
+    for recipe in ("best-joint", "block-trained-joint"):
+        init(str(tiny_llama), out=str(tmp_path / recipe), recipe=recipe, calibration_dtype="model", **options)
+        report = json.loads((tmp_path / recipe / "report.json").read_text(encoding="utf-8"))
+        bits.add(round(report["bits_per_weight"], 6))
+    before, after = (StoredBase(str(tmp_path / recipe / "base")) for recipe in ("best-joint", "block-trained-joint"))
+    for name in bare:
+        first, second = (base.weight(name, torch.float32) for base in (before, after))
+        assert second.bits == 2
+        assert not torch.equal(first.dequantize(), second.dequantize())
+    shares = {layer["name"]: layer["block_error_trained"] / layer["block_error"] for layer in report["layers"]}
+    assert not shares.keys() & set(bare)
+    assert min(shares.values()) < 1
+    assert max(shares.values()) <= 1
+    expected = init(str(tiny_llama), out=str(tmp_path / "no"), recipe="best-joint", dry_run=True, **options)
+    assert bits == {round(expected.bits_per_weight, 6)}
 
 
 def layer_shape(model, name):

@@ -15,7 +15,8 @@ from quailora.errors import ConfigurationError, DoesNotFitError, ModelError, Tar
 from quailora.families import find_family
 from quailora.methods.method import Method
 from quailora.models.layers import Layer
-from quailora.pipeline.estimate import Estimate, bits_of
+from quailora.pipeline.estimate import Estimate
+from quailora.pipeline.formats import bits_of_layers
 from quailora.support.machine import duration, parse_size, size
 
 SETTINGS = {"rank": 4, "samples": 4, "sequence_length": 32}
@@ -98,8 +99,10 @@ def by(quantizer):
 def test_bits_count_everything():
     weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1))
     small, large = (Layer("layer", nn.Linear(*sides, device="meta")) for sides in ((1024, 64), (14336, 5000)))
-    assert bits_of(by(NF4()), small) == pytest.approx(NF4().quantize(weight).bits_per_weight, abs=0.01)
-    assert 3 < bits_of(by(GPTQ(bits=3)), large) < 4
+    assert bits_of_layers({"layer": small}, by(NF4())) == pytest.approx(
+        NF4().quantize(weight).bits_per_weight, abs=0.01
+    )
+    assert 3 < bits_of_layers({"layer": large}, by(GPTQ(bits=3))) < 4
 
 
 def test_a_limit_decides_where_weights_stay(tiny_llama, tmp_path, monkeypatch):

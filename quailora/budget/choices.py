@@ -8,16 +8,13 @@ from typing import Any, Literal, final
 
 from ..errors import ConfigurationError, check_choice
 from ..models.layers import Layer
-from ..pipeline.formats import example_by
+from ..pipeline.formats import FULL_BITS, example_by
 from ..quantizers import NF4, Quantizer, Uniform
 from ..support.choices import PLANNED_GROUP_SIZES
 from ..support.settings import build, describe
 
 PlanFormat = Literal["gptq", "bitsandbytes"]
 """Which checkpoint the base of a plan becomes: AutoGPTQ's, with bits for each layer, or bitsandbytes' of 4 bits."""
-
-FULL_BITS = 16
-"""Bits of a weight in full precision, and of a number of an adapter."""
 
 _NARROW = 32  # largest group for codes of 2 bits, whose scales are worth more than their bytes
 

@@ -74,7 +74,8 @@ class InitResult:
         ]
         if lora:
             rows.append(["optimum of this rank (a lower bound in wide layers)", f"{share['error_optimal']:.2%}"])
-        title = f"{self.out}: {len(report['layers'])} layers, {report['bits_per_weight']:.2f} bits per weight"
+        layers, bits = len(report["layers"]), report["bits_per_weight"]
+        title = f"{self.out}: an adapter for {layers} layers, on a base of {bits:.2f} bits per weight"
         print_table(title, ("output error, mean over layers", "share of the error without correction"), rows)
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from ..budget.choices import FULL_BITS, Choice, possible_choices
+from ..budget.choices import Choice, possible_choices
 from ..budget.measure_choices import measure_choices
 from ..budget.measurements import MEASURED, Measurements
 from ..budget.plan import PLAN_FILE, Budget, BudgetPlan
 from ..budget.planning import Planner, Point, check_quality
 from ..budget.plot import plot_frontier
 from ..errors import ConfigurationError, OutputExistsError
+from ..pipeline.formats import FULL_BITS
 from ..pipeline.options import Resources
 from ..support.choices import PLANNED_BITS
 from ..support.files import check_writable, complete_file, folder_of

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 
 from ..calibration.capture import has_bfloat16
-from ..calibration.empty_pass import Reach
 from ..calibration.sources import CalibrationSource
 from ..calibration.tokens import TOKENS_PER_PASS
 from ..calibration.walk import InputsOf
@@ -21,7 +19,8 @@ from ..models.layers import Layer, block_of, kind, largest_block
 from ..quantizers import Quantizer
 from ..support.machine import duration, flops, size
 from ..support.tables import print_table
-from .formats import example_of
+from .formats import bits_of_layers
+from .targets import AdapterPlan, quantized_layers, with_kept
 
 _FIXED = {"cpu": 450 * 2**20, "cuda": 256 * 2**20}  # Python with torch and transformers; libraries of a GPU
 _MEMORY = {"cpu": "memory", "cuda": "GPU memory"}
@@ -36,7 +35,7 @@ class Estimate:
         model: the model as the caller named it.
         rows: kind of layer, how many, shape, rank, adapter parameters of all of them.
         adapter_bytes: size of the adapter's file.
-        bits_per_weight: stored bits of the quantized layers.
+        bits_per_weight: stored bits of the quantized layers, and of those that a plan keeps in 16 bits, together.
         model_bytes: all weights in their dtype.
         device: kind of device that computes; the three numbers that follow are of its memory.
         in_memory: peak bytes with the model in memory.
@@ -96,29 +95,31 @@ class Estimate:
 def estimate(
     name: str,
     model: Any,
-    layers: Mapping[str, Layer],
+    adapter: AdapterPlan,
     method: Method,
     source: CalibrationSource,
-    reach: Reach,
     *,
+    save_base: bool,
     device: str,
     available: int,
     number_bytes: int = 4,
 ) -> Estimate:
-    """Return what initializing these layers takes.
+    """Return what initializing an adapter takes.
 
     Args:
         name: the model as the caller named it.
         model: the model without weights.
-        layers: the layers that get a correction.
+        adapter: the layers that get a correction, and which layers are run on the same tensors.
         method: quantizer and ranks.
         source: how much there is to calibrate on.
-        reach: which layers are run on the same tensors.
+        save_base: whether the base is written, too, so that layers without a correction are quantized.
         device: kind of device that computes.
         available: bytes of its memory that may be used.
         number_bytes: bytes of a number of the adapter in its file.
     """
-    scaling = method.scaling
+    layers, reach, scaling = adapter.layers, adapter.reach, method.scaling
+    whole = save_base or method.inputs != "full"
+    made = reach.watched(quantized_layers(model, layers, method.base, method.kept)) if whole else layers
     groups: dict[tuple[str, tuple[int, int], int, Quantizer | None], list[Layer]] = {}
     for layer in layers.values():
         quantizer = method.initializer_of(layer).quantizer
@@ -131,15 +132,12 @@ def estimate(
     adapter_bytes = number_bytes * shared + sum(
         len(same) * method.family.layer_bytes(shape, rank, number_bytes) for (_, shape, rank, _), same in groups.items()
     )
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
-    stored = sum(len(same) * math.prod(same[0].shape) * bits_of(method, same[0]) for same in groups.values())
-
     samples, length = source.size
     tokens = samples * length
     per_pass = max(length, min(tokens, TOKENS_PER_PASS))
     paired = method.inputs == "asymmetric"
     width = 2 if paired else 1
-    inputs = reach.distinct(layers)
+    inputs = reach.distinct(made)
     by_block: dict[str, list[int]] = {}
     for layer in inputs.values():
         by_block.setdefault(block_of(layer.name), []).append(layer.shape[1])
@@ -149,14 +147,14 @@ def estimate(
     element = model.dtype.itemsize
     grams = max(sum(gram_bytes(layer, paired=paired) for layer in group) for group in at_once)
     captured_bytes = max(per_pass * sum(widths) * element * width for widths in by_block.values())
-    fixed = _FIXED[device] + captured_bytes + solving_bytes(layers, method, grams)
+    fixed = _FIXED[device] + captured_bytes + solving_bytes(made, method, grams)
     total = sum(parameter_bytes(model).values())
     hidden = tokens * largest_hidden(model) * element * width
     return Estimate(
         model=name,
         rows=rows,
         adapter_bytes=adapter_bytes,
-        bits_per_weight=stored / weights,
+        bits_per_weight=bits_of_layers(with_kept(model, made, method.kept), method),
         model_bytes=total,
         device=device,
         in_memory=fixed + total,
@@ -164,11 +162,12 @@ def estimate(
         available=available,
         disk=4 * sum(row[-1] for row in rows) + 2 * hidden,
         seconds=seconds_for(
-            layers,
+            made,
             inputs,
             method,
+            corrected=layers,
             tokens=tokens,
-            shares={name: share_of_tokens(model, layer) for name, layer in layers.items()},
+            shares={name: share_of_tokens(model, layer) for name, layer in made.items()},
             width=width,
             runs=1 if method.inputs == "full" else width * max(map(len, by_block.values())) + 1,
             device=device,
@@ -181,7 +180,7 @@ def solving_bytes(layers: Mapping[str, Layer], method: Method, grams: int) -> in
     """Return the bytes that fitting a layer takes, or training a block, which comes when the moments are gone.
 
     Args:
-        layers: the layers that get a correction.
+        layers: the layers that are quantized.
         method: how they are fitted.
         grams: bytes of the moments of inputs that are held at the same time.
     """
@@ -225,11 +224,6 @@ def largest_hidden(model: Any) -> int:
     return embeddings.embedding_dim
 
 
-def bits_of(method: Method, layer: Layer) -> float:
-    """Return the stored bits of each weight of a layer: of the base that is there already, or of a small random one."""
-    return example_of(method, layer).bits_per_weight
-
-
 def share_of_tokens(model: Any, layer: Layer) -> float:
     """Return the share of all tokens that a layer sees: an expert only those that are sent to it."""
     if layer.expert is None:
@@ -243,6 +237,7 @@ def seconds_for(
     inputs: Mapping[str, Layer],
     method: Method,
     *,
+    corrected: Collection[str],
     tokens: int,
     shares: Mapping[str, float],
     width: int,
@@ -271,6 +266,7 @@ def seconds_for(
     solutions = 0.0
     for layer in layers.values():
         rows, columns = layer.shape
-        thin = 20.0 * method.rank_of(layer.group) * (2 * rows * columns + columns**2)
+        rank = method.rank_of(layer.group) if layer.name in corrected else 0
+        thin = 20.0 * rank * (2 * rows * columns + columns**2)
         solutions += (2 * 2.0 * rows * columns**2 + thin) * method.initializer.schedule.solutions
     return forward / fast + (grams + solutions) / single

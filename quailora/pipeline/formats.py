@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Hashable, Mapping
 from functools import cache
+from types import MappingProxyType
 
 import torch
 
 from ..core.statistics import InputStatistics
 from ..errors import ConfigurationError, TargetError
 from ..methods.method import Method
-from ..models.layers import Layer
+from ..models.layers import Layer, kind
 from ..quantizers import QuantizedWeight, Quantizer
+
+FULL_BITS = 16
+"""Bits of a weight in full precision, and of a number of an adapter."""
 
 _SAMPLE = 64, 1024  # of a weight, to count the bits of a quantizer
 
@@ -34,6 +39,29 @@ def example_by(quantizer: Quantizer, shape: tuple[int, int]) -> QuantizedWeight:
     statistics.add(torch.eye(columns, dtype=torch.float64), 1)
     sample = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     return quantizer.quantize(sample, statistics)
+
+
+def bits_of_layers(
+    layers: Mapping[str, Layer], method: Method, known: Mapping[str, float] = MappingProxyType({})
+) -> float:
+    """Return the stored bits per weight of several layers together, those that are kept in full precision among them.
+
+    Args:
+        layers: the layers.
+        method: how they are quantized.
+        known: stored bits per weight of some of them; of others they are those of an example.
+    """
+    examples: dict[Hashable, float] = {}
+    bits = dict(known) | dict.fromkeys(method.kept, float(FULL_BITS))
+    for name, layer in layers.items():
+        if name not in bits:
+            # A weight of a base that is there already takes time to read, so that one stands for those like it.
+            alike = kind(name), layer.shape, method.quantizers.get(name, method.quantizer)
+            if alike not in examples:
+                examples[alike] = example_of(method, layer).bits_per_weight
+            bits[name] = examples[alike]
+    sizes = {name: math.prod(layer.shape) for name, layer in layers.items()}
+    return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
 def check_single_layers(method: Method, layers: Mapping[str, Layer]) -> None:

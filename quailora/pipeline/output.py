@@ -35,11 +35,13 @@ from ..support.phases import Phases
 from ..support.settings import describe
 from .card import BESIDE, model_card
 from .described import described_method, described_plan, options_of
+from .formats import bits_of_layers
 from .options import Output
 from .plan import RunPlan, title_of
 from .report import build_report, versions
 from .run import ModelRun
 from .store import StoredLayer, corrections_of, weights_of
+from .targets import with_kept
 
 
 @final
@@ -84,10 +86,15 @@ class AdapterOutput:
 
     def report(self) -> dict[str, Any]:
         """Return the content of `report.json`."""
+        method, known = self.plan.method, {record.name: record.bits_per_weight for record in self.records}
         content = build_report(
-            described_plan(self.plan), self.phases.entries, self.records, self.tokens, self.run.seconds
+            described_plan(self.plan),
+            self.phases.entries,
+            self.records,
+            bits_of_layers(with_kept(self.loaded.model, self.finished, method.kept), method, known),
+            self.tokens,
+            self.run.seconds,
         )
-        method = self.plan.method
         return content | {"blocks": describe(method.blocks), "training": describe(method.distillation)}
 
     def write(self, folder: Path, base_format: BaseFormat | None) -> dict[str, Any]:

@@ -164,10 +164,10 @@ def plan_run(
     needed = estimate(
         title_of(model),
         empty,
-        adapter.layers,
+        adapter,
         method,
         source,
-        adapter.reach,
+        save_base=save_base,
         device=device,
         available=memory_available(resources.memory_limit, device),
         number_bytes=2 if output is not None and output.factors_dtype == "bfloat16" else 4,

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from ..layer.record import LayerRecord, error_reduction, mean_bits
+from ..layer.record import LayerRecord, error_reduction
 
 _PACKAGES = ("quailora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 
@@ -31,10 +31,20 @@ def build_report(
     settings: Mapping[str, Any],
     phases: Mapping[str, Any],
     layers: Sequence[LayerRecord],
+    bits_per_weight: float,
     calibration_tokens: int,
     block_seconds: Mapping[int, float],
 ) -> dict[str, Any]:
-    """Return the content of `report.json`."""
+    """Return the content of `report.json`.
+
+    Args:
+        settings: what was asked for.
+        phases: time and memory of each phase.
+        layers: entries of the layers with a correction.
+        bits_per_weight: stored bits of the quantized layers, and of those that a plan keeps in 16 bits, together.
+        calibration_tokens: number of calibration tokens.
+        block_seconds: time that each block took.
+    """
     # Everything that is needed to read the numbers without the run: what was asked for, what computed it, and how long
     # it took.
     return {
@@ -44,7 +54,7 @@ def build_report(
         "phases": dict(phases),
         "block_seconds": dict(block_seconds),
         "calibration_tokens": calibration_tokens,
-        "bits_per_weight": mean_bits(layers),
+        "bits_per_weight": bits_per_weight,
         "mean_error_share": error_reduction(layers),
         "layers": [asdict(layer) for layer in layers],
     }

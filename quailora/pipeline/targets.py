@@ -208,6 +208,11 @@ def tell_ranks(layers: Mapping[str, Layer], asked: LoraScaling, fitted: LoraScal
         logger.warning("Rank %d, the largest they can carry, for: %s.", rank, in_short(names))
 
 
+def with_kept(model: Any, quantized: Collection[str], kept: Collection[str]) -> dict[str, Layer]:
+    """Return the layers of a model that are quantized, and those that were to stay in full precision beside them."""
+    return {name: layer for name, layer in all_layers(model).items() if name in quantized or name in kept}
+
+
 def quantized_layers(
     model: Any, chosen: Mapping[str, Layer], base: ExistingBase | None, kept: Collection[str] = ()
 ) -> dict[str, Layer]:

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from runs import Killed
+from safetensors.torch import load_file, save_file
 
 import quailora
 from quailora import NF4, Calibration, InputStatistics, Resources, StoredBase, TextSource, Uniform
@@ -35,6 +36,7 @@ from quailora.budget.question import Question
 from quailora.calibration.gradients import weight_gradient
 from quailora.cli.main import main
 from quailora.errors import ConfigurationError, DoesNotFitError, ModelError
+from quailora.evaluation.check import check
 from quailora.evaluation.scores import measure
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.recipes import RECIPES, resolved_name
@@ -376,6 +378,15 @@ def test_blocks_of_a_plan_are_trained(tiny_llama, folder, tmp_path, monkeypatch)
     assert max(shares.values()) <= 1
     expected = init(str(tiny_llama), out=str(tmp_path / "no"), recipe="best-joint", dry_run=True, **options)
     assert bits == {round(expected.bits_per_weight, 6)}
+    # The adapter makes up for errors of layers without one as well, so that it notes what these are.
+    place = tmp_path / "best-joint"
+    quantized = sum(layer["quantizer"] is not None for layer in content["layers"].values())
+    assert check(place, base=place / "base").layers == quantized
+    file = place / "base/model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {f"{bare[0]}.scales": tensors[f"{bare[0]}.scales"] * 1.1}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"1 of {quantized} layers have other codes or scales .* {bare[0]} first"):
+        check(place, base=place / "base")
 
 
 def layer_shape(model, name):

@@ -164,27 +164,35 @@ class Provenance:
 
     Attributes:
         origin: None for an adapter that quailora did not make.
-        layers: identity of each layer of the base; empty after training into another folder, where nothing but the
-            adapter's own configuration is left.
+        layers: identity of each layer of the base that has a correction; empty after training into another folder,
+            where nothing but the adapter's own configuration is left.
         calibration: description of what `init` was calibrated on; empty in the same case.
+        uncorrected: identity of each other layer of the base, if the corrections make up for the errors of these
+            layers as well; empty in the same case.
     """
 
     origin: Origin | None = None
     layers: Mapping[str, BaseIdentity] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    uncorrected: Mapping[str, BaseIdentity] = field(default_factory=dict)
+
+    @property
+    def known(self) -> dict[str, BaseIdentity]:
+        """Identity of all layers of the base that is known one by one."""
+        return {**self.layers, **self.uncorrected}
 
     def different(self, found: Mapping[str, BaseIdentity], *, exactly: bool = False) -> list[str]:
         """Return the names of the layers whose base is another one, or one entry that stands for all of them.
 
         Args:
-            found: identity of each layer of a base; layers that the adapter does not correct are ignored.
+            found: identity of each layer of a base; layers that nothing was noted of are ignored.
             exactly: whether differences that come from threads and devices count as well.
         """
         # The sidecar knows each layer. What training keeps in the configuration is about all of them together, and can
         # only say that something differs.
         if self.layers:
-            layers = self.layers.items()
-            return [name for name, one in layers if name not in found or not one.is_same(found[name], exactly=exactly)]
+            known = self.known.items()
+            return [name for name, one in known if name not in found or not one.is_same(found[name], exactly=exactly)]
         if self.origin is None or self.origin.base.is_same(BaseIdentity.together(found), exactly=exactly):
             return []
         return ["all layers together"]
@@ -200,15 +208,16 @@ class Provenance:
         """
         if not self.layers:
             return self.origin is not None and not self.origin.base.is_comparable(BaseIdentity.together(found))
-        both = [one.is_comparable(found[name]) for name, one in self.layers.items() if name in found]
+        both = [one.is_comparable(found[name]) for name, one in self.known.items() if name in found]
         return bool(both) and not any(both)
 
     def distance(self, found: Mapping[str, BaseIdentity]) -> float:
         """Return an estimate of `|Q - Q'| / |W - Q|`, over all layers; infinite if only hashes are known."""
         if self.origin is None:
             return 0.0
-        chosen = {name: found[name] for name in self.layers if name in found} if self.layers else found
-        return self.origin.base.distance(BaseIdentity.together(chosen))
+        base = BaseIdentity.together(self.known) if self.uncorrected else self.origin.base
+        chosen = {name: found[name] for name in self.known if name in found} if self.layers else found
+        return base.distance(BaseIdentity.together(chosen))
 
 
 def read_provenance(adapter: Path) -> Provenance:
@@ -234,10 +243,12 @@ def read_provenance(adapter: Path) -> Provenance:
             f"{sidecar} belongs to another adapter than {file}: they name different origins. Remove the one that was "
             "copied here."
         )
-    layers, calibration = content.get("base"), content.get("calibration")
-    if not isinstance(layers, dict) or not isinstance(calibration, dict):
+    parts = {"uncorrected": {}, **content}  # which files of earlier versions do not have
+    found: list[Any] = [parts.get(key) for key in ("base", "uncorrected", "calibration")]
+    if not all(isinstance(part, dict) for part in found):
         raise ModelError(f"{sidecar} should list the layers of the base and the calibration. It is damaged.")
-    return Provenance(beside, {name: BaseIdentity.read(one) for name, one in layers.items()}, calibration)
+    layers, uncorrected = ({name: BaseIdentity.read(one) for name, one in part.items()} for part in found[:2])
+    return Provenance(beside, layers, found[2], uncorrected)
 
 
 def unknown_base(adapter: Path | str) -> str:

@@ -159,7 +159,7 @@ def check_measured_on(
     Args:
         adapter: folder of the adapter.
         provenance: what the adapter's folder says about its base.
-        found: identity of the layers of the base that the adapter corrects.
+        found: identity of the layers of the base that the adapter depends on.
         chosen: the base that the adapter is measured on.
         any_base: whether the caller wants to measure on this base even if it is another one.
 
@@ -188,10 +188,10 @@ def check_measured_on(
 
 def described(provenance: Provenance, different: list[str]) -> str:
     """Return a few words about the layers that differ."""
-    total = provenance.origin.layers if provenance.origin else 0
     if not provenance.layers:
+        total = provenance.origin.layers if provenance.origin else 0
         return f"its {total} layers, taken together, have other codes or scales"
-    many = f"{len(different)} of {total} layers"
+    many = f"{len(different)} of {len(provenance.known)} layers"
     return f"{many} have other codes or scales than those that it makes up for, {different[0]} first"
 
 

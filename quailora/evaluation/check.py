@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 
 from ..adapters.hub import adapter_folder
-from ..adapters.provenance import Origin, read_provenance, unknown_base
+from ..adapters.provenance import Provenance, read_provenance, unknown_base
 from ..adapters.saved import SavedAdapter
 from ..bases import StoredBase
 from ..errors import ModelError, named
@@ -75,10 +75,10 @@ def check(
     # here as they would be while it loads, or a base in dequantized form.
     stored = StoredBase(base)
     if stored.described:
-        present = dict(identities(stored, saved))
+        present = dict(identities(stored, saved, provenance.uncorrected))
     else:
         model = load_model(base, dtype, device, trust_remote_code=trust_remote_code).model
-        present = dict(fresh_identities(model, origin, saved))
+        present = dict(fresh_identities(model, provenance, saved))
     if provenance.incomparable(present):
         raise ModelError(untold(folder, base))
     # Stored codes and scales that were not made while a model loads have no reason to differ in any bit.
@@ -94,24 +94,25 @@ def check(
             f"{folder} does not belong on {base}: {described(provenance, different)}; "
             f"{share(provenance.distance(present))}. Load it on the base that it was made for, or {remedy}."
         )
-    return BaseCheck(str(adapter), base, origin.layers)
+    return BaseCheck(str(adapter), base, origin.layers + len(provenance.uncorrected))
 
 
-def identities(stored: StoredBase, saved: SavedAdapter) -> Iterator[tuple[str, BaseIdentity]]:
-    """Yield the identity of each layer that a checkpoint has and an adapter corrects."""
-    names = sorted(name for name in stored.layers if saved.corrects(name))
+def identities(stored: StoredBase, saved: SavedAdapter, others: Collection[str]) -> Iterator[tuple[str, BaseIdentity]]:
+    """Yield the identity of each layer that a checkpoint has and an adapter corrects, and of some others."""
+    names = sorted(name for name in stored.layers if saved.corrects(name) or name in others)
     for name in track(names, "Comparing", total=len(names)):
         yield name, BaseIdentity.of(stored.weight(name, torch.float32))
 
 
-def fresh_identities(model: Any, origin: Origin, saved: SavedAdapter) -> Iterator[tuple[str, BaseIdentity]]:
-    """Yield the identity of each layer that an adapter corrects, in a model that is not quantized.
+def fresh_identities(model: Any, provenance: Provenance, saved: SavedAdapter) -> Iterator[tuple[str, BaseIdentity]]:
+    """Yield the identity of each layer whose base an adapter depends on, in a model that is not quantized.
 
     Layers are quantized first, unless the base is not made while a model loads; then the model should be that base in
     dequantized form.
     """
-    quantizer = origin.stock_quantizer
-    layers = {name: one for name, one in all_layers(model).items() if saved.corrects(name)}
+    quantizer = None if provenance.origin is None else provenance.origin.stock_quantizer
+    others = provenance.uncorrected
+    layers = {name: one for name, one in all_layers(model).items() if saved.corrects(name) or name in others}
     for name, layer in track(layers.items(), "Comparing", total=len(layers)):
         with named(name):
             if quantizer is None:

@@ -207,7 +207,7 @@ def evaluate(
     identities: dict[str, BaseIdentity] = {}
 
     def identify(name: str, stored: QuantizedWeight) -> None:
-        if saved is not None and saved.corrects(name):
+        if saved is not None and (saved.corrects(name) or name in provenance.uncorrected):
             identities[name] = BaseIdentity.of(stored)
 
     if chosen.base is not None:
@@ -217,8 +217,11 @@ def evaluate(
         loaded = loaded_in_memory(str(chosen.folder), resources)
         if saved is not None:
             layers = all_layers(loaded.model)
-            corrected = {name: layer.weight for name, layer in layers.items() if saved.corrects(name)}
-            identities = {name: BaseIdentity.of_dequantized(weight) for name, weight in corrected.items()}
+            identities = {
+                name: BaseIdentity.of_dequantized(layer.weight)
+                for name, layer in layers.items()
+                if saved.corrects(name) or name in provenance.uncorrected
+            }
     if folder is not None:
         check_measured_on(folder, provenance, identities, chosen, any_base=any_base)
     results["quantized"] = perplexity(loaded.model, ids, "Quantized", given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def load(adapter: StrPath, *, trainable: bool = False, any_base: bool = False, *
     name, config = place_of_base(folder, provenance.origin)
     model = loaded_base(name, config, {"dtype": "auto", **from_pretrained})
     chosen = ChosenBase(None, f"{name}, as it was loaded")
-    check_measured_on(folder, provenance, base_identities(model, saved), chosen, any_base=any_base)
+    identities = base_identities(model, saved, provenance.uncorrected)
+    check_measured_on(folder, provenance, identities, chosen, any_base=any_base)
     adapted = with_adapter(model, folder, trainable=trainable)
     if trainable and provenance.origin.frozen_rank:
         freeze(adapted, provenance.origin.frozen_rank)
@@ -107,16 +109,16 @@ def loaded_base(name: str, config: Any, arguments: dict[str, Any]) -> Any:
         raise ModelError(f"Cannot load the base {name!r} ({summary(error)}).") from error
 
 
-def base_identities(model: Any, saved: SavedAdapter) -> dict[str, BaseIdentity]:
-    """Return the identity of each layer of a base that an adapter corrects."""
+def base_identities(model: Any, saved: SavedAdapter, others: Collection[str]) -> dict[str, BaseIdentity]:
+    """Return the identity of each layer of a base that an adapter corrects, and of some others."""
     # A quantized model is compared by codes and scales; a dequantized base has only the sketch of its weights.
     live = LiveBase(model)
     identities = {}
     for name in sorted(live.layers):
-        if saved.corrects(name):
+        if saved.corrects(name) or name in others:
             identities[name] = BaseIdentity.of(live.weight(name, torch.float32))
     for name, layer in all_layers(model).items() if not live.layers else ():
-        if saved.corrects(name):
+        if saved.corrects(name) or name in others:
             with named(name):
                 identities[name] = BaseIdentity.of_dequantized(layer.weight)
     return identities

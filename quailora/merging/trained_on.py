@@ -126,8 +126,8 @@ def check_base(change: TrainedChange, model: str, base: ExistingBase) -> None:
     provenance = read_provenance(saved.folder)
     if provenance.origin is None:
         return
-    layers = change.layers(all_layers(empty_model(model)))
-    found = identities(base, sorted(base.layers & layers.keys()), model)
+    layers = change.layers(all_layers(empty_model(model))).keys() | provenance.uncorrected.keys()
+    found = identities(base, sorted(base.layers & layers), model)
     check_measured_on(change.trained.folder, provenance, found, ChosenBase(base), any_base=False)
 
 

@@ -20,14 +20,15 @@ from ..adapters.modules import find_modules, tensors_to_save
 from ..adapters.provenance import Origin, read_provenance
 from ..adapters.stacked import adapter_of_change
 from ..adapters.written import check_files
+from ..bases.packed import unpacked
 from ..bases.writer import savable, save_packed
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, named
 from ..families import Correction
 from ..layer.record import LayerRecord
 from ..methods.method import Method
 from ..models.layers import Layer, explicit_targets
 from ..models.load import LoadedModel, save_model
-from ..models.weights import replace_for_good
+from ..models.weights import replace_for_good, resident
 from ..quantizers.identity import BaseIdentity
 from ..support.choices import BaseFormat
 from ..support.files import write_json, write_tensors
@@ -196,6 +197,22 @@ class AdapterOutput:
         replace_for_good(layers, weights_of(finished), self.run.store.folder_for("base"))
         save_model(folder, self.loaded)
 
+    def _uncorrected(self) -> dict[str, BaseIdentity]:
+        """Return the identity of each layer of the base that has no correction, if others make up for its error."""
+        found: dict[str, BaseIdentity] = {}
+        if self.plan.method.inputs == "full":
+            return found
+        for name, stored in self.finished.items():
+            if stored.record is None and stored.dequantized is not None:
+                layer, values = self.run.layers[name], stored.dequantized
+                with resident(layer.module), named(name):
+                    weight = layer.weight.to(values.device)
+                    if stored.packed:
+                        found[name] = BaseIdentity.of(unpacked(stored.packed, values.dtype), weight)
+                    else:
+                        found[name] = BaseIdentity.of_dequantized(values, weight)
+        return found
+
     def _origin(self, base: Mapping[str, BaseIdentity]) -> Origin:
         """Return what the adapter is made from; the hash of its factors is still missing."""
         holds = "" if self.plan.fine_tuned is None else self.plan.fine_tuned.digest
@@ -218,6 +235,7 @@ class AdapterOutput:
             "versions": versions(),
             "origin": asdict(origin) if origin else None,
             "base": {name: asdict(one) for name, one in base.items()},
+            "uncorrected": {name: asdict(one) for name, one in self._uncorrected().items()},
         }
         write_json(folder / "quailora.json", sidecar)
 

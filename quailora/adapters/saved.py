@@ -15,7 +15,7 @@ from ..core.objective import Factors
 from ..errors import ModelError
 from ..models.files import read_json
 from .lora import INNER, PREFIX, LoraScaling
-from .provenance import digest_of
+from .provenance import Provenance, digest_of
 
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 """What PEFT's configuration says of ranks and alphas."""
@@ -119,6 +119,10 @@ class SavedAdapter:
     def corrects(self, layer: str) -> bool:
         """Return whether the adapter has a correction for a layer, or for the fused parameter that an expert is in."""
         return layer in self._corrected or layer.rpartition(".")[0] in (self.config.get("target_parameters") or ())
+
+    def depends_on(self, layer: str, provenance: Provenance) -> bool:
+        """Return whether a layer of the base has to be the one that was noted, for its own correction or others."""
+        return self.corrects(layer) or layer in provenance.uncorrected
 
     def layer(self, stem: str) -> str:
         """Return the name that ranks are looked up by: of the module, or of the parameter of an `ExpertStack`."""

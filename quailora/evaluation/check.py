@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -75,7 +75,7 @@ def check(
     # here as they would be while it loads, or a base in dequantized form.
     stored = StoredBase(base)
     if stored.described:
-        present = dict(identities(stored, saved, provenance.uncorrected))
+        present = dict(identities(stored, saved, provenance))
     else:
         model = load_model(base, dtype, device, trust_remote_code=trust_remote_code).model
         present = dict(fresh_identities(model, provenance, saved))
@@ -97,22 +97,21 @@ def check(
     return BaseCheck(str(adapter), base, origin.layers + len(provenance.uncorrected))
 
 
-def identities(stored: StoredBase, saved: SavedAdapter, others: Collection[str]) -> Iterator[tuple[str, BaseIdentity]]:
-    """Yield the identity of each layer that a checkpoint has and an adapter corrects, and of some others."""
-    names = sorted(name for name in stored.layers if saved.corrects(name) or name in others)
+def identities(stored: StoredBase, saved: SavedAdapter, provenance: Provenance) -> Iterator[tuple[str, BaseIdentity]]:
+    """Yield the identity of each layer of a checkpoint that an adapter depends on."""
+    names = sorted(name for name in stored.layers if saved.depends_on(name, provenance))
     for name in track(names, "Comparing", total=len(names)):
         yield name, BaseIdentity.of(stored.weight(name, torch.float32))
 
 
 def fresh_identities(model: Any, provenance: Provenance, saved: SavedAdapter) -> Iterator[tuple[str, BaseIdentity]]:
-    """Yield the identity of each layer whose base an adapter depends on, in a model that is not quantized.
+    """Yield the identity of each layer that an adapter depends on, in a model that is not quantized.
 
     Layers are quantized first, unless the base is not made while a model loads; then the model should be that base in
     dequantized form.
     """
     quantizer = None if provenance.origin is None else provenance.origin.stock_quantizer
-    others = provenance.uncorrected
-    layers = {name: one for name, one in all_layers(model).items() if saved.corrects(name) or name in others}
+    layers = {name: one for name, one in all_layers(model).items() if saved.depends_on(name, provenance)}
     for name, layer in track(layers.items(), "Comparing", total=len(layers)):
         with named(name):
             if quantizer is None:

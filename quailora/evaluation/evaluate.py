@@ -207,7 +207,7 @@ def evaluate(
     identities: dict[str, BaseIdentity] = {}
 
     def identify(name: str, stored: QuantizedWeight) -> None:
-        if saved is not None and (saved.corrects(name) or name in provenance.uncorrected):
+        if saved is not None and saved.depends_on(name, provenance):
             identities[name] = BaseIdentity.of(stored)
 
     if chosen.base is not None:
@@ -220,7 +220,7 @@ def evaluate(
             identities = {
                 name: BaseIdentity.of_dequantized(layer.weight)
                 for name, layer in layers.items()
-                if saved.corrects(name) or name in provenance.uncorrected
+                if saved.depends_on(name, provenance)
             }
     if folder is not None:
         check_measured_on(folder, provenance, identities, chosen, any_base=any_base)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from ..adapters.frozen import freeze
 from ..adapters.hub import adapter_folder
-from ..adapters.provenance import Origin, read_provenance, unknown_base
+from ..adapters.provenance import Origin, Provenance, read_provenance, unknown_base
 from ..adapters.saved import SavedAdapter
 from ..bases.live import LiveBase
 from ..errors import ConfigurationError, ModelError, named, summary
@@ -54,7 +53,7 @@ def load(adapter: StrPath, *, trainable: bool = False, any_base: bool = False, *
     name, config = place_of_base(folder, provenance.origin)
     model = loaded_base(name, config, {"dtype": "auto", **from_pretrained})
     chosen = ChosenBase(None, f"{name}, as it was loaded")
-    identities = base_identities(model, saved, provenance.uncorrected)
+    identities = base_identities(model, saved, provenance)
     check_measured_on(folder, provenance, identities, chosen, any_base=any_base)
     adapted = with_adapter(model, folder, trainable=trainable)
     if trainable and provenance.origin.frozen_rank:
@@ -109,16 +108,16 @@ def loaded_base(name: str, config: Any, arguments: dict[str, Any]) -> Any:
         raise ModelError(f"Cannot load the base {name!r} ({summary(error)}).") from error
 
 
-def base_identities(model: Any, saved: SavedAdapter, others: Collection[str]) -> dict[str, BaseIdentity]:
-    """Return the identity of each layer of a base that an adapter corrects, and of some others."""
+def base_identities(model: Any, saved: SavedAdapter, provenance: Provenance) -> dict[str, BaseIdentity]:
+    """Return the identity of each layer of a base that an adapter depends on."""
     # A quantized model is compared by codes and scales; a dequantized base has only the sketch of its weights.
     live = LiveBase(model)
     identities = {}
     for name in sorted(live.layers):
-        if saved.corrects(name) or name in others:
+        if saved.depends_on(name, provenance):
             identities[name] = BaseIdentity.of(live.weight(name, torch.float32))
     for name, layer in all_layers(model).items() if not live.layers else ():
-        if saved.corrects(name) or name in others:
+        if saved.depends_on(name, provenance):
             with named(name):
                 identities[name] = BaseIdentity.of_dequantized(layer.weight)
     return identities

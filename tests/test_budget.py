@@ -384,9 +384,11 @@ def test_blocks_of_a_plan_are_trained(tiny_llama, folder, tmp_path, monkeypatch)
     assert check(place, base=place / "base").layers == quantized
     file = place / "base/model.safetensors"
     tensors = load_file(file)
-    save_file(tensors | {f"{bare[0]}.scales": tensors[f"{bare[0]}.scales"] * 1.1}, file, {"format": "pt"})
+    save_file(tensors | {f"{bare[0]}.scales": tensors[f"{bare[0]}.scales"] * 4}, file, {"format": "pt"})
     with pytest.raises(ModelError, match=f"1 of {quantized} layers have other codes or scales .* {bare[0]} first"):
         check(place, base=place / "base")
+    with pytest.raises(ModelError, match="was not made for"):
+        evaluate(str(tiny_llama), adapter=str(place))
 
 
 def layer_shape(model, name):

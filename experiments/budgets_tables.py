@@ -12,7 +12,7 @@ from quailora.support.tables import markdown_table
 
 from .after_tables import shown
 from .draw import filled
-from .few_bits_tables import NOTHING, TEXTS, perplexity
+from .few_bits_tables import NOTHING, TEXTS, perplexity, relative
 from .statistics import Estimate, bootstrapped
 
 Rows = Sequence[Mapping[str, Any]]
@@ -67,11 +67,6 @@ def title(what: str, row: Mapping[str, Any]) -> str:
     if what == "same":
         return "this model"
     return f"16-bit skips alone ({counted})" if what == "skips" else f"{what} + rank {row['rank']}"
-
-
-def relative(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return how far a divergence is above another one, as a share of that."""
-    return first / second - 1
 
 
 def differences(rows: Rows) -> str:

@@ -24,7 +24,7 @@ STEP_TOKENS = 1024
 NAMES = {
     "nearest": "rounded to nearest",
     "bare": "rounded as held-out tokens choose",
-    "bare-trained": "the same, codes and scales trained by blocks",
+    "bare-trained": "rounded likewise, codes and scales trained by blocks",
     "auto-round": "by the package auto-round",
 }
 """What is done to bases without an adapter, in words."""
@@ -37,11 +37,41 @@ def draw(rows: Rows, page: Path) -> None:
     whole = [row for row in rows if "scores" in row]
     tables = {
         "models": models([row for row in whole if " at " not in row["key"]]),
+        "rivals": rivals(whole),
         "dial": dial(whole),
         "blocks": blocks([row for row in rows if "scores" not in row]),
     }
     tables = {name: table if table.count("\n") > 1 else NOTHING for name, table in tables.items()}
     page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def relative(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return how far a divergence is above another one, as a share of that."""
+    return first / second - 1
+
+
+def rivals(rows: Rows) -> str:
+    """Return how far our bases without an adapter are from those of auto-round, paired by window and seed."""
+    found = {row["key"]: row["scores"]["undistilled"] for row in rows}
+    lines = []
+    for base in sorted({key.split("/")[0] for key in found}):
+        names = {recipe: f"{base}/{recipe}/0/" for recipe in ("bare-trained", "auto-round")}
+        seeds = [key.split("/")[3] for key in found if key.startswith(names["bare-trained"])]
+        seeds = [seed for seed in seeds if names["auto-round"] + seed in found]
+        if not seeds:
+            continue
+        cells = []
+        for text in TEXTS:
+            ours, theirs = (
+                {part: [found[name + seed][part] for seed in seeds] for part in (text, f"{text} kl")}
+                for name in names.values()
+            )
+            cells.append(shown(bootstrapped(np.subtract, ours[text], theirs[text]), 3))
+            share = bootstrapped(relative, ours[f"{text} kl"], theirs[f"{text} kl"])
+            cells.append(shown(Estimate(*(100 * one for one in (share.value, share.low, share.high))), 0) + " %")
+        lines.append([base, *cells, str(len(seeds))])
+    columns = (f"{title}, {what}" for title in TEXTS.values() for what in ("loss", "KL"))
+    return markdown_table(("base", *columns, "seeds"), lines)
 
 
 def perplexity(scores: Sequence[Sequence[float]]) -> Estimate:

@@ -23,7 +23,7 @@ from quailora.models.layers import all_layers
 from quailora.quantizers.grid import Grid
 from quailora.quantizers.groups import join_groups, split_groups
 
-PAGE = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("models", "dial", "blocks"))
+PAGE = "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("models", "rivals", "dial", "blocks"))
 JOB = "2 bits, groups of 32/block-trained-joint/4/0"
 
 
@@ -114,7 +114,7 @@ def test_bases_without_an_adapter_and_distillations_from_one_start(experiment, t
     page.write_text(PAGE, encoding="utf-8")
     experiment.draw(page)
     text = page.read_text(encoding="utf-8")
-    assert "| 2 bits, groups of 32 | the same, codes and scales trained by blocks | - |" in text
+    assert "| 2 bits, groups of 32 | rounded likewise, codes and scales trained by blocks | - |" in text
     assert text.index("| NF4, no adapter |") < text.index("| 0.0003 | 0 |") < text.index("| 0.001 | 2,048 |")
 
 
@@ -141,10 +141,15 @@ class AutoRound:
 def test_bases_of_another_package_are_measured_in_the_same_way(experiment, tmp_path, monkeypatch):
     """Rounded to nearest they are what `Uniform` makes, whatever precision the package leaves the weights in."""
     monkeypatch.setitem(sys.modules, "auto_round", SimpleNamespace(AutoRound=AutoRound))
-    jobs = [f"3 bits, groups of 64/{recipe}/0/0" for recipe in ("auto-round", "nearest")]
+    jobs = [f"3 bits, groups of 64/{recipe}/0/0" for recipe in ("auto-round", "nearest", "bare-trained")]
     monkeypatch.setattr(few_bits, "jobs", lambda: jobs)
     experiment.run()
-    first, second = experiment._store.rows()
+    first, second, _ = experiment._store.rows()
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+    experiment.draw(page)
+    rivals = page.read_text(encoding="utf-8").partition("<!-- begin rivals -->")[2].partition("<!-- end rivals -->")[0]
+    assert "| 3 bits, groups of 64 | " in rivals
     assert first["bytes"] == pytest.approx(second["bytes"], rel=1e-6)
     for text in ("wikitext2", "c4"):
         assert first["scores"]["undistilled"][text] == pytest.approx(second["scores"]["undistilled"][text], rel=1e-5)

@@ -97,7 +97,10 @@ def test_tokens_without_a_label_do_not_count(tiny_llama):
 def test_the_result_is_written_or_loaded_into_a_peft_model(tiny_llama, tmp_path):
     scaling = LoraScaling(4, alpha=12.0, rslora=True)
     result = quailora.initialize_model(str(tiny_llama), "qera-exact", CALIBRATION, scaling=scaling)
-    assert len(repr(result)) < 200  # which a notebook prints
+    assert len(repr(result)) < 200
+    shown = result._repr_markdown_()  # which a notebook shows
+    assert "an adapter for 14 layers, on a base of 4.1" in shown
+    assert shown.count("\n|") == 2 + 4
     folder = result.save(tmp_path / "saved")
     with pytest.raises(OutputExistsError, match="already holds a result"):
         result.save(folder)

@@ -26,6 +26,7 @@ from ..pipeline.estimate import Estimate
 from ..pipeline.initialize_model import carry_out
 from ..pipeline.options import Output, Resources
 from ..pipeline.plan import default_scaling, plan_run
+from ..pipeline.report import error_summary
 from ..quantizers import NF4, Quantizer
 from ..solvers import AlternatingLeastSquares, Solver
 from ..support.choices import InputsOf
@@ -61,22 +62,8 @@ class InitResult:
         Args:
             report: content of `report.json`.
         """
-        share = report["mean_error_share"]
-        lora = report["settings"].get("family") is None
-        uncalibrated = "uncalibrated SVD" if lora else "the same family, uncalibrated"
-        rows = [
-            ["quantized, no correction", "100.00 %"],
-            [uncalibrated, f"{share['error_uncalibrated']:.2%}"],
-            [
-                "this adapter before its training" if report["training"] or report["blocks"] else "this adapter",
-                f"{share['error']:.2%}",
-            ],
-        ]
-        if lora:
-            rows.append(["optimum of this rank (a lower bound in wide layers)", f"{share['error_optimal']:.2%}"])
-        layers, bits = len(report["layers"]), report["bits_per_weight"]
-        title = f"{self.out}: an adapter for {layers} layers, on a base of {bits:.2f} bits per weight"
-        print_table(title, ("output error, mean over layers", "share of the error without correction"), rows)
+        title, header, rows = error_summary(report)
+        print_table(f"{self.out}: {title}", header, rows)
 
 
 def calibration_of(options: Mapping[str, Any]) -> Calibration:

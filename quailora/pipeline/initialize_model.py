@@ -29,6 +29,7 @@ from ..support.choices import BaseFormat
 from ..support.files import StrPath, folder_of, new_folder
 from ..support.machine import within_memory
 from ..support.phases import Phases
+from ..support.tables import markdown_table
 from .checkpoint import locked, open_checkpoint
 from .described import depends_on
 from .fingerprint import fingerprint
@@ -45,6 +46,7 @@ from .plan import (
     plan_run,
     source_of,
 )
+from .report import error_summary
 from .run import ModelRun
 from .store import MemoryStore, Store
 from .targets import quantized_layers
@@ -67,6 +69,13 @@ class InitializedModel:
     output: AdapterOutput | None = field(repr=False)  # with all of its tensors
     report: Mapping[str, Any] | None = field(repr=False)
     folder: Path | None
+
+    def _repr_markdown_(self) -> str:
+        """Show a summary of the errors in a notebook."""
+        if self.report is None:
+            return repr(self)
+        title, header, rows = error_summary(self.report)
+        return f"{self!r}: {title}\n\n{markdown_table(header, rows)}"
 
     @property
     def corrections(self) -> dict[str, Correction]:

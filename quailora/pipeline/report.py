@@ -58,3 +58,24 @@ def build_report(
         "mean_error_share": error_reduction(layers),
         "layers": [asdict(layer) for layer in layers],
     }
+
+
+def error_summary(report: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[list[str]]]:
+    """Return the title, the header and the rows of a table of the errors of layers, as the mean over them.
+
+    Args:
+        report: content of `report.json`.
+    """
+    share = report["mean_error_share"]
+    lora = report["settings"].get("family") is None
+    trained = report["training"] or report["blocks"]
+    rows = [
+        ["quantized, no correction", "100.00 %"],
+        ["uncalibrated SVD" if lora else "the same family, uncalibrated", f"{share['error_uncalibrated']:.2%}"],
+        ["this adapter before its training" if trained else "this adapter", f"{share['error']:.2%}"],
+    ]
+    if lora:
+        rows.append(["optimum of this rank (a lower bound in wide layers)", f"{share['error_optimal']:.2%}"])
+    layers, bits = len(report["layers"]), report["bits_per_weight"]
+    title = f"an adapter for {layers} layers, on a base of {bits:.2f} bits per weight"
+    return title, ("output error, mean over layers", "share of the error without correction"), rows

@@ -12,11 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import quailora
-from quailora import NF4, Calibration, LoraScaling, Optimal, Output, TextSource, Uniform
+from quailora import GPTQ, NF4, Calibration, LoraScaling, Optimal, Output, TextSource, Uniform
 from quailora.adapters.files import stored_parameters
 from quailora.calibration.tokens import CalibrationTokens
 from quailora.cli.main import main
 from quailora.errors import CalibrationError, ConfigurationError, ModelError, OutputExistsError
+from quailora.evaluation.check import check
 from quailora.models.load import load_model
 
 SETTINGS = {"rank": 4, "samples": 4, "sequence_length": 32}
@@ -188,3 +189,21 @@ def test_methods_of_ones_own(tiny_llama):
     text = Calibration(TextSource(None), samples=4, sequence_length=32)
     result = quailora.initialize_model(str(tiny_llama), method, text, targets=["down_proj"])
     assert [layer["name"].rpartition(".")[2] for layer in result.report["layers"]] == 2 * ["down_proj"]
+
+
+@pytest.mark.parametrize("base", ["nf4", "gptq", "there"])
+def test_layers_without_an_adapter_are_compared(tiny_llama, tmp_path, base):
+    """Where the quantized network is seen, which has them, and the base is written; others are not noted."""
+    options = {"recipe": "best-joint" if base != "there" else "asymmetric", "targets": ["q_proj", "down_proj"]}
+    options |= {"samples": 16, "sequence_length": 32, "rank": 4}
+    place = tmp_path / "adapter/base"
+    if base == "there":
+        init(str(tiny_llama), out=str(tmp_path / "made"), save_base=True, quantizer=GPTQ(4, 32), **options)
+        place = tmp_path / "made/base"
+        options |= {"quantizer": None, "base": str(place)}
+    else:
+        options |= {"quantizer": NF4() if base == "nf4" else Uniform(3, 32)}
+    init(str(tiny_llama), out=str(tmp_path / "adapter"), **options)
+    assert check(tmp_path / "adapter", base=place).layers == (4 if base == "there" else 14)
+    if base == "nf4":  # which transformers loads by itself
+        quailora.load(tmp_path / "adapter")

@@ -198,19 +198,17 @@ class AdapterOutput:
         save_model(folder, self.loaded)
 
     def _uncorrected(self) -> dict[str, BaseIdentity]:
-        """Return the identity of each layer of the base that has no correction, if others make up for its error."""
+        """Return the identity of each layer without a correction, if others make up for it and the base is written."""
         found: dict[str, BaseIdentity] = {}
         if self.plan.method.inputs == "full":
             return found
         for name, stored in self.finished.items():
-            if stored.record is None and stored.dequantized is not None:
+            # Without the packed layer, which is kept for a base that is written, its codes are not known.
+            if stored.record is None and stored.dequantized is not None and stored.packed:
                 layer, values = self.run.layers[name], stored.dequantized
                 with resident(layer.module), named(name):
                     weight = layer.weight.to(values.device)
-                    if stored.packed:
-                        found[name] = BaseIdentity.of(unpacked(stored.packed, values.dtype), weight)
-                    else:
-                        found[name] = BaseIdentity.of_dequantized(values, weight)
+                    found[name] = BaseIdentity.of(unpacked(stored.packed, values.dtype), weight)
         return found
 
     def _origin(self, base: Mapping[str, BaseIdentity]) -> Origin:

@@ -12,8 +12,8 @@ from quailora.support.tables import markdown_table
 
 from .after_tables import shown
 from .draw import filled
-from .few_bits_tables import NOTHING, TEXTS, perplexity, relative
-from .statistics import Estimate, bootstrapped
+from .few_bits_tables import NOTHING, TEXTS, percent, perplexity, relative
+from .statistics import bootstrapped
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -85,7 +85,6 @@ def differences(rows: Rows) -> str:
         for text in TEXTS:
             parts = [[row["scores"]["made"][f"{text} kl"] for row in (some[seed] for seed in both)]
                      for some in (plans, seeds)]  # fmt: skip
-            found = bootstrapped(relative, *parts)
-            cells.append(shown(Estimate(*(100 * one for one in (found.value, found.low, found.high))), 0) + " %")
+            cells.append(percent(bootstrapped(relative, *parts), 0))
         lines.append([words(budget), plan, title(what, seeds[both[0]]), *cells, str(len(both))])
     return markdown_table(("budget", "", "against", *(f"{name}, KL" for name in TEXTS.values()), "seeds"), lines)

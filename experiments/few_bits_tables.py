@@ -45,6 +45,11 @@ def draw(rows: Rows, page: Path) -> None:
     page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
+def percent(share: Estimate, digits: int, sign: str = "+") -> str:
+    """Return a share with its interval, in percent."""
+    return shown(Estimate(*(100 * one for one in (share.value, share.low, share.high))), digits, sign) + " %"
+
+
 def relative(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return how far a divergence is above another one, as a share of that."""
     return first / second - 1
@@ -67,8 +72,7 @@ def rivals(rows: Rows) -> str:
                 for name in names.values()
             )
             cells.append(shown(bootstrapped(np.subtract, ours[text], theirs[text]), 3))
-            share = bootstrapped(relative, ours[f"{text} kl"], theirs[f"{text} kl"])
-            cells.append(shown(Estimate(*(100 * one for one in (share.value, share.low, share.high))), 0) + " %")
+            cells.append(percent(bootstrapped(relative, ours[f"{text} kl"], theirs[f"{text} kl"]), 0))
         lines.append([base, *cells, str(len(seeds))])
     columns = (f"{title}, {what}" for title in TEXTS.values() for what in ("loss", "KL"))
     return markdown_table(("base", *columns, "seeds"), lines)
@@ -114,9 +118,8 @@ def dial(rows: Rows) -> str:
                 arm = [row["scores"][stage][text] for row in those]
                 both = [[end[text]] * len(those) for end in (plain, eight_bits)]
                 share = bootstrapped(perplexity_gap_closed, *both, arm)
-                share = Estimate(*(100 * one for one in (share.value, share.low, share.high)))
                 divergence = np.mean([row["scores"][stage][f"{text} kl"] for row in those])
-                cells += [f"{perplexity(arm).value:.2f}", f"{divergence:.4f}", shown(share, 1, "") + " %"]
+                cells += [f"{perplexity(arm).value:.2f}", f"{divergence:.4f}", percent(share, 1, "")]
             seconds = np.mean([row["seconds"][stage] for row in those])
             lines.append([rate, f"{steps * STEP_TOKENS:,}", *cells, str(len(those)), f"{seconds:.0f}"])
     return markdown_table(header, lines)

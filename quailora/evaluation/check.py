@@ -15,6 +15,7 @@ from ..bases import StoredBase
 from ..errors import ModelError, named
 from ..models.layers import all_layers
 from ..models.load import DeviceName, DtypeName, load_model
+from ..quantizers import Quantizer
 from ..quantizers.identity import BaseIdentity
 from ..support.files import StrPath
 from ..support.machine import within_memory
@@ -78,7 +79,7 @@ def check(
         present = dict(identities(stored, saved, provenance))
     else:
         model = load_model(base, dtype, device, trust_remote_code=trust_remote_code).model
-        present = dict(fresh_identities(model, provenance, saved))
+        present = dict(fresh_identities(model, origin.stock_quantizer, saved, provenance))
     if provenance.incomparable(present):
         raise ModelError(untold(folder, base))
     # Stored codes and scales that were not made while a model loads have no reason to differ in any bit.
@@ -104,13 +105,14 @@ def identities(stored: StoredBase, saved: SavedAdapter, provenance: Provenance) 
         yield name, BaseIdentity.of(stored.weight(name, torch.float32))
 
 
-def fresh_identities(model: Any, provenance: Provenance, saved: SavedAdapter) -> Iterator[tuple[str, BaseIdentity]]:
+def fresh_identities(
+    model: Any, quantizer: Quantizer | None, saved: SavedAdapter, provenance: Provenance
+) -> Iterator[tuple[str, BaseIdentity]]:
     """Yield the identity of each layer that an adapter depends on, in a model that is not quantized.
 
-    Layers are quantized first, unless the base is not made while a model loads; then the model should be that base in
-    dequantized form.
+    Layers are quantized first. Without a quantizer, where the base is not made while a model loads, the model should be
+    that base in dequantized form.
     """
-    quantizer = None if provenance.origin is None else provenance.origin.stock_quantizer
     layers = {name: one for name, one in all_layers(model).items() if saved.depends_on(name, provenance)}
     for name, layer in track(layers.items(), "Comparing", total=len(layers)):
         with named(name):

@@ -20,7 +20,7 @@ from ..quantizers import Quantizer
 from ..support.machine import duration, flops, size
 from ..support.tables import print_table
 from .formats import bits_of_layers
-from .targets import AdapterPlan, quantized_layers, with_kept
+from .targets import AdapterPlan, layers_of_run, with_kept
 
 _FIXED = {"cpu": 450 * 2**20, "cuda": 256 * 2**20}  # Python with torch and transformers; libraries of a GPU
 _MEMORY = {"cpu": "memory", "cuda": "GPU memory"}
@@ -118,8 +118,7 @@ def estimate(
         number_bytes: bytes of a number of the adapter in its file.
     """
     layers, reach, scaling = adapter.layers, adapter.reach, method.scaling
-    whole = save_base or method.inputs != "full"
-    made = reach.watched(quantized_layers(model, layers, method.base, method.kept)) if whole else layers
+    made = reach.watched(layers_of_run(model, layers, method, save_base=save_base))
     groups: dict[tuple[str, tuple[int, int], int, Quantizer | None], list[Layer]] = {}
     for layer in layers.values():
         quantizer = method.initializer_of(layer).quantizer

@@ -49,7 +49,7 @@ from .plan import (
 from .report import error_summary
 from .run import ModelRun
 from .store import MemoryStore, Store
-from .targets import quantized_layers
+from .targets import layers_of_run
 
 _ADVICE = "`offload='always'`, fewer or shorter samples, fewer targets, or `device='cpu'`"
 
@@ -258,8 +258,7 @@ def model_run(
         store: keeps what is finished.
     """
     method, reach = plan.method, plan.adapter.reach
-    whole_base = plan.save_base or method.inputs != "full"
-    of_base = quantized_layers(loaded.model, layers, method.base, method.kept) if whole_base else layers
+    of_base = layers_of_run(loaded.model, layers, method, save_base=plan.save_base)
     walk = Walk(
         loaded.model,
         reach.watched(of_base),

@@ -13,6 +13,7 @@ from ..bases import ExistingBase
 from ..calibration.empty_pass import Reach, find_reach
 from ..errors import TargetError
 from ..families import Family, Lora
+from ..methods.method import Method
 from ..models.layers import (
     Layer,
     all_layers,
@@ -211,6 +212,22 @@ def tell_ranks(layers: Mapping[str, Layer], asked: LoraScaling, fitted: LoraScal
 def with_kept(model: Any, quantized: Collection[str], kept: Collection[str]) -> dict[str, Layer]:
     """Return the layers of a model that are quantized, and those that were to stay in full precision beside them."""
     return {name: layer for name, layer in all_layers(model).items() if name in quantized or name in kept}
+
+
+def layers_of_run(model: Any, corrected: Mapping[str, Layer], method: Method, *, save_base: bool) -> dict[str, Layer]:
+    """Return the layers that a run quantizes, with or without a correction.
+
+    Those without one are quantized if the base is written, or if later layers are to see what they have become.
+
+    Args:
+        model: the full-precision model.
+        corrected: the layers that get a correction.
+        method: how layers are initialized.
+        save_base: whether the base is written.
+    """
+    if save_base or method.inputs != "full":
+        return quantized_layers(model, corrected, method.base, method.kept)
+    return dict(corrected)
 
 
 def quantized_layers(

@@ -64,7 +64,7 @@ RATES = (3e-4, 1e-3)
 """Learning rates of these distillations."""
 
 STEPS = 120
-"""Steps of the distillation that ends a job; rows have the model before it as well."""
+"""Steps of the distillation that ends a job of the first seed; rows have the model before it as well."""
 
 
 SIZE = Size()
@@ -168,7 +168,7 @@ class FewBits(Jobs):
             assert finished is not None
             run, spent = finished.run, {"undistilled": time.monotonic() - began}
             stages = {"undistilled": run.finished("")}
-            for title, distillation in distillations(name, rate).items():
+            for title, distillation in distillations(name, rate, int(seed)).items():
                 began = time.monotonic()
                 run.distil("", distillation, plan.source, finished.loaded.tokenizer)
                 stages[title] = run.finished("", distillation)
@@ -212,18 +212,19 @@ def recipe_of(name: str) -> Recipe:
     return WITHOUT[name] if name in WITHOUT else find_recipe(name)
 
 
-def distillations(name: str, rate: str) -> dict[str, Distillation]:
+def distillations(name: str, rate: str, seed: int) -> dict[str, Distillation]:
     """Return the distillations of a job, by the names that its scores get.
 
     Args:
         name: name of its recipe.
         rate: learning rate that the job names, if it does.
+        seed: seed of the job. Unless the job names a rate, only the first seed is distilled.
     """
     if name in WITHOUT:
         return {}
     if rate:
         return {f"{steps} steps": Distillation(steps, learning_rate=float(rate)) for steps in DIAL}
-    return {"distilled": Distillation(STEPS)}
+    return {"distilled": Distillation(STEPS)} if seed == 0 else {}
 
 
 if __name__ == "__main__":

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
 from ..errors import ConfigurationError, check_choice
 from ..models.layers import Layer
-from ..pipeline.formats import FULL_BITS, example_by
+from ..pipeline.formats import FULL_BITS, example_by, full_bits
 from ..quantizers import NF4, Quantizer, Uniform
 from ..support.choices import PLANNED_GROUP_SIZES
 from ..support.settings import build, describe
 
 PlanFormat = Literal["gptq", "bitsandbytes"]
 """Which checkpoint the base of a plan becomes: AutoGPTQ's, with bits for each layer, or bitsandbytes' of 4 bits."""
+
+_STOCK_BITS = 4  # of bitsandbytes' codes, which have no field that says so
 
 _NARROW = 32  # largest group for codes of 2 bits, whose scales are worth more than their bytes
 
@@ -44,6 +47,11 @@ class Choice:
         return f"{self.base} + rank {self.rank}" if self.rank else self.base
 
     @property
+    def bits(self) -> int:
+        """Bits of a code; 16 in full precision."""
+        return FULL_BITS if self.quantizer is None else getattr(self.quantizer, "bits", _STOCK_BITS)
+
+    @property
     def base(self) -> str:
         """The base in a few words, such as `3 bits g64` for groups of 64 columns."""
         if self.quantizer is None:
@@ -54,8 +62,12 @@ class Choice:
     def nbytes(self, layer: Layer) -> int:
         """Return the bytes of a layer and its adapter: codes, scales, zero points, and factors in 16 bits."""
         rows, columns = layer.shape
-        bits = FULL_BITS if self.quantizer is None else example_by(self.quantizer, layer.shape).bits_per_weight
+        bits = full_bits(layer) if self.quantizer is None else written_bits(self.quantizer, layer)
         return round((rows * columns * bits + self.rank * (rows + columns) * FULL_BITS) / 8)
+
+    def is_possible(self, layer: Layer) -> bool:
+        """Return whether a layer can become this: a checkpoint holds its codes, and it can carry the rank."""
+        return self.is_packed(layer) and self.rank <= min(layer.shape)
 
     def is_packed(self, layer: Layer) -> bool:
         """Return whether the codes of a layer fill whole words of 32 bits, without which no checkpoint holds them."""
@@ -76,6 +88,58 @@ class Choice:
         """
         described = content["quantizer"]
         return cls(None if described is None else build(Quantizer, described), content["rank"])  # type: ignore[type-abstract]
+
+
+@final
+@dataclass(frozen=True)
+class PlannedLayer:
+    """What a layer becomes.
+
+    Attributes:
+        choice: its quantizer and its rank.
+        weights: number of its weights.
+        nbytes: bytes of base and adapter.
+        divergence: divergence that its error is expected to cost, in nats per token; 0 where it was not measured.
+    """
+
+    choice: Choice
+    weights: int
+    nbytes: int
+    divergence: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the layer as plain data."""
+        numbers = {"weights": self.weights, "bytes": self.nbytes, "divergence": self.divergence}
+        return {**self.choice.as_dict(), **numbers}
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> PlannedLayer:
+        """Build what `as_dict` returned, after a trip through JSON.
+
+        Raises:
+            ModelError: if the quantizer is unknown here.
+        """
+        numbers = int(content["weights"]), int(content["bytes"]), float(content["divergence"])
+        return cls(Choice.read(content), *numbers)
+
+
+def written_bits(quantizer: Quantizer, layer: Layer) -> float:
+    """Return the bits that a layer takes for each weight in the checkpoint that holds it."""
+    example = example_by(quantizer, layer.shape)
+    packed = example.packed()
+    if "qweight" not in packed:
+        return example.bits_per_weight
+    # AutoGPTQ's format also has the zero points of symmetric levels, which are all the same.
+    numbers = [packed[part] for part in ("qweight", "qzeros", "scales")]
+    return 8 * sum(tensor.numel() * tensor.element_size() for tensor in numbers) / math.prod(example.shape)
+
+
+def column_bytes(choices: Sequence[Choice], layers: Mapping[str, Layer]) -> int:
+    """Return the bytes that the order of the columns takes in AutoGPTQ's format, 4 for each column; 0 in others."""
+    quantizer = next(choice.quantizer for choice in choices if choice.quantizer is not None)
+    shapes = [layer.shape for layer in layers.values()]
+    grouped = any("g_idx" in example_by(quantizer, shape).packed() for shape in shapes)
+    return sum(4 * columns for _, columns in shapes) if grouped else 0
 
 
 def possible_choices(

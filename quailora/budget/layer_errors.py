@@ -91,6 +91,7 @@ def rounding_errors(
     statistics: InputStatistics,
     choices: Sequence[Choice],
     rounding: int = 0,
+    weight: Float[Tensor, "out_features in_features"] | None = None,
 ) -> Iterator[RoundingError]:
     """Quantize a layer by each quantizer and find its adapters, the optimum for each rank.
 
@@ -99,10 +100,12 @@ def rounding_errors(
         statistics: statistics of the inputs that bases and corrections are fitted to.
         choices: the choices, whose quantizers are gone through in their order.
         rounding: which of the `roundings` of each quantizer; the first one is the quantizer itself.
+        weight: what is rounded, in place of the target.
     """
+    rounded = target if weight is None else weight
     for quantizer in quantizers_of(choices):
         chosen = roundings(quantizer)[rounding] if rounding else quantizer
-        error = difference(target, chosen.quantize(target, statistics))
+        error = difference(target, chosen.quantize(rounded, statistics))
         # One search finds the directions for all ranks: those of a lower rank come first.
         largest = min(max(choice.rank for choice in choices if choice.quantizer == quantizer), *target.shape)
         if not largest:

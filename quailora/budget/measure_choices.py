@@ -18,7 +18,6 @@ from ..errors import ConfigurationError
 from ..methods.recipes import find_recipe
 from ..models.layers import ALL_LINEAR, Layer, block_of, stock_quantizes
 from ..pipeline.checks import warn_of_shipped_text
-from ..pipeline.estimate import parameter_bytes
 from ..pipeline.formats import example_by
 from ..pipeline.options import Resources
 from ..pipeline.plan import CalibrationGiven, RunPlan, plan_run, source_of
@@ -26,10 +25,10 @@ from ..quantizers import NF4, Quantizer
 from ..support.choices import PLANNED_BITS, PLANNED_LENGTH, PLANNED_RANKS, PLANNED_SAMPLES, StrPath
 from ..support.files import folder_of
 from ..support.machine import size, within_memory
-from .choices import Choice, possible_choices
+from .choices import Choice, column_bytes, possible_choices
 from .layer_errors import quantizers_of
 from .measurements import Measurements
-from .measuring import measure_model
+from .measuring import is_written, layers_besides, measure_model, other_bytes
 from .plan import Budget
 from .question import PlanRecipe, Question
 
@@ -70,7 +69,8 @@ def measure_choices(
             the rounding of the quantizer alone. By default best-joint, unless NF4 in all layers is all there is to
             choose, which packages make while they load a model.
         state: folder that the measurement keeps its state in, about 15 bytes for each weight. With the same arguments
-            it goes on from there when it was killed, and takes no time once it is finished. None for a temporary one.
+            it goes on from there when it was killed, and takes no time once it is finished. None for a temporary one,
+            as for a model in memory, whose weights may have changed since then.
         fresh: forget what is in this folder.
         resources: device and dtype, and what may be read. Weights cannot stay on disk.
 
@@ -81,6 +81,11 @@ def measure_choices(
         raise ConfigurationError(
             "Costs of layers are measured by gradients of the whole model, which has to be in memory. "
             "Leave out `offload='always'`."
+        )
+    if state is not None and not isinstance(model, StrPath):
+        raise ConfigurationError(
+            "Expected the name or the folder of a model beside `state`, got a model in memory. Whether that is still "
+            "the one which was measured cannot be told. Name it, or leave out `state`."
         )
     source = source_of(calibration, Calibration(samples=PLANNED_SAMPLES, sequence_length=PLANNED_LENGTH))
     chosen = tuple(possible_choices("gptq", PLANNED_BITS, PLANNED_RANKS) if choices is None else choices)
@@ -118,8 +123,8 @@ def planned(model: Any, question: Question, source: CalibrationSource, resources
     method = find_recipe(question.recipe).method(quantizer, LoraScaling(1))
     resources = replace(resources, offload="never")  # since gradients of the whole model are taken
     plan = plan_run(model, method, source, [ALL_LINEAR], None, resources)
-    written = method.changes_base or quantizer.stock_config() is None or Choice(None) in question.choices
-    check_packable(plan.adapter.layers, quantizer, written=written)
+    check_packable(plan.adapter.layers, quantizer, written=is_written(method, question.choices))
+    check_possible(plan.adapter.layers, question.choices)
     return plan
 
 
@@ -159,6 +164,19 @@ def check_packable(layers: Mapping[str, Layer], quantizer: Quantizer, *, written
         )
 
 
+def check_possible(layers: Mapping[str, Layer], choices: Sequence[Choice]) -> None:
+    """Raise a `ConfigurationError` unless every layer can become one of the choices."""
+    stuck = [name for name, layer in layers.items() if not any(choice.is_possible(layer) for choice in choices)]
+    if stuck:
+        rows, columns = layers[stuck[0]].shape
+        raise ConfigurationError(
+            f"None of the choices is possible for {len(stuck)} of the {len(layers)} layers, {stuck[0]} among them: it "
+            f"has {rows} x {columns} weights. A rank is at most the smaller side, and AutoGPTQ's format needs sides of "
+            "a multiple of 16 for 2 bits, 32 for 3, 8 for 4 and 4 for 8. Add lower ranks, other bits, or 16 bits, "
+            "which leave such a layer as it is."
+        )
+
+
 def reference_for(run: RunPlan, choices: Sequence[Choice], budget: Budget | None) -> Choice:
     """Return the choice for the network that layers are measured in: the largest base within the budget, and its rank.
 
@@ -172,11 +190,12 @@ def reference_for(run: RunPlan, choices: Sequence[Choice], budget: Budget | None
     """
     quantized = [choice for choice in choices if choice.quantizer is not None]
     if budget is None:
-        return min(quantized, key=lambda choice: (abs(getattr(choice.quantizer, "bits", 4) - 4), choice.rank))
+        return min(quantized, key=lambda choice: (abs(choice.bits - 4), choice.rank))
     # Bytes follow from shapes, so a budget that nothing fits is refused before a weight is read.
     layers = run.adapter.layers
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
-    allowed = budget.nbytes(weights, other_bytes(run, layers))
+    rest = other_bytes(run.empty, layers, layers_besides(run, Question(tuple(choices), quantized[0]), run.empty))
+    allowed = budget.nbytes(weights, rest + column_bytes(choices, layers))
     totals = {choice: sum(choice.nbytes(layer) for layer in layers.values()) for choice in quantized}
     least = min(totals.values())
     if least > allowed:
@@ -191,9 +210,3 @@ def reference_for(run: RunPlan, choices: Sequence[Choice], budget: Budget | None
         one: sum(Choice(one).nbytes(layer) for layer in layers.values()) for one in quantizers_of(fitting)
     }
     return max(fitting, key=lambda choice: (bases[choice.quantizer], choice.rank))
-
-
-def other_bytes(run: RunPlan, layers: Mapping[str, Layer]) -> int:
-    """Return the bytes of a model without some layers, as it is stored now."""
-    own = sum(layer.shape[0] * layer.shape[1] for layer in layers.values()) * run.empty.dtype.itemsize
-    return sum(parameter_bytes(run.empty).values()) - int(own)

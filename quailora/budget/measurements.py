@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -15,7 +15,7 @@ from numpy import ndarray
 from ..errors import ModelError
 from ..models.files import read_json
 from ..support.files import StrPath, write_json
-from .choices import Choice
+from .choices import Choice, PlannedLayer
 
 MEASURED = "measurements.json"
 """Name of the measurements in the folder that `quailora plan` writes."""
@@ -51,9 +51,11 @@ class Measurements:
         reference: the choice of all layers in the reference network.
         recipe: name of the recipe that layers were measured for; see `Question`.
         divergence: divergence of the predictions of the reference network from full precision, in nats per token.
-        other_bytes: bytes of all that is not quantized, such as embeddings and norms.
+        other_bytes: bytes of all but the layers, such as embeddings and norms; and in AutoGPTQ's format 4 bytes for the
+            order of each column.
         layers: the layers by name, in the order of the model.
         seconds: how long the measurement took.
+        others: linear layers that were not measured; see `BudgetPlan`.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Measurements:
     other_bytes: int
     layers: Mapping[str, MeasuredLayer]
     seconds: float
+    others: Mapping[str, PlannedLayer] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Measurements({self.model!r}: {len(self.layers)} layers, {len(self.choices)} choices)"
@@ -136,6 +139,7 @@ class Measurements:
                 }
                 for name, layer in self.layers.items()
             },
+            "others": {name: layer.as_dict() for name, layer in self.others.items()},
         }
         write_json(Path(file), content)
 
@@ -161,6 +165,7 @@ class Measurements:
                 other_bytes=int(content["other_bytes"]),
                 layers={name: measured_layer(one, len(choices)) for name, one in content["layers"].items()},
                 seconds=float(content["seconds"]),
+                others={name: PlannedLayer.read(one) for name, one in content["others"].items()},
             )
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"The measurements in {file} are damaged: {error!r}. Measure again.") from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from ..adapters.lora import LoraScaling
 from ..errors import ConfigurationError, ModelError
@@ -20,7 +20,10 @@ from ..quantizers import Quantizer
 from ..support.files import StrPath, write_json
 from ..support.machine import parse_size
 from ..support.tables import markdown_table
-from .choices import Choice
+from .choices import PlannedLayer
+
+STOCK_RECIPE = "best"
+"""The recipe of plans for a base that is not written, because bitsandbytes makes it while it loads the model."""
 
 PLAN_FILE = "plan.json"
 """Name of the plan in the folder that `quailora plan` writes."""
@@ -63,24 +66,6 @@ class Budget:
 
 
 @final
-@dataclass(frozen=True)
-class PlannedLayer:
-    """What a layer becomes.
-
-    Attributes:
-        choice: its quantizer and its rank.
-        weights: number of its weights.
-        nbytes: bytes of base and adapter.
-        divergence: divergence that its error is expected to cost, in nats per token.
-    """
-
-    choice: Choice
-    weights: int
-    nbytes: int
-    divergence: float
-
-
-@final
 @dataclass(frozen=True, eq=False, repr=False)
 class BudgetPlan:
     """What each layer of a model becomes.
@@ -91,6 +76,8 @@ class BudgetPlan:
         layers: the layers by name, in the order of the model.
         divergence: expected divergence of the predictions from full precision, in nats per token.
         other_bytes: bytes of the rest of the model.
+        others: linear layers that were not measured, because they cannot have an adapter: they stay in full precision,
+            or are what bitsandbytes makes of them while it loads the model.
         recipe: name of the recipe that the plan was made for.
         file: the file that the plan was read from, if it was.
     """
@@ -100,6 +87,7 @@ class BudgetPlan:
     layers: Mapping[str, PlannedLayer]
     divergence: float
     other_bytes: int
+    others: Mapping[str, PlannedLayer] = field(default_factory=dict)
     recipe: str = "best-joint"
     file: str | None = None
 
@@ -165,7 +153,14 @@ class BudgetPlan:
     def quantizers(self) -> dict[str, Quantizer | None]:
         """Quantizers of the layers that have another one than most; None for layers in full precision."""
         usual = self.quantizer
-        return {name: layer.choice.quantizer for name, layer in self.layers.items() if layer.choice.quantizer != usual}
+
+        def unusual(layers: Mapping[str, PlannedLayer]) -> dict[str, Quantizer | None]:
+            return {name: layer.choice.quantizer for name, layer in layers.items() if layer.choice.quantizer != usual}
+
+        found = unusual(self.layers)
+        # A base that bitsandbytes makes while it loads the model has no list of layers. It leaves out others by itself.
+        stock = not found and usual.stock_config() is not None and self.recipe == STOCK_RECIPE
+        return {} if stock else found | unusual(self.others)
 
     def method(self, recipe: str | None = None, scaling: LoraScaling = LoraScaling()) -> Method:  # noqa: B008 # frozen
         """Return the method that makes the layers what the plan says, to be run on `targets`.
@@ -199,7 +194,8 @@ class BudgetPlan:
         )
         recipe = recipe or self.recipe
         method = find_recipe(recipe).method(self.quantizer, chosen, quantizers=self.quantizers)
-        return replace(method, recipe=resolved_name(recipe), budget=self.file)
+        sizes = {name: layer.weights for name, layer in {**self.layers, **self.others}.items()}
+        return replace(method, recipe=resolved_name(recipe), budget=self.file, planned=sizes)
 
     def write(self, file: Path) -> None:
         """Write the plan as JSON."""
@@ -211,15 +207,8 @@ class BudgetPlan:
             "other_bytes": self.other_bytes,
             "recipe": self.recipe,
             "divergence": self.divergence,
-            "layers": {
-                name: {
-                    **layer.choice.as_dict(),
-                    "weights": layer.weights,
-                    "bytes": layer.nbytes,
-                    "divergence": layer.divergence,
-                }
-                for name, layer in self.layers.items()
-            },
+            "layers": {name: layer.as_dict() for name, layer in self.layers.items()},
+            "others": {name: layer.as_dict() for name, layer in self.others.items()},
         }
         write_json(file, content)
 
@@ -234,22 +223,18 @@ class BudgetPlan:
         file = path / PLAN_FILE if path.is_dir() else path
         content = read_json(file)
         try:
-            layers = {name: planned_layer(one) for name, one in content["layers"].items()}
+            layers, others = (
+                {name: PlannedLayer.read(one) for name, one in content[part].items()} for part in ("layers", "others")
+            )
             return cls(
                 content["model"],
                 content["asked"],
                 layers,
                 float(content["divergence"]),
                 int(content["other_bytes"]),
+                others,
                 content["recipe"],
                 str(file.resolve()),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{file} is no budget plan, or damaged: {error!r}. Plan again.") from error
-
-
-def planned_layer(content: Mapping[str, Any]) -> PlannedLayer:
-    """Build one layer of a plan from JSON."""
-    return PlannedLayer(
-        Choice.read(content), int(content["weights"]), int(content["bytes"]), float(content["divergence"])
-    )

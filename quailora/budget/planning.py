@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 
 from ..errors import ConfigurationError
 from ..models.layers import block_of, ending
 from ..support.machine import size
-from .choices import Choice
+from .choices import Choice, PlannedLayer
 from .measurements import Measurements
-from .plan import Budget, BudgetPlan, PlannedLayer
+from .plan import Budget, BudgetPlan
 from .programme import cheapest
 
 FUSED: tuple[frozenset[str], ...] = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
@@ -58,10 +59,18 @@ class Planner:
     Attributes:
         measurements: the layers of the model as they were measured.
         fused: whether layers that serving engines compute as one are quantized alike; see `FUSED`.
+        allowed: the measured choices to choose from; all if None.
     """
 
     measurements: Measurements
     fused: bool = False
+    allowed: Sequence[Choice] | None = None
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """The choices to choose from."""
+        known = self.measurements.choices
+        return known if self.allowed is None else tuple(choice for choice in known if choice in self.allowed)
 
     def of_budget(self, budget: Budget | str) -> BudgetPlan:
         """Return the plan of the least expected divergence that stays within a budget.
@@ -81,13 +90,13 @@ class Planner:
         Args:
             nbytes: bytes of the layers with their adapters.
             asked: the budget in words.
-            allowed: the choices to choose from; all if None.
+            allowed: the choices to choose from; those of the planner if None.
 
         Raises:
             ConfigurationError: if no plan stays within it.
         """
         known = self.measurements
-        costs = np.where(self._usable(allowed), known.costs, np.inf)
+        costs = self._costs(self.choices if allowed is None else allowed)
 
         def amount(nbytes: float) -> str:
             return f"{known.bits(nbytes):.2f} bits a weight ({size(max(0, int(nbytes)))})"
@@ -101,10 +110,10 @@ class Planner:
             ConfigurationError: if there is none, or the bound is not above 0.
         """
         check_quality(divergence)
-        known = self.measurements
-        sizes = np.where(np.isfinite(known.costs), known.sizes, np.inf)
+        costs = self._costs(self.choices)
+        sizes = np.where(np.isfinite(costs), self.measurements.sizes, np.inf)
         return self._plan(
-            cheapest(sizes, np.nan_to_num(known.costs, posinf=0.0), divergence, self._alike, "{:.3g} nats".format),
+            cheapest(sizes, np.nan_to_num(costs, posinf=0.0), divergence, self._alike, "{:.3g} nats".format),
             f"{divergence:g} nats per token",
         )
 
@@ -118,17 +127,19 @@ class Planner:
         """
         # A larger choice is not always better on held-out tokens, so all that fit are compared.
         found = []
-        for choice in self.measurements.choices:
+        for choice in self.choices:
             chosen = self.measurements.everywhere(choice)
             rows = np.arange(len(chosen))
-            if self.measurements.sizes[rows, chosen].sum() <= nbytes:
-                found.append((self.measurements.expected(list(chosen)), choice))
+            cost = self.measurements.expected(list(chosen))
+            if math.isfinite(cost) and self.measurements.sizes[rows, chosen].sum() <= nbytes:
+                found.append((cost, choice))
         return min(((choice, cost) for cost, choice in found), key=lambda one: one[1], default=None)
 
     def nbytes_of(self, choice: Choice) -> float:
-        """Return the bytes of all layers with the same choice."""
+        """Return the bytes of all layers with the same choice; infinite if a layer cannot have its quantizer."""
         chosen = self.measurements.everywhere(choice)
-        return float(self.measurements.sizes[np.arange(len(chosen)), chosen].sum())
+        sizes = self.measurements.sizes[np.arange(len(chosen)), chosen]
+        return float(sizes.sum()) if math.isfinite(self.measurements.expected(list(chosen))) else math.inf
 
     def skipping(self, nbytes: float) -> BudgetPlan | None:
         """Return the best plan without adapters that has one quantizer and some layers in full precision.
@@ -138,11 +149,11 @@ class Planner:
         """
         # The rival of every adapter: the same bytes are spent on some layers in 16 bits, chosen by the same programme.
         plans = []
-        for quantizer in dict.fromkeys(choice.quantizer for choice in self.measurements.choices if choice.quantizer):
+        for quantizer in dict.fromkeys(choice.quantizer for choice in self.choices if choice.quantizer):
             allowed = Choice(quantizer), Choice(None)
-            if not set(allowed) <= set(self.measurements.choices) or self.nbytes_of(allowed[0]) > nbytes:
-                continue
-            plans.append(self.within(nbytes, f"{nbytes:.0f} bytes", allowed))
+            if set(allowed) <= set(self.choices):
+                with suppress(ConfigurationError):  # where not even the smallest of these plans is as small as that
+                    plans.append(self.within(nbytes, f"{nbytes:.0f} bytes", allowed))
         return min(plans, key=lambda plan: plan.divergence, default=None)
 
     def frontier(self, bits: Sequence[float] = ()) -> list[Point]:
@@ -152,7 +163,8 @@ class Planner:
             bits: bits of each weight of the budgets; by default those of every choice that is the same for all layers.
         """
         known = self.measurements
-        asked = bits or sorted({round(known.bits(self.nbytes_of(choice)), 4) for choice in known.choices})
+        sizes = [nbytes for nbytes in map(self.nbytes_of, self.choices) if math.isfinite(nbytes)]
+        asked = bits or sorted({round(known.bits(nbytes), 4) for nbytes in sizes})
         # Budgets of the uniform choices show what each of these could have been for the same bytes.
         points = []
         for one in asked:
@@ -173,9 +185,10 @@ class Planner:
             )
         return points
 
-    def _usable(self, allowed: Sequence[Choice] | None) -> Bool[ndarray, " choices"]:
-        choices = self.measurements.choices
-        return np.array([allowed is None or choice in allowed for choice in choices])
+    def _costs(self, allowed: Sequence[Choice]) -> Float[ndarray, "layers choices"]:
+        """Return what choices cost, infinitely much where they are not allowed."""
+        usable = [choice in allowed for choice in self.measurements.choices]
+        return np.where(usable, self.measurements.costs, np.inf)
 
     @cached_property
     def _alike(self) -> list[tuple[list[int], Int[ndarray, " choices"]]]:
@@ -202,7 +215,8 @@ class Planner:
             )
             for number, ((name, layer), choice) in enumerate(zip(known.layers.items(), chosen, strict=True))
         }
-        return BudgetPlan(known.model, asked, layers, known.expected(list(chosen)), known.other_bytes, known.recipe)
+        expected = known.expected(list(chosen))
+        return BudgetPlan(known.model, asked, layers, expected, known.other_bytes, known.others, known.recipe)
 
 
 def check_quality(divergence: float) -> None:

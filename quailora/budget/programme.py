@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +75,9 @@ def cheapest(
         )
     if result.x is None:
         least = np.where(usable.reshape(costs.shape), sizes, np.inf).min(1).sum()
-        if least > budget:
+        if not math.isfinite(least):
+            found = "some layers can have none of these choices"
+        elif least > budget:
             found = f"the smallest takes {amount(least)}, and the budget leaves {amount(budget)} for them"
         elif result.status == _STOPPED:
             found = f"the solver found none in {_SECONDS:.0f} seconds"

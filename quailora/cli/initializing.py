@@ -16,7 +16,7 @@ from ..calibration.text import TextSource
 from ..calibration.windows import Calibration
 from ..core.weightings import GramWeighting, Weighting
 from ..errors import ConfigurationError
-from ..families import Family
+from ..families import Family, Lora
 from ..layer.initializer import Initializer
 from ..methods.distillation import Distillation
 from ..methods.method import Method
@@ -143,10 +143,12 @@ def asked_plan(options: Mapping[str, Any], asked: Asked) -> BudgetPlan:
     given = [name for name, default in defaults.items() if options[name] != default]
     given += ["targets"] if tuple(options["targets"]) != (ALL_LINEAR,) else []
     given += ["solver, metric or inputs"] if asked != Asked() else []
+    family = options["family"]
+    given += [f"the family {family.title}"] if family is not None and not isinstance(family, Lora) else []
     if given:
         raise ConfigurationError(
-            f"A budget plan decides bits, ranks and targets, and a recipe the rest, got {', '.join(given)} as well. "
-            "Leave that out, or plan again."
+            "A budget plan decides bits, targets and ranks of LoRA, and a recipe the rest, got "
+            f"{', '.join(given)} as well. Leave that out, or plan again."
         )
     plan = BudgetPlan.read(options["plan"])
     if plan.model != str(options["model"]):

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, final
 
@@ -19,13 +20,16 @@ from ..budget.plot import plot_frontier
 from ..errors import ConfigurationError, OutputExistsError
 from ..pipeline.formats import FULL_BITS
 from ..pipeline.options import Resources
-from ..support.choices import PLANNED_BITS
+from ..support.choices import PLANNED_BITS, PLANNED_RANKS
 from ..support.files import check_writable, complete_file, folder_of
 from ..support.machine import size
 from ..support.tables import print_note, print_table
 from .initializing import calibration_of
 
 logger = logging.getLogger("quailora")
+
+_AGAIN = ("model", "out", "budget", "quality", "bits", "ranks", "fused", "measurements", "overwrite")
+"""Options that mean something beside measurements which are there already."""
 
 FRONTIER, PLOT, STATE = "frontier.csv", "frontier.svg", "measuring"
 """What is in the folder beside the plan; the last one is the state of a measurement that is not finished."""
@@ -114,10 +118,13 @@ def run_plan(options: Mapping[str, Any]) -> PlanResult:
     folder.mkdir(parents=True, exist_ok=True)
     measured.write(folder / MEASURED)
     shutil.rmtree(folder / STATE, ignore_errors=True)
-    planner = Planner(measured, options["fused"])
+    planner = Planner(measured, options["fused"], allowed_of(options, measured))
     plan = planner.of_quality(options["quality"]) if budget is None else planner.of_budget(budget)
     if not plan.targets:
-        logger.warning("No layer of this plan has an adapter. Leave 0 out of `ranks` for a model that can be trained.")
+        logger.warning(
+            "No layer of this plan has an adapter. Leave 0 out of `ranks`, also with these `measurements`, for a model "
+            "that can be trained."
+        )
     points = planner.frontier()
     plan.write(folder / PLAN_FILE)
     write_points(points, folder / FRONTIER)
@@ -137,9 +144,10 @@ def measured_for(options: Mapping[str, Any], folder: Path) -> Measurements:
     """Return the measurements of a model: those that are there, or new ones.
 
     Raises:
-        ConfigurationError: if those that are there are of another model, or no plan stays within the budget.
+        ConfigurationError: if options say how to measure what has been measured, or no plan stays within the budget.
     """
     if options["measurements"] is not None:
+        check_unused(options)
         known = Measurements.read(options["measurements"])
         if known.model != str(options["model"]):
             logger.warning("These measurements are of %s; they are taken for %s.", known.model, options["model"])
@@ -160,6 +168,51 @@ def measured_for(options: Mapping[str, Any], folder: Path) -> Measurements:
         fresh=options["fresh"],
         resources=Resources(options["dtype"], options["device"], trust_remote_code=options["trust_remote_code"]),
     )
+
+
+def check_unused(options: Mapping[str, Any]) -> None:
+    """Raise a `ConfigurationError` if options beside `measurements` say how to measure."""
+    from .commands.plan import plan
+
+    # Options of other commands may be missing here, and those of several values come as lists or as tuples.
+    defaults = {name: parameter.default for name, parameter in signature(plan).parameters.items()}
+    given = [name for name in defaults if name not in _AGAIN and plain(options[name]) != plain(defaults[name])]
+    if given:
+        raise ConfigurationError(
+            f"The measurements are there already, and nothing is measured, got {', '.join(given)} as well. Leave that "
+            "out, or leave out `measurements` to measure anew."
+        )
+
+
+def plain(value: Any) -> Any:
+    """Return the value of an option, lists as tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def allowed_of(options: Mapping[str, Any], measured: Measurements) -> tuple[Choice, ...]:
+    """Return those of the measured choices that have the bits and the ranks which were asked for.
+
+    Raises:
+        ConfigurationError: if bits or ranks were asked for that have not been measured.
+    """
+    if options["measurements"] is None:
+        return measured.choices
+    bits, ranks = set(options["bits"]), set(options["ranks"])
+    ranks_known = {choice.rank for choice in measured.choices if choice.quantizer}
+    known = {choice.bits for choice in measured.choices}, ranks_known
+    # Without these options, all that was measured is there to choose from.
+    wanted = known[0] if bits == set(PLANNED_BITS) else bits, known[1] if ranks == set(PLANNED_RANKS) else ranks
+    unknown = sorted(wanted[0] - known[0]), sorted(wanted[1] - known[1])
+    if any(unknown):
+        raise ConfigurationError(
+            f"Expected bits and ranks that were measured, which are {sorted(known[0])} and {sorted(known[1])}, got "
+            f"{sorted(wanted[0])} and {sorted(wanted[1])}. Leave out `measurements` to measure anew."
+        )
+    # A layer in full precision has no rank to choose.
+    found = [one for one in measured.choices if one.bits in wanted[0] and (one.rank in wanted[1] or not one.quantizer)]
+    if not any(choice.quantizer for choice in found):
+        raise ConfigurationError(f"Expected a choice that quantizes layers, got {sorted(wanted[0])} bits only.")
+    return tuple(found)
 
 
 def write_points(points: Sequence[Point], file: Path) -> None:

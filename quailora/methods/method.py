@@ -43,6 +43,8 @@ class Method:
         quantizers: quantizers of single layers by module name, in place of that of `initializer`; None for a layer that
             stays in full precision.
         budget: the file with the budget plan that quantizers and ranks come from, if any.
+        planned: number of weights of each linear layer that a budget plan knows, by module name. A model with others is
+            refused; empty without a plan.
     """
 
     initializer: Initializer
@@ -57,6 +59,7 @@ class Method:
     blocks: BlockTraining | None = None
     quantizers: Mapping[str, Quantizer | None] = field(default_factory=dict)
     budget: str | None = field(default=None, compare=False, repr=False)
+    planned: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def quantizer(self) -> Quantizer | None:

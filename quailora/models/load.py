@@ -72,10 +72,9 @@ def load_model(
     name = resolve(model)
     config = find_config(model, name, trust_remote_code)
     check_weights(model, name, skeleton(model, config, trust_remote_code), allow_pickle)
-    wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    if dtype == "auto" and where == "cpu" and config.dtype == torch.float16:
+    wanted: Any = dtype_for(dtype, config, where) or "auto"
+    if wanted == torch.float32 and dtype == "auto":
         logger.info("Computing in float32: float16 is many times slower on a CPU.")
-        wanted = torch.float32
     place: dict[str, Any] = {"device_map": {"": where}} if where != "cpu" else {}  # past the machine's own memory
     if offload:
         place = {"device_map": {"": "disk"}, "offload_folder": str(offload)}
@@ -122,10 +121,31 @@ def resolve_device(device: str) -> Literal["cpu", "cuda"]:
     return "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
 
 
-def empty_model(model: str, dtype: DtypeName = "auto", *, trust_remote_code: bool = False) -> Any:
-    """Return a model without weights, from its configuration alone; see `load_model`."""
+def dtype_for(dtype: DtypeName, config: Any, device: str) -> torch.dtype | None:
+    """Return the dtype that a model is loaded in; None for that of its checkpoint.
+
+    Args:
+        dtype: the one that was asked for; see `load_model`.
+        config: configuration of the model.
+        device: kind of device that computes, "cpu" or another one.
+    """
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" and config.dtype == torch.float16 else None
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def empty_model(model: str, dtype: DtypeName = "auto", *, device: str = "", trust_remote_code: bool = False) -> Any:
+    """Return a model without weights, from its configuration alone; see `load_model`.
+
+    Args:
+        model: hub name or folder.
+        dtype: the dtype that was asked for.
+        device: kind of device that will compute; without it, "auto" means the dtype of the checkpoint.
+        trust_remote_code: run the Python code that a model brings along.
+    """
     config = find_config(model, resolve(model), trust_remote_code)
-    return skeleton(model, config, trust_remote_code, None if dtype == "auto" else getattr(torch, dtype))
+    return skeleton(model, config, trust_remote_code, dtype_for(dtype, config, device))
 
 
 def save_model(folder: Path, loaded: LoadedModel, state: Mapping[str, Tensor] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from .store import Store, StoredLayer
 logger = logging.getLogger("quailora")
 
 _PACKED, _PARAMETER, _ENERGIES = "packed.", "parameter.", "energies"
+_LOCK = "lock"
+_STATE = re.compile(r"run-[0-9a-f]{12}")  # the name of a folder with the files of one run
 
 
 @final
@@ -180,7 +183,9 @@ def locked(folder: Path) -> Iterator[None]:
 
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
+    # Whatever else lies in the folder stays there: callers may name one that they use for other things as well.
+    own = not any(path.name != _LOCK for path in folder.iterdir())
+    lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -193,7 +198,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
         # What is left of unfinished runs stays, and a comparison keeps each of its own in a folder inside. Without any
         # manifest there is nothing to go on from.
-        if not any(folder.rglob("manifest.json")):
+        if own and not any(folder.rglob("manifest.json")):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -227,7 +232,8 @@ def claim(checkpoint: Checkpoint, fresh: bool) -> None:
     # folder), one of this run (go on), and one of another run (refuse, and say what differs).
     folder, fingerprint = checkpoint.folder, checkpoint.fingerprint
     manifest = {} if fresh else checkpoint.manifest()
-    others = [state for state in folder.glob("run-*") if fresh or state != checkpoint.state]
+    states = [path for path in folder.iterdir() if _STATE.fullmatch(path.name)]
+    others = [state for state in states if fresh or state != checkpoint.state]
     if manifest is None:
         if others:
             raise ResumeError(

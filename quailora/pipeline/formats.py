@@ -16,7 +16,7 @@ from ..models.layers import Layer, kind
 from ..quantizers import QuantizedWeight, Quantizer
 
 FULL_BITS = 16
-"""Bits of a weight in full precision, and of a number of an adapter."""
+"""Bits of a number of an adapter, and of a weight in full precision, where its dtype has as many."""
 
 _SAMPLE = 64, 1024  # of a weight, to count the bits of a quantizer
 
@@ -41,6 +41,11 @@ def example_by(quantizer: Quantizer, shape: tuple[int, int]) -> QuantizedWeight:
     return quantizer.quantize(sample, statistics)
 
 
+def full_bits(layer: Layer) -> int:
+    """Return the bits of each weight of a layer in full precision, by its dtype, in which a base keeps it."""
+    return 8 * layer.weight.element_size()
+
+
 def bits_of_layers(
     layers: Mapping[str, Layer], method: Method, known: Mapping[str, float] = MappingProxyType({})
 ) -> float:
@@ -52,7 +57,7 @@ def bits_of_layers(
         known: stored bits per weight of some of them; of others they are those of an example.
     """
     examples: dict[Hashable, float] = {}
-    bits = dict(known) | dict.fromkeys(method.kept, float(FULL_BITS))
+    bits = dict(known) | {name: float(full_bits(layers[name])) for name in method.kept & layers.keys()}
     for name, layer in layers.items():
         if name not in bits:
             # A weight of a base that is there already takes time to read, so that one stands for those like it.
@@ -65,7 +70,7 @@ def bits_of_layers(
 
 
 def check_single_layers(method: Method, layers: Mapping[str, Layer]) -> None:
-    """Raise a `TargetError` if a method has quantizers for layers that the model does not have.
+    """Raise a `TargetError` if a method has quantizers for other layers than the model has, or a plan knows others.
 
     Args:
         method: how layers are quantized.
@@ -77,6 +82,14 @@ def check_single_layers(method: Method, layers: Mapping[str, Layer]) -> None:
             f"Expected quantizers for linear layers of this model, got some for {unknown[0]!r} and {len(unknown) - 1} "
             f"others that it does not have. Its first linear layer is {next(iter(layers), 'missing')}. A budget plan "
             "belongs to the model that it was made for."
+        )
+    sizes = {name: math.prod(layer.shape) for name, layer in layers.items()}
+    missing = [name for name in sizes if method.planned and method.planned.get(name) != sizes[name]]
+    if missing:
+        raise TargetError(
+            f"The budget plan does not know {len(missing)} of the {len(layers)} linear layers of this model, or knows "
+            f"them in another size, {missing[0]} among them. A plan belongs to the model that it was made for: plan "
+            "again."
         )
 
 

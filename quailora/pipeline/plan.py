@@ -137,7 +137,7 @@ def plan_run(
     method.check()
     save_base = method.changes_base or (output is not None and output.save_base)
     if isinstance(model, str):
-        empty = empty_model(model, resources.dtype, trust_remote_code=resources.trust_remote_code)
+        empty = empty_model(model, resources.dtype, device=device, trust_remote_code=resources.trust_remote_code)
     else:
         empty = empty_copy(model)
     if fine_tuned is not None:

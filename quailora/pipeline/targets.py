@@ -217,7 +217,8 @@ def with_kept(model: Any, quantized: Collection[str], kept: Collection[str]) -> 
 def layers_of_run(model: Any, corrected: Mapping[str, Layer], method: Method, *, save_base: bool) -> dict[str, Layer]:
     """Return the layers that a run quantizes, with or without a correction.
 
-    Those without one are quantized if the base is written, or if later layers are to see what they have become.
+    Those without one are quantized if the base is written, if later layers are to see what they have become, or if all
+    corrections are trained together afterwards.
 
     Args:
         model: the full-precision model.
@@ -225,9 +226,12 @@ def layers_of_run(model: Any, corrected: Mapping[str, Layer], method: Method, *,
         method: how layers are initialized.
         save_base: whether the base is written.
     """
-    if save_base or method.inputs != "full":
-        return quantized_layers(model, corrected, method.base, method.kept)
-    return dict(corrected)
+    if not save_base and method.inputs == "full" and method.distillation is None:
+        return dict(corrected)
+    layers = quantized_layers(model, corrected, method.base, method.kept)
+    if save_base or method.base is not None:
+        return layers
+    return {name: layer for name, layer in layers.items() if name in corrected or stock_quantizes(layer)}
 
 
 def quantized_layers(

@@ -74,7 +74,8 @@ def plan(
             which stay as bitsandbytes makes them while it loads a model.
         symmetric: levels that are symmetric around zero in a base of gptq, as vLLM needs them, at a loss of accuracy.
         fused: quantize layers alike that serving engines compute as one: query, key and value; gate and up.
-        measurements: folder or file of an earlier plan, whose measurements are taken in place of new ones.
+        measurements: folder or file of an earlier plan, whose measurements are taken in place of new ones. Bits and
+            ranks can then be some of those that were measured.
         calibration: a text file, a file of records (.jsonl, .json, .csv, .parquet), a folder of such files, or the
             hub name of a data set; the shipped text by default.
         calibration_fields: fields of a record that are the text, see `quailora init --help`.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from trainings import effective_weights, train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from quailora import GPTQ, NF4, Calibration, Int8, Optimal, Output, Quantizer, Resources, Uniform, merge, rebase
+from quailora import GPTQ, NF4, Calibration, Int8, Optimal, Output, Quantizer, Resources, Sign, Uniform, merge, rebase
 from quailora.adapters.change import TrainedChange
 from quailora.bases import StoredBase
 from quailora.bases.packed import unpacked
@@ -195,6 +195,14 @@ def test_rescaled_weights_are_their_weights_times_their_factors(weight, generato
     torch.testing.assert_close(stored.rescaled(factors).dequantize(), expected, rtol=0, atol=0.02 * size)
     if stored.packed():
         torch.testing.assert_close(unpacked(stored.packed(), torch.float32).dequantize(), stored.dequantize())
+
+
+@pytest.mark.parametrize("into", [Sign(32), NF4(block_size=128)], ids=repr)
+def test_a_format_without_checkpoints_is_refused(into, lora, tmp_path):
+    """The model would take as many bytes as in full precision, whatever bits are said of it."""
+    with pytest.raises(ConfigurationError, match="Expected a format that checkpoints hold"):
+        merge(lora / "trained", into=into, out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_scales_that_cannot_change_say_so():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -14,16 +15,18 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from helpers import init
-from runs import SMALL, content, killed_after, small_run
+from runs import SMALL, content, killed_after, small_run, stopped_after_a_block
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quailora import GPTQ, NF4, AlternatingLeastSquares
 from quailora.calibration.text import shipped_text
+from quailora.calibration.tokens import CalibrationTokens
 from quailora.errors import NumericalError, OutputExistsError, ResumeError, StorageError
-from quailora.pipeline.checkpoint import Checkpoint
+from quailora.pipeline.checkpoint import Checkpoint, digest_of_json
 
 
 def state(out):
@@ -154,6 +157,33 @@ def test_only_the_damaged_layer_is_made_again(tiny_llama, tmp_path, monkeypatch)
     assert {damaged.stem, shortened.stem} <= set(saved)
     assert not {path.stem for path in others} & set(saved)
     assert content(out) == content(tmp_path / "alone")
+
+
+def test_another_number_of_processes_runs_the_model_again(tiny_llama, tmp_path, monkeypatch):
+    """Batches are other ones then, and hidden states are kept by the number of a batch; layers stay."""
+    options = {"inputs": "asymmetric", "calibration_dtype": "model"}
+    small_run(tiny_llama, tmp_path / "alone", **options)
+    batches = CalibrationTokens.batches
+    with monkeypatch.context() as patch:
+        patch.setattr(CalibrationTokens, "batches", lambda self, shares, **more: batches(self, 2, **more))
+        with stopped_after_a_block(patch):
+            small_run(tiny_llama, tmp_path / "out", **options)
+    file = state(tmp_path / "out") / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    assert (manifest["blocks_done"], manifest["processes"]) == (1, 1)
+    manifest = {name: manifest[name] for name in manifest if name != "digest"} | {"processes": 2}
+    file.write_text(json.dumps(manifest | {"digest": digest_of_json(manifest)}), encoding="utf-8")
+    kept = {path: path.stat().st_mtime_ns for path in state(tmp_path / "out").rglob("layers/*.safetensors")}
+    saved = []
+    save = Checkpoint.save
+    monkeypatch.setattr(Checkpoint, "save", lambda self, name, layer: saved.append(name) or save(self, name, layer))
+    small_run(tiny_llama, tmp_path / "out", **options)
+    assert len(kept) == 7
+    assert not {path.stem for path in kept} & set(saved)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "out"))
+    for name in (name for name in first if "lora_A" in name):
+        other = name.replace("lora_A", "lora_B")
+        torch.testing.assert_close(second[other] @ second[name], first[other] @ first[name], rtol=1e-2, atol=1e-4)
 
 
 def metadata_of(file):

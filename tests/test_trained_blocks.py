@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from quailora import NF4, Calibration, Int8, LoraScaling, Output, Sign, Uniform, initialize_model
 from quailora.calibration.examples import BlockExamples
-from quailora.errors import ConfigurationError
+from quailora.errors import CalibrationError, ConfigurationError
 from quailora.methods.block_training import BlockTraining
 from quailora.methods.recipes import RECIPES, find_recipe
+from quailora.models.layers import Layer
 from quailora.quantizers.identity import BaseIdentity
 
 CALIBRATION = Calibration(samples=64, sequence_length=64, dtype="model")
@@ -162,6 +163,37 @@ def test_a_finished_training_is_not_done_again(tiny_llama, tmp_path, monkeypatch
         small_run(tiny_llama, tmp_path / "out", **options)
     small_run(tiny_llama, tmp_path / "out", **options)
     assert len(trained) == 2  # blocks of the model
+
+
+def test_a_damaged_layer_of_a_trained_block_is_trained_again(short_run, tmp_path, monkeypatch):
+    """The layer from before the training is there as well, and is not what the others were trained with."""
+    run, alone = short_run
+    with stopped_after_a_block(monkeypatch):
+        run(tmp_path / "out")
+    damaged = next((tmp_path / "out.partial").rglob("layers/trained/*down_proj.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    run(tmp_path / "out")
+    assert content(tmp_path / "out") == content(alone)
+    assert (tmp_path / "out/report.json").read_text(encoding="utf-8").count('"block_error": null') == 0
+
+
+def test_float16_has_gradients(generator):
+    """Those of a mean over the tokens of large outputs are smaller than its smallest number."""
+    module = torch.nn.Linear(256, 256, bias=False).half()
+    layer = Layer("block.layer", module)
+    inputs = 512 * torch.randn(2, 1, 1024, 256, generator=generator).half()
+    aims = inputs @ layer.weight.detach().T
+    weights = {"block.layer": TWO_BITS.quantize(layer.weight.detach())}
+    examples = BlockExamples(0, "block", [0], [1], lambda number: module(inputs[number]), lambda number: aims[number])
+    training = BlockTraining(steps=20, scale_rate=1e-2, parts=("scales",))
+    found = training.improve(examples, {"block.layer": layer}, weights)
+    assert found.after < 0.99 * found.before
+
+
+def test_a_process_without_samples_is_told():
+    examples = BlockExamples(0, "model.layers.0", [], [1], lambda _: None, lambda _: None, shared=True)
+    with pytest.raises(CalibrationError, match="Expected samples to train on for each of 1 processes"):
+        BlockTraining().improve(examples, {}, {})
 
 
 def test_experts_stay_as_they_are_and_layers_beside_them_are_trained(tmp_path, tokenizer):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..errors import CalibrationError
 from ..support import distributed
 
 
@@ -38,6 +39,15 @@ class BlockExamples:
     aim: Callable[[int], Tensor]
     counted: Callable[[int], Bool[Tensor, "samples length"] | None] = lambda _: None
     shared: bool = False
+
+    def check(self) -> None:
+        """Raise a `CalibrationError` if there is nothing to train on, for one of several processes."""
+        found = distributed.gather(len(self.trained)) if self.shared else [len(self.trained)]
+        if not all(found):
+            raise CalibrationError(
+                f"Expected samples to train on for each of {len(found)} processes, got {sum(found)} batches of them. "
+                "Calibrate on more samples, or use fewer processes."
+            )
 
     def loss(self, number: int) -> Float[Tensor, ""]:
         """Return the mean over tokens of the squared error of the outputs, relative to the aim's squared norm."""

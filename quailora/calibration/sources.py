@@ -158,12 +158,15 @@ class BatchCalibration(CalibrationSource):
     @override
     def training_windows(self, tokenizer: Any, count: int, length: int) -> Int[Tensor, "count length"]:
         del tokenizer
-        # All windows have the length of the longest sequence that is wanted, so that a batch needs no padding; shorter
-        # sequences are not trained on.
-        cut = min(length, self.given.longest)
-        rows = [sequence[:cut] for sequence in self.given.sequences if len(sequence) >= cut]
-        if cut < 2:
+        # All windows have one length, so that a batch needs no padding: the largest one for which windows hold at least
+        # half of the tokens. What is left of a sequence, and shorter sequences, are not trained on.
+        sizes = [size for size in map(len, self.given.sequences) if size > 1]
+        lengths = sorted({min(size, length) for size in sizes}, reverse=True)
+        held = ((cut, sum(size // cut * cut for size in sizes)) for cut in lengths)
+        found = next((cut for cut, tokens in held if 2 * tokens >= sum(sizes)), 0)
+        if not found:
             raise CalibrationError("Expected calibration sequences of at least two tokens to train on.")
+        rows = [row for ids in self.given.sequences for row in torch.split(ids, found) if len(row) == found]
         return torch.stack([rows[number] for number in random_order(len(rows), count, self.draw + 1).tolist()])
 
     @override

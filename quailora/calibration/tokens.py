@@ -69,7 +69,7 @@ class CalibrationTokens:
         Args:
             batches: mappings with `input_ids` (samples, length); with `attention_mask` of the same shape, whose zeros
                 are padding and are cut off; and with `labels` of the same shape, where tokens with the label -100 are
-                run but do not count. Other entries are not used.
+                run but do not count. Sequences in which none counts are left out. Other entries are not used.
 
         Raises:
             CalibrationError: if a batch has no `input_ids`, shapes do not fit, or a mask has zeros between ones.
@@ -81,7 +81,7 @@ class CalibrationTokens:
                 sequences.append(ids)
                 counted.append(kept)
         if not sequences:
-            raise CalibrationError("Expected batches of calibration tokens, got none that has a token.")
+            raise CalibrationError("Expected batches of calibration tokens, got none that has a token which counts.")
         return cls(tuple(sequences), tuple(counted))
 
     @property
@@ -157,7 +157,7 @@ class CalibrationTokens:
 
 
 def _rows(batch: Mapping[str, Any], number: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield the sequences of a batch without their padding, and which tokens count; empty ones are left out."""
+    """Yield the sequences of a batch without their padding, and which tokens count, where some do."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
         raise CalibrationError(
@@ -190,7 +190,8 @@ def _rows(batch: Mapping[str, Any], number: int) -> Iterator[tuple[Tensor, Tenso
                 f"{number} has zeros between ones. Pass sequences one by one."
             )
         kept = None if masks["labels"] is None else masks["labels"][row, start:stop] != IGNORED_LABEL
-        yield sequence[start:stop], None if kept is None or bool(kept.all()) else kept
+        if kept is None or bool(kept.any()):
+            yield sequence[start:stop], None if kept is None or bool(kept.all()) else kept
 
 
 def _described(batch: object) -> str:

@@ -75,8 +75,8 @@ class Walk:
     batch_tokens: int = TOKENS_PER_PASS
 
     @torch.no_grad()
-    def run(self, visit: Visit, train: Train | None = None) -> None:
-        """Visit the blocks that have layers, in order.
+    def run(self, visit: Visit, train: Train | None = None) -> Sequence[str]:
+        """Visit the blocks that have layers, in order; return the module names of all blocks.
 
         Args:
             visit: called with each block while its weights are resident.
@@ -120,6 +120,7 @@ class Walk:
                     weights.enter_context(resident(layer.module))
                 forward = partial(_run_outside, chain, batches)
                 self._run_at(end, rest, forward, batches, held_out, visit)
+        return chain.names
 
     @property
     def _networks(self) -> tuple[str, ...]:
@@ -135,10 +136,10 @@ class Walk:
 
     def _batches(self) -> tuple[dict[int, TokenBatch], set[int]]:
         """Return this process's batches by number, and which of all batches are held out."""
-        batches, held_from = self.tokens.batches(
-            distributed.world_size(), hold_out=self.inputs == "asymmetric", most=self.batch_tokens
-        )
-        mine = range(distributed.rank(), len(batches), distributed.world_size())
+        first, step, hold_out = distributed.rank(), distributed.world_size(), self.inputs == "asymmetric"
+        batches, held_from = self.tokens.batches(step, hold_out=hold_out, most=self.batch_tokens)
+        # Each process gets some of both kinds, where there are enough.
+        mine = (*range(first, held_from, step), *range(held_from + first, len(batches), step))
         return {number: batches[number] for number in mine}, set(range(held_from, len(batches)))
 
     def _members(self, block: str) -> dict[str, Layer]:

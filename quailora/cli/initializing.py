@@ -187,7 +187,7 @@ def asked_distillation(own: Distillation | None, options: Mapping[str, Any]) -> 
         )
     if not steps and own is None:
         return None
-    return (own or Distillation()).asked(steps, tokens, rate)
+    return (own or Distillation()).asked(steps, tokens, rate, options["sequence_length"])
 
 
 @final

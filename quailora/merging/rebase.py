@@ -20,7 +20,7 @@ from ..layer.initializer import Initializer
 from ..methods.method import Method
 from ..methods.recipes import Recipe, find_recipe
 from ..models.layers import all_layers, linear_layers
-from ..models.load import empty_model
+from ..models.load import empty_model, resolve_device
 from ..models.locate import resolve
 from ..pipeline.fine_tuned import FineTuned
 from ..pipeline.fingerprint import digest, weights_of
@@ -120,15 +120,17 @@ def rebase(
     output = replace(output, modules_to_save=whole)
     if isinstance(base, Quantizer):  # whose base may take minutes
         check_layers(change, layers, linear_layers(empty), repr(base))
-    chosen, output, staged = other_base(base, name, source, output, resources)
-    check_layers(change, layers, chosen.layers, chosen.title)
-    family = None if change.family.name == "lora" else change.family
-    wanted = method_of(recipe, scaling_of(change, rank), chosen, family)
-    fine_tuned = FineTuned((change,), trained_on=before)
-    plan = plan_run(name, wanted, source, targets, output, resources, fine_tuned=fine_tuned)
-    result = carry_out(plan)
-    if staged is not None and distributed.rank() == 0:
-        shutil.rmtree(staged, ignore_errors=True)
+    # There may be two runs, in one group of processes: one that leaves its group must not join another.
+    with distributed.process_group(resolve_device(resources.device)):
+        chosen, output, staged = other_base(base, name, source, output, resources)
+        check_layers(change, layers, chosen.layers, chosen.title)
+        family = None if change.family.name == "lora" else change.family
+        wanted = method_of(recipe, scaling_of(change, rank), chosen, family)
+        fine_tuned = FineTuned((change,), trained_on=before)
+        plan = plan_run(name, wanted, source, targets, output, resources, fine_tuned=fine_tuned)
+        result = carry_out(plan)
+        if staged is not None and distributed.rank() == 0:
+            shutil.rmtree(staged, ignore_errors=True)
     return Rebased(Path(plan.output.folder if plan.output else output.folder), result.report)
 
 

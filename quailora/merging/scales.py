@@ -140,11 +140,15 @@ class ScaleTraining:
                 rate.step()
                 if not watched() and rate.last_epoch % _LOGGED == 0:  # where nobody sees a progress bar
                     logger.info("Training scales: step %d of %d.", rate.last_epoch, self.steps)
+        # Compared are weights as they are stored, whose scales are rounded to the format's precision.
+        new = {name: weight.rescaled(1 + changes[name].detach().to("cpu")) for name, weight in scaled.items()}
+        values |= {name: weight.dequantize().to(device) for name, weight in new.items()}
+        for change in changes.values():
+            change.detach().zero_()
         after = held_out_loss()
         logger.info("Divergence on held-out calibration text: %.4f nats a token before, %.4f after.", before, after)
         if not after < before:
             return dict(weights)
-        new = {name: weight.rescaled(1 + changes[name].detach().to("cpu")) for name, weight in scaled.items()}
         return {**weights, **new}
 
 

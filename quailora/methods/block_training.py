@@ -39,6 +39,7 @@ TRAINED_BYTES = 24
 ENOUGH_TOKENS = 2**16
 """Tokens of calibration with which blocks come out better on other text."""
 
+_LARGE = 2.0**12  # factor of the loss, since numbers of float16 end at 6e-8; AdamW does the same whatever it is
 _HELD_OUT = 32  # windows that tell whether the training of a block has helped
 
 TrainedPart = Literal["codes", "scales", "factors"]
@@ -145,6 +146,7 @@ class BlockTraining:
 
         Raises:
             NumericalError: if the loss is NaN or infinite.
+            CalibrationError: if there is nothing to train on.
         """
         # The aim is the output on the inputs of the model that is aimed at, so that a block also makes up for what is
         # left of the errors of the blocks before it, as far as its codes and adapters allow.
@@ -166,6 +168,7 @@ class BlockTraining:
         ]
         # A format without scales, or a base that stays as it is beside layers without an adapter, has nothing to train.
         parameters = [tensor for tensors, _ in groups for tensor in tensors if tensor.numel()]
+        examples.check()
         before = _held_out_loss(examples, layers, weights, corrections)
         if not parameters or not self.steps:
             return TrainedBlock(weights, corrections, before, before)
@@ -179,7 +182,7 @@ class BlockTraining:
         for number in random_order(len(examples.trained), self.steps, self.seed + examples.index).tolist():
             with torch.enable_grad(), computing_with(layers, codes, adapters):
                 loss = examples.loss(examples.trained[number])
-                torch.autograd.backward(loss)
+                torch.autograd.backward(loss * _LARGE)
             if not math.isfinite(loss.item()):
                 raise NumericalError(
                     f"The loss of the training of {examples.name} is {loss.item()}. Lower its learning rates."

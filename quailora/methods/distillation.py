@@ -70,13 +70,20 @@ class Distillation:
         """Tokens in a step."""
         return self.batch * self.sequence_length
 
-    def asked(self, steps: int | None, tokens: int | None, learning_rate: float | None) -> Distillation | None:
+    def fitted(self, longest: int) -> Distillation:
+        """Return the same distillation on windows that are no longer than those of the calibration."""
+        return replace(self, sequence_length=min(self.sequence_length, longest))
+
+    def asked(
+        self, steps: int | None, tokens: int | None, learning_rate: float | None, longest: int | None = None
+    ) -> Distillation | None:
         """Return the same distillation with other settings, where they are not None; None if there are to be no steps.
 
         Args:
             steps: updates.
             tokens: tokens in a step, of which there are as many as whole windows fill, and at least one window.
             learning_rate: learning rate of the first step.
+            longest: tokens in a window of the calibration, if that is known.
 
         Raises:
             ConfigurationError: if a setting is out of range.
@@ -86,7 +93,8 @@ class Distillation:
             return None
         if tokens is not None and tokens < 2:
             raise ConfigurationError(f"Expected at least two tokens in a step of the distillation, got {tokens}.")
-        length = self.sequence_length if tokens is None else min(tokens, self.sequence_length)
+        most = self.sequence_length if longest is None else min(self.sequence_length, longest)
+        length = self.sequence_length if tokens is None else min(tokens, most)
         return replace(
             self,
             steps=self.steps if steps is None else steps,

@@ -80,7 +80,8 @@ class Checkpoint(Store):
     def set_blocks_done(self, blocks: int) -> None:
         """Write down how many blocks are done."""
         if distributed.rank() == 0:
-            content = {"fingerprint": dict(self.fingerprint), "blocks_done": blocks}
+            processes = distributed.world_size()
+            content = {"fingerprint": dict(self.fingerprint), "blocks_done": blocks, "processes": processes}
             write_json(self.folder / "manifest.json", {**content, "digest": digest_of_json(content)})
 
     @override
@@ -184,7 +185,7 @@ def locked(folder: Path) -> Iterator[None]:
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     # Whatever else lies in the folder stays there: callers may name one that they use for other things as well.
-    own = not any(path.name != _LOCK for path in folder.iterdir())
+    own = not any(map(is_foreign, folder.rglob("*")))
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)
@@ -200,6 +201,12 @@ def locked(folder: Path) -> Iterator[None]:
         # manifest there is nothing to go on from.
         if own and not any(folder.rglob("manifest.json")):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_foreign(path: Path) -> bool:
+    """Return whether a file in the folder of a run is none of a run."""
+    inside = any(_STATE.fullmatch(part) for part in path.parts)
+    return path.is_file() and not inside and path.name not in {_LOCK, "manifest.json"}
 
 
 def open_checkpoint(folder: Path, fingerprint: Mapping[str, str], fresh: bool) -> Checkpoint:
@@ -254,4 +261,6 @@ def claim(checkpoint: Checkpoint, fresh: bool) -> None:
     if not before:
         for state in others:
             shutil.rmtree(state)
+    # Batches are made for a number of processes, and hidden states are kept by the number of a batch.
+    if not before or manifest.get("processes") != distributed.world_size():
         checkpoint.set_blocks_done(0)

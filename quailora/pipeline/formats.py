@@ -19,6 +19,7 @@ FULL_BITS = 16
 """Bits of a number of an adapter, and of a weight in full precision, where its dtype has as many."""
 
 _SAMPLE = 64, 1024  # of a weight, to count the bits of a quantizer
+_SIDE = 256  # rows and columns of a layer that the codes of every format fill
 
 
 def example_of(method: Method, layer: Layer) -> QuantizedWeight:
@@ -39,6 +40,11 @@ def example_by(quantizer: Quantizer, shape: tuple[int, int]) -> QuantizedWeight:
     statistics.add(torch.eye(columns, dtype=torch.float64), 1)
     sample = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     return quantizer.quantize(sample, statistics)
+
+
+def has_checkpoints(quantizer: Quantizer) -> bool:
+    """Return whether checkpoints hold the codes of a quantizer, in layers of usual sizes."""
+    return bool(example_by(quantizer, (_SIDE, _SIDE)).packed())
 
 
 def full_bits(layer: Layer) -> int:

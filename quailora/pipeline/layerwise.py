@@ -94,3 +94,10 @@ def seeded(layer: str, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed ^ zlib.crc32(layer.encode()))
         yield
+
+
+def cost(layer: Layer) -> float:
+    """Return the work that a layer takes, relative to other layers: products of its error with its Gram."""
+    # E H takes rows * columns^2 products, and dominates decompositions and quantization in wide layers.
+    rows, columns = layer.shape
+    return float(rows * columns * columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -43,6 +44,8 @@ from .report import build_report, versions
 from .run import ModelRun
 from .store import StoredLayer, corrections_of, weights_of
 from .targets import with_kept
+
+logger = logging.getLogger("quailora")
 
 
 @final
@@ -194,6 +197,11 @@ class AdapterOutput:
             return
         if base_format == "awq":
             raise ConfigurationError("Expected layers that AutoAWQ's format can hold. Take another `base_format`.")
+        if base_format != "dequantized":
+            logger.warning(
+                "The base is written in floating point, which takes as much memory as full precision: no checkpoint of "
+                "stock packages holds the codes of all of its layers."
+            )
         replace_for_good(layers, weights_of(finished), self.run.store.folder_for("base"))
         save_model(folder, self.loaded)
 

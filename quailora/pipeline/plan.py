@@ -156,6 +156,8 @@ def plan_run(
     method = replace(method, scaling=adapter.scaling)
     check_frozen_rank(method, adapter.layers)
     source = fitted_to(source, empty)
+    if method.distillation is not None:
+        method = replace(method, distillation=method.distillation.fitted(source.size[1]))
     check_layers(adapter.layers, method, source, save_base)
     if output is not None:
         check_written_base(method, adapter, output.base_format if save_base else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, final
@@ -29,9 +29,9 @@ from ..quantizers import QuantizedWeight
 from ..support import distributed
 from ..support.progress import Counter, counting, watched
 from .keys import distilled_keys, distilling_key, key, trained_key
-from .layerwise import initialize_layer, initializers, quantize_alone, seeded
+from .layerwise import cost, initialize_layer, initializers, quantize_alone, seeded
 from .store import Store, StoredLayer, corrections_of, weights_of
-from .trained_blocks import compensated, train_block
+from .trained_blocks import compensated, train_block, untrained
 
 logger = logging.getLogger("quailora")
 
@@ -82,7 +82,7 @@ class ModelRun:
     def finish(self) -> None:
         """Finish every layer that is not finished yet.
 
-        If files of finished blocks are gone, a second walk from block 0 makes those layers again.
+        If files of finished blocks are gone, a second walk from block 0 makes them again.
 
         Raises:
             ConfigurationError: if there are several methods, and inputs are not full.
@@ -95,13 +95,13 @@ class ModelRun:
         if before:
             logger.info("Going on: %d of %d layers are finished.", before, len(self.walk.layers))
         with counting("Initializing", len(self.walk.layers), before) as counter:
-            self._go_through(replace(self.walk, on_batch=counter.describe), counter)
-            if any(distributed.gather(any(map(self._missing_here, self.walk.layers)))):
+            blocks = self._go_through(replace(self.walk, on_batch=counter.describe), counter)
+            if any(distributed.gather(self._has_gaps(blocks))):
                 self._go_through(replace(self.walk, start=0, on_batch=counter.describe), counter)
         self._quantize_silent()
 
-    def _go_through(self, walk: Walk, counter: Counter) -> None:
-        """Go through the model once, and make the layers that are missing."""
+    def _go_through(self, walk: Walk, counter: Counter) -> Sequence[str]:
+        """Go through the model once, make the layers that are missing, and return the names of its blocks."""
         start = time.perf_counter()
 
         def visit(block: Block) -> Mapping[str, Tensor]:
@@ -124,7 +124,7 @@ class ModelRun:
             self._share({trained_key(stored) for stored in keys.values()})
             return {name: compensated(self.store.load(self._latest(stored))) for name, stored in keys.items()}
 
-        walk.run(visit, train if self.trained else None)
+        return walk.run(visit, train if self.trained else None)
 
     def _visit(self, block: Block, counter: Counter) -> Mapping[str, Tensor]:
         """Make the layers of a block that are missing; return what all of them compute with from now on."""
@@ -232,6 +232,12 @@ class ModelRun:
     def _missing_here(self, layer: str) -> list[str]:
         return [name for name in self.methods if not self.store.has(key(name, layer))]
 
+    def _has_gaps(self, blocks: Sequence[str]) -> bool:
+        """Return whether layers are missing after a walk, or what the training of their block has made of them."""
+        keys = {name: key(method, name) for method in self.methods for name in self.walk.layers}
+        lost = self.trained and untrained(self.walk.layers, blocks, self.store, keys)
+        return lost or any(map(self._missing_here, self.walk.layers))
+
     def _missing(self, block: Block) -> set[str]:
         """Return the layers that no process has finished by all methods."""
         finished = distributed.gather({name for name in block.layers if not self._missing_here(name)})
@@ -290,10 +296,3 @@ class ModelRun:
         return stored.dequantize(), stored.packed() if self.keep_packed or any(
             method.trains_base for method in self.methods.values()
         ) else {}
-
-
-def cost(layer: Layer) -> float:
-    """Return the work that a layer takes, relative to other layers: products of its error with its Gram."""
-    # E H takes rows * columns^2 products, and dominates decompositions and quantization in wide layers.
-    rows, columns = layer.shape
-    return float(rows * columns * columns)

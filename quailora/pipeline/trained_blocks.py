@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -55,6 +55,20 @@ def train_block(
     if distributed.rank() == 0:
         for name, key in trained.items():
             store.save(trained_key(key), trained_layer(before[name], weights[name], found, layers[name]))
+
+
+def untrained(layers: Mapping[str, Layer], blocks: Sequence[str], store: Store, keys: Mapping[str, str]) -> bool:
+    """Return whether a layer lacks what `train_block` has made of it, because its file is gone.
+
+    Args:
+        layers: the layers that a run has initialized.
+        blocks: names of the blocks, all of which were trained.
+        store: what the run has kept.
+        keys: what layers are called in the store.
+    """
+    prefixes = tuple(f"{block}." for block in blocks)
+    trained = [name for name, layer in layers.items() if name.startswith(prefixes) and layer.expert is None]
+    return not all(store.has(trained_key(keys[name])) for name in trained)
 
 
 def weight_of(stored: StoredLayer, training: BlockTraining) -> QuantizedWeight:

@@ -23,7 +23,7 @@ from quailora.methods.recipes import Recipe, find_recipe
 from quailora.models.layers import all_layers, block_of
 from quailora.models.load import load_model
 from quailora.pipeline.initialize_model import finished_run, model_run
-from quailora.pipeline.loading import loaded_model
+from quailora.pipeline.loading import loaded_model, work_folder
 from quailora.pipeline.plan import RunPlan, plan_run, source_of
 from quailora.pipeline.store import MemoryStore, StoredLayer
 from quailora.solvers import Zero
@@ -163,6 +163,8 @@ class FewBits(Jobs):
         base, name, rank, seed = job.split("/")
         name, _, rate = name.partition(" at ")
         plan = self._plan(recipe_of(name), base, int(rank), int(seed), self._folder / job.replace("/", "-"))
+        work = work_folder(plan)
+        goes_on = work is not None and work.exists()  # from an earlier process, whose time is not known
         began = time.monotonic()
         with finished_run(plan) as finished:
             assert finished is not None
@@ -180,7 +182,7 @@ class FewBits(Jobs):
                 "bytes": sum(record.bits_per_weight * record.shape[0] * record.shape[1] for record in records) / 8,
                 "adapter": 0 if name in WITHOUT else sum(record.numbers for record in records),
                 "blocks": [(one.block_error, one.block_error_trained) for one in blocks.values()],
-                "seconds": {stage: round(seconds) for stage, seconds in spent.items()},
+                "seconds": {stage: None if goes_on else round(seconds) for stage, seconds in spent.items()},
             }
 
     def _auto_rounded(self, job: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,17 @@ def draw(rows: Rows, page: Path) -> None:
     }
     tables = {name: table if table.count("\n") > 1 else NOTHING for name, table in tables.items()}
     page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def known_mean(seconds: Iterable[float | None]) -> float | None:
+    """Return the mean of the times that are known, which those of jobs that went on after a break are not."""
+    known = [one for one in seconds if one is not None]
+    return float(np.mean(known)) if known else None
+
+
+def minutes(seconds: float) -> str:
+    """Return a time in minutes."""
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else "< 1 min"
 
 
 def percent(share: Estimate, digits: int, sign: str = "+") -> str:
@@ -120,8 +131,9 @@ def dial(rows: Rows) -> str:
                 share = bootstrapped(perplexity_gap_closed, *both, arm)
                 divergence = np.mean([row["scores"][stage][f"{text} kl"] for row in those])
                 cells += [f"{perplexity(arm).value:.2f}", f"{divergence:.4f}", percent(share, 1, "")]
-            seconds = np.mean([row["seconds"][stage] for row in those])
-            lines.append([rate, f"{steps * STEP_TOKENS:,}", *cells, str(len(those)), f"{seconds:.0f}"])
+            seconds = known_mean(row["seconds"][stage] for row in those)
+            spent = "-" if seconds is None else f"{seconds:.0f}"
+            lines.append([rate, f"{steps * STEP_TOKENS:,}", *cells, str(len(those)), spent])
     return markdown_table(header, lines)
 
 
@@ -150,18 +162,21 @@ def models(rows: Rows) -> str:
         lines.append(["full precision", "", "", "", plain[0], "", plain[1], "", "", ""])
     for (base, recipe, rank), same in sorted(groups.items()):
         megabytes = (same[0]["bytes"] + 2 * same[0]["adapter"]) / 1e6
-        spent = 0.0
+        before: list[str] = []
         for stage, end in STAGES.items():
-            if stage not in same[0]["scores"]:
+            those = [row for row in same if stage in row["scores"]]
+            if not those:
                 continue
             numbers = []
-            spent += np.mean([row["seconds"][stage] for row in same])
+            before.append(stage)
             for text in TEXTS:
-                numbers.append(shown(perplexity([row["scores"][stage][text] for row in same]), 2, ""))
-                divergences = [row["scores"][stage][f"{text} kl"] for row in same]
+                numbers.append(shown(perplexity([row["scores"][stage][text] for row in those]), 2, ""))
+                divergences = [row["scores"][stage][f"{text} kl"] for row in those]
                 numbers.append(f"{np.mean(divergences):.3f}")
-            devices = ", ".join(sorted({row["device"] for row in same}))
+            devices = ", ".join(sorted({row["device"] for row in those}))
             name = f"`{recipe}`{end}" if rank else NAMES.get(recipe, recipe)
-            time = f"{spent / 60:.0f} min, {devices}"
-            lines.append([base, name, str(rank or "-"), f"{megabytes:.1f}", *numbers, str(len(same)), time])
+            parts = [known_mean(row["seconds"][part] for row in those) for part in before]
+            spent = None if None in parts else sum(part for part in parts if part is not None)
+            time = devices if spent is None else f"{minutes(spent)}, {devices}"
+            lines.append([base, name, str(rank or "-"), f"{megabytes:.1f}", *numbers, str(len(those)), time])
     return markdown_table((*header, "seeds", "time"), lines)

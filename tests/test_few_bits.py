@@ -160,7 +160,7 @@ def test_bases_of_another_package_are_measured_in_the_same_way(experiment, tmp_p
 
 
 def test_the_table_has_the_means_over_seeds(tmp_path):
-    def row(seed, loss):
+    def row(seed, loss) -> dict:
         scores = {"wikitext2": [loss, loss], "wikitext2 kl": [0.5, 0.5], "c4": [loss, loss], "c4 kl": [0.5, 0.5]}
         stages = {"full": scores, "undistilled": scores, "distilled": scores}
         content = {
@@ -174,8 +174,19 @@ def test_the_table_has_the_means_over_seeds(tmp_path):
 
     page = tmp_path / "page.md"
     page.write_text(PAGE, encoding="utf-8")
-    draw([row(0, math.log(10)), row(1, math.log(40))], page)
+    first, second = row(0, math.log(10)), row(1, math.log(40))
+    draw([first, second], page)
     text = page.read_text(encoding="utf-8")
+    assert "| 2 | 1 min, CPU |" in text
+    assert "| 2 | 2 min, CPU |" in text  # with the distillation
+    for stage in (second["scores"], second["seconds"]):
+        del stage["distilled"]  # only the first seed is distilled
+    first["seconds"]["distilled"] = None  # a job that went on after a break
+    draw([first, second], page)
+    text = page.read_text(encoding="utf-8")
+    assert "| `best-joint` | 16 | 2.0 | 20.00 (10.00 to 40.00) | 0.500 | 20.00" in text
+    assert "| `best-joint` + distillation | 16 | 2.0 | 10.00 (10.00 to 10.00) | 0.500 | 10.00" in text
+    assert "| 1 | CPU |" in text
     assert "<!-- begin blocks -->\n\nNothing of this table has been measured yet." in text
     assert "| 2 bits, groups of 64 | `best-joint` | 16 | 2.0 | 20.00 (10.00 to 40.00) | 0.500 |" in text
 

@@ -234,6 +234,18 @@ def test_measurements_are_chosen_from(tiny_llama, folder, tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_other_files_in_the_folder_of_a_plan_stay(tiny_llama, folder, tmp_path):
+    """Also in the folder that a measurement keeps its state in."""
+    (tmp_path / "p/measuring").mkdir(parents=True)
+    mine = tmp_path / "p/measuring/notes.txt"
+    mine.write_text("Mine.", encoding="utf-8")
+    words = ["plan", str(tiny_llama), "--out", str(tmp_path / "p"), "--budget", "6bits"]
+    assert main([*words, "--measurements", str(folder)]) == 0
+    assert mine.exists()
+    assert main([*words, *RUN, "--bits", "4", "--ranks", "2", "4", "--overwrite"]) == 0
+    assert mine.read_text(encoding="utf-8") == "Mine."
+
+
 def test_a_family_of_other_adapters_is_refused(tiny_llama, folder, tmp_path, capsys):
     """A plan counts the bytes of LoRA, and its ranks are those of LoRA."""
     words = ["init", str(tiny_llama), "--plan", str(folder), "--out", str(tmp_path / "a"), *RUN]

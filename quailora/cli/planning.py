@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -18,6 +17,7 @@ from ..budget.plan import PLAN_FILE, Budget, BudgetPlan
 from ..budget.planning import Planner, Point, check_quality
 from ..budget.plot import plot_frontier
 from ..errors import ConfigurationError, OutputExistsError
+from ..pipeline.checkpoint import remove_state
 from ..pipeline.formats import FULL_BITS
 from ..pipeline.options import Resources
 from ..support.choices import PLANNED_BITS, PLANNED_RANKS
@@ -117,7 +117,8 @@ def run_plan(options: Mapping[str, Any]) -> PlanResult:
     # stays within. The state that they came from can go then.
     folder.mkdir(parents=True, exist_ok=True)
     measured.write(folder / MEASURED)
-    shutil.rmtree(folder / STATE, ignore_errors=True)
+    if options["measurements"] is None:
+        remove_state(folder / STATE)
     planner = Planner(measured, options["fused"], allowed_of(options, measured))
     plan = planner.of_quality(options["quality"]) if budget is None else planner.of_budget(budget)
     if not plan.targets:

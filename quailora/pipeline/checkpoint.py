@@ -32,6 +32,7 @@ logger = logging.getLogger("quailora")
 _PACKED, _PARAMETER, _ENERGIES = "packed.", "parameter.", "energies"
 _LOCK = "lock"
 _STATE = re.compile(r"run-[0-9a-f]{12}")  # the name of a folder with the files of one run
+_SPILLED = re.compile(r"(offload|changed)-\d+")  # of one with weights that one process has put on disk
 
 
 @final
@@ -203,9 +204,15 @@ def locked(folder: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_state(folder: Path) -> None:
+    """Remove a folder with the state of a run, unless it holds other files as well."""
+    if not any(map(is_foreign, folder.rglob("*"))):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def is_foreign(path: Path) -> bool:
     """Return whether a file in the folder of a run is none of a run."""
-    inside = any(_STATE.fullmatch(part) for part in path.parts)
+    inside = any(_STATE.fullmatch(part) or _SPILLED.fullmatch(part) for part in path.parts)
     return path.is_file() and not inside and path.name not in {_LOCK, "manifest.json"}
 
 

@@ -90,7 +90,7 @@ def can_be_named(method: Method) -> bool:
     asked = method.distillation
     if asked is not None:
         own = (recipe.distillation if recipe is not None else None) or Distillation()
-        asked = own.asked(asked.steps, asked.tokens, asked.learning_rate)
+        asked = own.asked(asked.steps, asked.tokens, asked.learning_rate, asked.sequence_length)
     return asked == method.distillation and (method.base is None or method.base.checkpoint is not None)
 
 

@@ -14,7 +14,21 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 
-from quailora import NF4, RECIPES, LoraScaling, Output, combine, convert, freeze, initialize, initialize_model, load
+from quailora import (
+    NF4,
+    RECIPES,
+    LoraScaling,
+    Output,
+    RecalibrationCallback,
+    combine,
+    convert,
+    factors_of,
+    finish,
+    freeze,
+    initialize,
+    initialize_model,
+    load,
+)
 from quailora.adapters.change import TrainedChange
 from quailora.adapters.provenance import read_provenance
 from quailora.adapters.saved import SavedAdapter
@@ -292,3 +306,28 @@ def test_an_adapter_that_has_trained_directions_beside_the_frozen_ones_needs_its
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="no adapter in the folders around"):
         TrainedChange.read(tmp_path)
+
+
+def test_frozen_directions_are_not_fitted_again(folder):
+    """Which would train them from then on. All of an adapter can be fitted after it is all trained again."""
+    model = fresh(folder, 6)
+    initialize(model, BATCHES, weights=str(folder), frozen_rank=4)
+    start = factors_of(model)
+    with pytest.raises(ConfigurationError, match="`finish` fits all directions of an adapter again"):
+        finish(model, BATCHES, initial=start, weights=str(folder))
+    with pytest.raises(ConfigurationError, match="`RecalibrationCallback` fits all directions"):
+        RecalibrationCallback(model, 2, weights=str(folder))
+    freeze(model, 0)
+    finish(model, BATCHES, initial=start, weights=str(folder))
+
+
+@pytest.mark.parametrize("alpha", [6, 96])
+def test_a_start_without_a_correction_is_that_of_plain_lora(folder, tmp_path, alpha):
+    """Whatever PEFT's scaling is."""
+    init(str(folder), out=str(tmp_path / "a"), recipe="qlora", rank=6, alpha=alpha, samples=4, sequence_length=32)
+    stored = load_file(tmp_path / "a/adapter_model.safetensors")
+    for name, tensor in stored.items():
+        if "lora_A" in name:
+            assert 0.9 < tensor.abs().max() * tensor.shape[1] ** 0.5 <= 1.001
+        else:
+            assert not tensor.any()

@@ -19,6 +19,7 @@ from quailora.budget.measure_choices import measure_choices
 from quailora.budget.measurements import Measurements
 from quailora.budget.plan import BudgetPlan
 from quailora.budget.planning import Planner
+from quailora.calibration.tokens import CalibrationTokens
 from quailora.cli.main import main
 from quailora.errors import ConfigurationError, QuailoraError, TargetError
 from quailora.models.layers import Layer, linear_layers
@@ -276,3 +277,18 @@ def test_a_measurement_depends_on_all_that_changes_it(tiny_llama, tmp_path):
 
 def test_a_quantizer_of_one_format_has_its_bits():
     assert [Choice(None).bits, Choice(NF4()).bits, Choice(Uniform(3, 64), 4).bits] == [16, 4, 3]
+
+
+def test_batches_of_many_lengths_are_measured(tiny_llama):
+    """As a loader has them whose padding is cut off; pieces of held-out text have one length."""
+    sizes = (200, 120, 200, 200, 80, 90, 100, 110, 90, 80, 70, 60)
+    ids = torch.zeros(len(sizes), max(sizes), dtype=torch.long)
+    for row, size in enumerate(sizes):
+        ids[row, :size] = torch.arange(size) % 250 + 1
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    tokens = CalibrationTokens.of_batches([batch])
+    pieces = costs.held_out_pieces(tokens)
+    held_out = sum(sizes[3::4])
+    assert held_out / 2 <= pieces.numel() <= held_out
+    measured = quailora.measure_choices(str(tiny_llama), [batch], choices=FEW)
+    assert measured.divergence > 0

@@ -58,6 +58,20 @@ def freeze_layers(layers: Iterable[WrappedLayer], rank: int) -> None:
             setattr(parameter, _HANDLES, handles)
 
 
+def check_none_frozen(layers: Iterable[WrappedLayer], what: str) -> None:
+    """Raise a `ConfigurationError` if directions of an adapter are frozen.
+
+    Args:
+        layers: the layers of the adapter.
+        what: what would fit all directions again.
+    """
+    if any(getattr(parameter, _HANDLES, ()) for layer in layers for parameter in layer.parameters):
+        raise ConfigurationError(
+            f"{what} fits all directions of an adapter again, and the first ones of this adapter are frozen. Leave it "
+            "out, or let all directions be trained before, by `quailora.freeze(model, 0)`."
+        )
+
+
 def check_frozen(rank: int, ranks: Mapping[str, int], smallest: int = 0) -> None:
     """Raise a `ConfigurationError` unless each layer has directions beside the frozen ones.
 
@@ -123,18 +137,18 @@ class Watch:
 def with_fresh(name: str, correction: Correction, scaling: LoraScaling, seed: int) -> Correction:
     """Return a correction with directions after its own that start as in plain LoRA, up to the rank of its layer.
 
-    Their rows of `lora_A` are drawn as PEFT draws them, uniform between `-1 / sqrt(in)` and `1 / sqrt(in)` after PEFT's
-    scaling is divided out, and their columns of `lora_B` are zero, so that the product stays the same.
+    Their rows of `lora_A` are drawn as PEFT draws them, uniform between `-1 / sqrt(in)` and `1 / sqrt(in)`, and their
+    columns of `lora_B` are zero, so that the product stays the same.
 
     Args:
         name: name of the layer, which is a part of the seed.
         correction: the correction before PEFT's scaling.
-        scaling: rank and scale of the layer.
+        scaling: rank of the layer.
         seed: seed of the draw.
     """
     lora_A = correction.factors.lora_A
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(f"fresh {name}".encode()))
-    bound = (scaling.scale_of(name) / lora_A.shape[1]) ** 0.5
+    bound = lora_A.shape[1] ** -0.5
     size = (scaling.rank_of(name) - len(lora_A), lora_A.shape[1])
     joined = followed(correction.factors, torch.empty(size).uniform_(-bound, bound, generator=generator))
     energies = correction.energies

@@ -14,6 +14,7 @@ from ..core.objective import Factors
 from ..errors import ConfigurationError
 from ..families import Lora
 from ..families.adapter import PeftAdapter
+from ..families.lora import divided_factors
 from ..models.layers import Layer
 
 PREFIX = "base_model.model."
@@ -113,10 +114,11 @@ def divided(factors: Factors, scale: float) -> Factors:
     Args:
         factors: factors of the correction before PEFT's scaling.
         scale: what PEFT multiplies `lora_B @ lora_A` with; each factor is divided by its root, so they stay balanced.
+            Directions that do nothing yet stay as they are.
     """
-    root = math.sqrt(scale)
-    lora_B, lora_A = ((factor.double() / root).to(torch.float32).cpu().contiguous() for factor in factors)
-    return Factors(lora_B, lora_A)
+    named = {"lora_A.weight": factors.lora_A, "lora_B.weight": factors.lora_B}
+    found = {name: tensor.cpu().contiguous() for name, tensor in divided_factors(named, scale).items()}
+    return Factors(found["lora_B.weight"], found["lora_A.weight"])
 
 
 @final

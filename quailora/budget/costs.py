@@ -15,7 +15,7 @@ from torch import Tensor
 from ..calibration.capture import arithmetic
 from ..calibration.gradients import Caught, output_gradients, weight_gradient
 from ..calibration.tokens import CalibrationTokens
-from ..calibration.windows import CalibrationDtype
+from ..calibration.windows import CalibrationDtype, of_one_length
 from ..errors import NumericalError
 from ..evaluation.scores import measure
 from ..methods.recipes import find_recipe
@@ -59,11 +59,14 @@ _TOGETHER = 8  # backward passes that errors are read from the store for at once
 
 
 def held_out_pieces(tokens: CalibrationTokens) -> Int[Tensor, "pieces length"]:
-    """Return the text that bases and adapters are not fitted to, cut into pieces."""
+    """Return the text that bases and adapters are not fitted to, cut into pieces; all of its tokens count.
+
+    Raises:
+        CalibrationError: if there are too few sequences to hold some out, or they are too short.
+    """
     batches, held_from = tokens.batches(1, hold_out=True)
-    ids = torch.cat([batch.ids for batch in batches[held_from:]])
-    length = min(PIECE_TOKENS, ids.shape[1])
-    return ids[:, : ids.shape[1] // length * length].reshape(-1, length)[:PASSES]
+    sequences = [ids for batch in batches[held_from:] for ids in batch.ids]
+    return of_one_length(sequences, PIECE_TOKENS)[:PASSES]
 
 
 def weight_in(stored: StoredLayer) -> Tensor:

@@ -64,8 +64,8 @@ def measure_model(plan: RunPlan, question: Question, folder: Path, *, fresh: boo
         settings = question.described() | {"layers": list(layers), "calibration_dtype": plan.source.dtype}
         depends = fingerprint(settings, loaded, tokens)
         store = open_checkpoint(folder, depends, fresh)
-        measure_errors(plan, question, loaded, layers, tokens, store)
         pieces = held_out_pieces(tokens)
+        measure_errors(plan, question, loaded, layers, tokens, store)
         costs = measure_costs(question, loaded, layers, pieces, store, plan.source.dtype)
         others = layers_besides(plan, question, loaded.model)
         measured = {}

@@ -7,14 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
-from ..errors import CalibrationError
 from .tokens import CalibrationTokens
-from .windows import Calibration, CalibrationDtype, random_order
+from .windows import Calibration, CalibrationDtype, of_one_length, random_order
 
 
 class CalibrationSource(ABC):
@@ -158,16 +156,8 @@ class BatchCalibration(CalibrationSource):
     @override
     def training_windows(self, tokenizer: Any, count: int, length: int) -> Int[Tensor, "count length"]:
         del tokenizer
-        # All windows have one length, so that a batch needs no padding: the largest one for which windows hold at least
-        # half of the tokens. What is left of a sequence, and shorter sequences, are not trained on.
-        sizes = [size for size in map(len, self.given.sequences) if size > 1]
-        lengths = sorted({min(size, length) for size in sizes}, reverse=True)
-        held = ((cut, sum(size // cut * cut for size in sizes)) for cut in lengths)
-        found = next((cut for cut, tokens in held if 2 * tokens >= sum(sizes)), 0)
-        if not found:
-            raise CalibrationError("Expected calibration sequences of at least two tokens to train on.")
-        rows = [row for ids in self.given.sequences for row in torch.split(ids, found) if len(row) == found]
-        return torch.stack([rows[number] for number in random_order(len(rows), count, self.draw + 1).tolist()])
+        rows = of_one_length(self.given.sequences, length)
+        return rows[random_order(len(rows), count, self.draw + 1)]
 
     @override
     def described(self) -> dict[str, Any]:

@@ -119,6 +119,28 @@ def random_order(available: int, count: int, seed: int) -> Int[Tensor, " count"]
     return torch.cat([torch.randperm(available, generator=generator) for _ in range(rounds)])[:count]
 
 
+def of_one_length(sequences: Sequence[Int[Tensor, " _"]], longest: int) -> Int[Tensor, "windows length"]:
+    """Cut sequences into windows of one length, in their order, so that a batch of them needs no padding.
+
+    It is the largest length for which the windows hold at least half of the tokens. What is left of a sequence, and
+    shorter sequences, are left out.
+
+    Args:
+        sequences: token ids.
+        longest: tokens in a window at most.
+
+    Raises:
+        CalibrationError: if no sequence has two tokens.
+    """
+    sizes = [size for size in map(len, sequences) if size > 1]
+    lengths = sorted({min(size, longest) for size in sizes}, reverse=True)
+    held = ((length, sum(size // length * length for size in sizes)) for length in lengths)
+    found = next((length for length, tokens in held if 2 * tokens >= sum(sizes)), 0)
+    if not found:
+        raise CalibrationError("Expected calibration sequences of at least two tokens to train on, got none.")
+    return torch.stack([window for ids in sequences for window in torch.split(ids, found) if len(window) == found])
+
+
 def evaluation_source(source: str | None, fields: Sequence[str]) -> TextSource:
     """Return a text to evaluate on, by default the one that ships with quailora for that; see `TextSource`."""
     return TextSource(source, tuple(fields), shipped="evaluate")

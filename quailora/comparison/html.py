@@ -62,7 +62,8 @@ def report(comparison: Comparison) -> str:
         "with the least is in bold. Gap closed: of the perplexity lost from int8 to the base alone. Loss less that of "
         f"{escape(comparison.reference)} at the same rank, in nats a token, with the 95 % confidence interval of the "
         "paired differences over windows: below zero is better. MB: stored bytes of the linear layers with their "
-        f"adapters in 16 bits. Seconds: calibration and initialization as if run alone. {escape(MARKS)}</p>"
+        "adapters in 16 bits. Seconds: calibration and initialization; what rows share counts for the first of them. "
+        f"{escape(MARKS)}</p>"
     )
     for name in comparison.texts:
         parts += [f"<h2>On {escape(name)}</h2>", html_table(comparison, name)]
@@ -123,7 +124,11 @@ def plots(comparison: Comparison, text: str) -> Iterator[str]:
             "Mean over layers of the share of the output error that the first directions of the correction remove.",
             lambda axes: draw_spectra(axes, shown),
         ),
-        ("Seconds", "Calibration and initialization as if run alone.", lambda axes: draw_seconds(axes, shown)),
+        (
+            "Seconds",
+            "Calibration and initialization; what rows share counts for the first of them.",
+            lambda axes: draw_seconds(axes, shown),
+        ),
     ]
     if len({row.rank for row in recipes}) > 1:
         pictures.insert(

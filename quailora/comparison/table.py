@@ -32,7 +32,8 @@ class Row:
         recipe: name of the recipe; empty for full precision and for bases alone.
         rank: rank of the adapter, or that of LoRA in a row whose family is as large; 0 for a base alone.
         changes_base: whether the base is not what the quantizer alone gives.
-        seconds: seconds of calibration and initialization, as if the row had been run alone.
+        seconds: seconds of calibration and initialization. Calibration counts for every row, and what else several rows
+            share, such as the quantized weights, for the first of them.
         layers: errors of each layer; empty for full precision.
         spectrum: mean over layers of the share of the output error that the first 1, 2, ... directions remove; empty
             for methods that minimise something else.

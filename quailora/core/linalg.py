@@ -198,7 +198,12 @@ def symmetric_form(matrix: Float[Tensor, "rows columns"], symmetric: Float[Tenso
         half = matrix[:, :start] @ symmetric[:start, start:stop]
         half.add_(here @ symmetric[start:stop, start:stop], alpha=0.5)
         total += 2 * (half.mul_(here)).sum(dtype=torch.float64).item()
-    return max(0.0, total)
+    return not_negative(total)
+
+
+def not_negative(value: float) -> float:
+    """Return a sum that is below zero by rounding only, or zero in its place. NaN stays NaN."""
+    return 0.0 if value < 0 else value
 
 
 def blend(mean: Tensor, more: Tensor, share: float, weight: float) -> None:

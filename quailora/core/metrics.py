@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..errors import ConfigurationError
-from .linalg import squared_norm, symmetric_form
+from .linalg import not_negative, squared_norm, symmetric_form
 from .statistics import InputStatistics
 
 SHRINKAGE = 0.2
@@ -183,7 +183,7 @@ class Gram(Metric):
             quiet = rows.index_fill(1, loud, 0)
             cross = ((quiet @ between).double() * mass).sum().item()
             total += symmetric_form(quiet, self.single) + 2 * cross + symmetric_form(mass, among)
-        return max(0.0, total)
+        return not_negative(total)
 
     @override
     def rooted(self, matrix: Float[Tensor, "rows in_features"]) -> Float[Tensor, "rows in_features"] | None:

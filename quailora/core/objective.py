@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .linalg import uniform
+from .linalg import not_negative, uniform
 from .metrics import Identity, Metric
 from .subspace import KrylovSearch, Subspace, dense_subspace, left_singular_subspace, worth_iterating
 
@@ -105,7 +105,7 @@ class Objective:
 
         It is squared and a total over outputs. It is a mean over tokens for a Gram metric only.
         """
-        return max(0.0, self.value_at_zero - self.measure(lora_B, lora_A)[0])
+        return not_negative(self.value_at_zero - self.measure(lora_B, lora_A)[0])
 
     def value_of(self, change: Tensor, bias: Float[Tensor, " out_features"] | None = None) -> float:
         """Return `E |(E - C) x - b|^2` of a dense `C` and a bias, which is `value` without a bias.
@@ -184,7 +184,7 @@ class Objective:
         # can be lower by the slack at most.
         found = self.subspace(rank)
         gain, _ = self.measure(*self.projection(found))
-        return max(0.0, self.value_at_zero - gain - found.slack)
+        return not_negative(self.value_at_zero - gain - found.slack)
 
     def _search(self, rank: int, metric: Metric, tolerance: float) -> Subspace | None:
         error = self._working

@@ -70,8 +70,10 @@ def trainable_factors(
 
 
 def of_one_size(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the factors of a product, scaled so that all have the same norm."""
+    """Return the factors of a product, scaled so that all have the same norm; as they are if the product is zero."""
     size = math.prod(part.norm().item() ** (1 / len(parts)) for part in parts.values())
+    if not size:
+        return dict(parts)
     return {name: part * (size / part.norm()) for name, part in parts.items()}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
@@ -120,7 +121,11 @@ def parameters_of(found: LowRank | Factors) -> dict[str, Tensor]:
 
 
 def divided_factors(parameters: Parameters, scale: float) -> dict[str, Tensor]:
-    """Return parameters whose two factors are each divided by the root of a scale, which keeps them balanced."""
+    """Return parameters whose two factors are each divided by the root of a scale, which keeps them balanced.
+
+    Directions that do nothing yet stay as they are, so that they start as in plain LoRA whatever the scale.
+    """
+    lora_A, lora_B = (parameters[name].double() for name in ("lora_A.weight", "lora_B.weight"))
     root = math.sqrt(scale)
-    divided = {name: (parameters[name].double() / root).float() for name in ("lora_A.weight", "lora_B.weight")}
-    return {**parameters, **divided}
+    roots = torch.where((lora_B != 0).any(0), root, 1.0)[:, None]
+    return {**parameters, "lora_A.weight": (lora_A / roots).float(), "lora_B.weight": (lora_B / root).float()}

@@ -65,7 +65,8 @@ def initialize_asymmetric(
     The share that is returned contains the factor `step`. With a share of 0 the target is `W` itself, as in the
     symmetric problem.
 
-    `W` itself is quantized, not the target, because the base has to be a quantized form of the full-precision model.
+    `W` itself is quantized, not the target, so that the base is a quantized form of the full-precision model; schedules
+    that choose a base quantize it again, from the target.
     The errors of the result are `tr((T - Q - C) H~ (T - Q - C)^T)`. They would be the error of the output up to a
     constant only if `T` were `W*`.
 

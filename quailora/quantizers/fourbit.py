@@ -272,7 +272,10 @@ class ScaledCodebook:
 
     def encode(self, value: Float[Tensor, "*weights"]) -> Float[Tensor, "*weights"]:
         """Return the code of the nearest value, held in float32."""
-        return self.codebook.nearest(value / self.scale.clamp(min=torch.finfo(value.dtype).tiny)).to(value.dtype)
+        # Scales that are themselves quantized can come out as zero, or a little below.
+        tiny = torch.finfo(value.dtype).tiny
+        scale = torch.where(self.scale.abs() < tiny, tiny, self.scale)
+        return self.codebook.nearest(value / scale).to(value.dtype)
 
     def decode(self, codes: Float[Tensor, "*weights"]) -> Float[Tensor, "*weights"]:
         """Return the values of codes."""

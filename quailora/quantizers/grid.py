@@ -21,6 +21,8 @@ SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 """Of the range of a group, to choose from where the squared error decides."""
 
 
+_LEAST = 2.0**-24  # smallest scale in float16
+
 STOCK_BITS = (2, 3, 4, 8)
 """Widths of a code that transformers reads in AutoGPTQ's format."""
 
@@ -93,6 +95,7 @@ class Grid:
         if not scale.isfinite().all():
             largest = max(high.max().item(), -low.min().item())
             raise NumericalError(f"Expected scales that fit float16, but a weight has magnitude {largest:.3g}.")
+        scale = torch.where((scale == 0) & (high > low), _LEAST, scale)
         scale = torch.where(scale == 0, 1, scale)
         zero_point = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
         return cls(scale, zero_point, bits)

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..core.statistics import InputStatistics
+from ..errors import NumericalError
 from .base import QuantizedWeight, Quantizer
 
 
@@ -74,7 +75,13 @@ class Int8(Quantizer):
         from bitsandbytes.functional import int8_vectorwise_quant
 
         # bitsandbytes' own layer rounds the weight to float16 before it hands it to this kernel.
-        codes, absmax, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        rounded = weight.to(torch.float16).contiguous()
+        if not rounded.isfinite().all():
+            raise NumericalError(
+                f"bitsandbytes rounds weights to float16 before it makes 8 bits of them, which cannot hold a weight of "
+                f"magnitude {weight.abs().max().item():.3g}."
+            )
+        codes, absmax, _ = int8_vectorwise_quant(rounded)
         return Int8Weight(codes, absmax, weight.dtype)
 
     @override

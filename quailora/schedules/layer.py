@@ -13,8 +13,9 @@ from ..core.metrics import Identity, gram
 from ..core.objective import Objective
 from ..core.statistics import InputStatistics
 from ..core.weightings import Sensitivity
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, NumericalError
 from ..quantizers import QuantizedWeight, Quantizer
+from ..quantizers.base import check_finite
 
 
 @final
@@ -114,6 +115,17 @@ class Validation:
 
 
 def difference(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
-    """Return `W - Q` in float32 at least."""
+    """Return `W - Q` in float32 at least.
+
+    Raises:
+        NumericalError: if it has an entry that is not finite.
+    """
     full = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return full - quantized.dequantize().to(full.dtype)
+    error = full - quantized.dequantize().to(full.dtype)
+    if not error.isfinite().all():
+        check_finite(weight)
+        raise NumericalError(
+            f"Expected a finite quantized weight, got NaN or infinite entries in {type(quantized).__name__} of shape "
+            f"{quantized.shape}. Values near the end of float16 are rounded beyond it: take the model in bfloat16."
+        )
+    return error

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.linalg import near, product_svd, uniform
+from ..core.linalg import near, not_negative, product_svd, uniform
 from ..core.metrics import Metric
 from ..core.objective import Deferred, Factors, Objective
 from ..errors import NumericalError
@@ -54,17 +54,17 @@ class LowRank:
     @property
     def error(self) -> float:
         """Achieved `tr((E - C) H (E - C)^T)` of exactly these factors, in the metric the solver was given."""
-        return max(0.0, self.total.value - self.gain)
+        return not_negative(self.total.value - self.gain)
 
     @property
     def bound(self) -> float:
         """No correction of this rank has a smaller error than this; 0 where the solver does not know."""
-        return 0.0 if self.slack is None else max(0.0, self.error - self.slack)
+        return 0.0 if self.slack is None else not_negative(self.error - self.slack)
 
     @property
     def history(self) -> tuple[float, ...]:
         """Error after each round, see `gains`."""
-        return tuple(max(0.0, self.total.value - gain) for gain in self.gains)
+        return tuple(not_negative(self.total.value - gain) for gain in self.gains)
 
     @property
     def factors(self) -> Factors:

@@ -48,9 +48,9 @@ class Optimal(Solver):
         # because (U_r U_r^T E) L is the truncated singular value decomposition of E L, and L drops out of the
         # projection.
         subspace = objective.subspace(rank, objective.metric.damped(self.damping), self.tolerance)
-        if not self.damping:
+        if not self.damping and self.tolerance <= TOLERANCE:
             return finish(objective, objective.projection(subspace), slack=subspace.slack)
         # With damping the solution is the optimum of another metric, and can be worse in this one than a correction
-        # that does not look at the inputs at all.
-        solution = finish(objective, objective.projection(subspace))
+        # that does not look at the inputs at all. So can one that is far from the optimum.
+        solution = finish(objective, objective.projection(subspace), slack=None if self.damping else subspace.slack)
         return max(solution, SVD(self.tolerance).minimise(objective, rank), key=lambda candidate: candidate.gain)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.frozen import check_none_frozen
 from ..adapters.lora import PREFIX
 from ..adapters.saved import SavedAdapter
 from ..adapters.wrapped import WrappedLayer, wrapped_layers
@@ -62,6 +63,7 @@ def finish(
         QuailoraError: for everything that is wrong with the input; the message says what to do.
     """
     adapted = wrapped_layers(peft_model, adapter_name)
+    check_none_frozen(adapted.values(), "`finish`")
     before = starts_of(initial, adapted)
     base = LiveBase(peft_model)
     given = weights_of(base, weights, is_live=bool(base.layers))
@@ -86,7 +88,7 @@ def factors_of(peft_model: Any, adapter_name: str = "default") -> dict[str, Fact
 
 
 def saved_factors(folder: Path) -> dict[str, Factors]:
-    """Return the factors of a saved adapter, with its scaling, by the name of their layer."""
+    """Return the factors of a saved adapter as PEFT stores them, by the name of their layer."""
     saved = SavedAdapter.read(folder)
     return {stem.removeprefix(PREFIX): saved.factors(stem) for stem in saved.stems}
 

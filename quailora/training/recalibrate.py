@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from typing_extensions import override
 
+from ..adapters.frozen import check_none_frozen
 from ..adapters.wrapped import wrapped_layers
 from ..core.objective import Factors
 from ..errors import ConfigurationError
@@ -40,7 +41,7 @@ class RecalibrationCallback(TrainerCallback):  # type: ignore[misc] # transforme
         adapter_name: name of the adapter.
 
     Raises:
-        ConfigurationError: if there would be no step between two fits, or no batch.
+        ConfigurationError: if there would be no step between two fits, or no batch, or directions are frozen.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RecalibrationCallback(TrainerCallback):  # type: ignore[misc] # transforme
         if min(every, batches) < 1:
             raise ConfigurationError(f"Expected at least one step and one batch, got every={every}, batches={batches}.")
         layers = wrapped_layers(peft_model, adapter_name)
+        check_none_frozen(layers.values(), "`RecalibrationCallback`")
         self._model, self._adapter = peft_model, adapter_name
         self._every, self._weights, self._recipe = every, weights, recipe
         self._starts: Mapping[str, Factors] = (

@@ -65,6 +65,10 @@ def write(folder, name, text):
     (folder / name).write_text(text, encoding="utf-8")
 
 
+def killed():
+    raise Killed
+
+
 def test_the_current_folder_is_filled(tiny_llama, tmp_path, monkeypatch):
     """It cannot be replaced, and what else is in it stays. Until it is complete, it is no adapter."""
     here = tmp_path / "here"
@@ -74,8 +78,15 @@ def test_the_current_folder_is_filled(tiny_llama, tmp_path, monkeypatch):
     small_run(tiny_llama, tmp_path / "there")
     assert content(here) == content(tmp_path / "there")
     assert (here / "notes.txt").read_text(encoding="utf-8") == "mine"
+    before = content(here)
     with monkeypatch.context() as patch:
-        patch.setattr(outputs.shutil, "move", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(outputs.shutil, "move", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(StorageError, match="No space left"):
+            small_run(tiny_llama, ".", rank=2, overwrite=True)
+    assert content(here) == before  # the older result is whole until all of the new one is in the folder
+    rename = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda old, new: killed() if old.suffix == ".new" else rename(old, new))
         with pytest.raises(Killed):
             small_run(tiny_llama, ".", rank=2, overwrite=True)
     assert not (here / "adapter_config.json").exists()

@@ -65,6 +65,7 @@ class TrainedChange:
             ModelError: if a file is missing or damaged, or the adapter is of a family whose change is no weight.
         """
         trained = SavedAdapter.read(given_folder(adapter))
+        trained.check_every_token()
         family, scaling = family_of_saved(trained)
         before = initial_of(trained, initial)
         if before is not None:

@@ -7,14 +7,26 @@ from dataclasses import replace
 from typing import Literal
 
 from ..errors import ConfigurationError
-from ..support.files import StrPath, as_str, check_writable, folder_of, new_folder, write_json, write_tensors
+from ..support.files import (
+    StrPath,
+    as_str,
+    check_writable,
+    folder_of,
+    new_folder,
+    write_json,
+    write_tensors,
+)
+from ..support.inputs import check_inputs
 from .change import EARLIER, TrainedChange
 from .convert import Conversion, original_model
 from .convert_linear import is_plain_lora
 from .given import AdapterGiven
 from .provenance import digest_of, read_provenance
-from .saved import SavedAdapter
+from .saved import A, B, SavedAdapter
 from .stacked import Part, parts_of, stacked
+
+_WHERE = ("exclude_modules", "layers_to_transform", "layers_pattern", "trainable_token_indices")
+"""Settings of PEFT that say which of the target modules get an adapter, and which tokens."""
 
 
 def combine(
@@ -52,7 +64,9 @@ def combine(
     tensors, sizes = stacked(summed(parts))
     target = folder_of(out)
     check_writable(target)
-    config = {**changes[0].trained.config, "auto_mapping": None, "init_lora_weights": True}
+    check_inputs(target, [*(change.trained.folder for change in changes), initial, model])
+    # The layers of the new adapter are named one by one.
+    config = {**changes[0].trained.config, "auto_mapping": None, "init_lora_weights": True, **dict.fromkeys(_WHERE)}
     with new_folder(target, overwrite) as folder:
         # On the base the change alone lies in a folder of its own, as `rebase` leaves it, so that the combined adapter
         # can be merged or moved like any other one.
@@ -64,7 +78,10 @@ def combine(
         write_json(change_folder / "adapter_config.json", config | sizes | {"base_model_name_or_path": name})
         write_tensors(change_folder / "adapter_model.safetensors", tensors)
         if on == "quantized base":
+            # An earlier training that the start holds is among the parts already.
+            earlier = changes[0].earlier
             start = [] if before is None else [(before, 1.0)]
+            start += [] if earlier is None else [(saved, -factor) for saved, factor in parts_of(earlier, 1.0)]
             whole, whole_sizes = stacked(summed([*parts, *start]))
             origin = read_provenance(before.folder).origin if before is not None else None
             if origin is not None:  # whose frozen directions are no longer the first ones
@@ -101,6 +118,12 @@ def common_start(changes: Sequence[TrainedChange]) -> SavedAdapter | None:
             raise ConfigurationError(
                 f"Expected plain LoRA without modules that were trained whole, got {change.trained.folder}. "
                 "Write the merged model of a single adapter: convert with `merge=True`, or quailora.merge_full."
+            )
+        beside = [key for key in change.trained.tensors if not key.endswith((A, B))]
+        if beside:
+            raise ConfigurationError(
+                f"Expected only lora_A.weight and lora_B.weight in {change.trained.folder}, got {beside[0]}, which "
+                "cannot be weighed. Write the merged model of a single adapter: convert with `merge=True`."
             )
         if len(changes) > 1:
             check_alone(change)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.objective import Factors
 from ..errors import ConfigurationError
 from ..support.files import StrPath, as_str, check_writable, folder_of, new_folder, write_json, write_tensors
+from ..support.inputs import check_inputs
 from ..support.tables import print_table
 from .convert_linear import is_plain_lora, linear_change
 from .given import AdapterGiven, given_folder
@@ -91,6 +92,7 @@ def convert(
     }
     target = folder_of(out)
     check_writable(target)
+    check_inputs(target, [trained.folder, before.folder, initial, model])
     with new_folder(target, overwrite) as folder:
         write_json(folder / "adapter_config.json", config)
         write_tensors(folder / "adapter_model.safetensors", tensors)

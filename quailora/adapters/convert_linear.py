@@ -7,14 +7,14 @@ from torch import Tensor
 from ..errors import ConfigurationError, ModelError
 from ..families import Family
 from .pairs import adapter_keys, check_trained_from
-from .saved import SavedAdapter
+from .saved import VARIANTS, SavedAdapter
 from .tuned import family_of
 
 
 def is_plain_lora(saved: SavedAdapter) -> bool:
-    """Return whether an adapter is LoRA without magnitudes and biases of its own."""
-    config = saved.config
-    return config.get("peft_type") == "LORA" and not (config.get("use_dora") or config.get("lora_bias"))
+    """Return whether an adapter is LoRA without magnitudes and biases of its own, which acts on every token."""
+    others = any(saved.config.get(name) for name in ("use_dora", "lora_bias", *VARIANTS))
+    return saved.config.get("peft_type") == "LORA" and not others
 
 
 def linear_family(saved: SavedAdapter) -> Family:

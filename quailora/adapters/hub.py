@@ -73,7 +73,7 @@ def upload(folder: Path, name: str | None) -> None:
         HfApi().upload_folder(
             repo_id=name,
             folder_path=folder,
-            allow_patterns=[*RESULTS, "base/*"],
+            allow_patterns=[*RESULTS, "base/*", "change/*"],
             commit_message="Upload an adapter made by quailora",
         )
     except (OSError, ValueError) as error:

@@ -22,6 +22,9 @@ SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
+VARIANTS = ("alora_invocation_tokens", "arrow_config", "use_qalora")
+"""Settings of PEFT with which a LoRA adapter adds something else than `s B A` to every token."""
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,15 @@ class SavedAdapter:
                 )
         return cls(folder, config, tensors)
 
+    def check_every_token(self) -> None:
+        """Raise a `ModelError` unless the adapter changes the weights of its layers, for every token alike."""
+        variants = [name for name in VARIANTS if self.config.get(name)]
+        if variants:
+            raise ModelError(
+                f"Expected an adapter in {self.folder} that adds the same to every token, got one with {variants[0]}. "
+                "What it adds cannot be merged or moved."
+            )
+
     def check_plain(self) -> None:
         """Raise a `ModelError` unless the adapter is LoRA and adds exactly `s B A` in every layer."""
         kind = self.config.get("peft_type")
@@ -82,6 +94,7 @@ class SavedAdapter:
                 f"Expected a plain LoRA adapter in {self.folder}, got DoRA, whose magnitudes scale the base. Train "
                 "with use_dora=False to convert the result."
             )
+        self.check_every_token()
         others = [name for name in self.tensors if "lora_" in name and not name.endswith((A, B))]
         if others:
             raise ModelError(
@@ -114,7 +127,11 @@ class SavedAdapter:
 
     @cached_property
     def _corrected(self) -> frozenset[str]:
-        return frozenset(stem.removeprefix(PREFIX) for stem in self.stems)
+        # Other families have tensors of other names, each of which begins with that of its layer.
+        if self.stems:
+            return frozenset(stem.removeprefix(PREFIX) for stem in self.stems)
+        parts = [key.removeprefix(PREFIX).split(".") for key in self.tensors]
+        return frozenset(".".join(names[:end]) for names in parts for end in range(1, len(names)))
 
     def corrects(self, layer: str) -> bool:
         """Return whether the adapter has a correction for a layer, or for the fused parameter that an expert is in."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from typing import final
 
 import torch
+from torch import Tensor
 
 from ..errors import ModelError, TargetError
 from ..models.layers import Layer
@@ -43,6 +44,15 @@ class ExistingBase(ABC):
         Raises:
             ModelError: if the layer is not there, not quantized, or damaged.
         """
+
+    def vectors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return norms and biases of the base beside its layers, as far as they are stored with it; see `check_around`.
+
+        Args:
+            names: names of parameters of the plain transformers model, all of them vectors.
+        """
+        del names
+        return {}
 
     @property
     def checkpoint(self) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from ..errors import ModelError, NumericalError
@@ -16,6 +16,7 @@ from ..models.quantized import quantization_of
 from ..quantizers import FP4, NF4, Int8, QuantizedWeight, Quantizer
 from .existing import ExistingBase
 from .live_weights import kind_of, live_weight
+from .reader import StoredBase
 
 _INNER = "base_layer"
 """The attribute in which layers of PEFT hold the layer that they wrap."""
@@ -75,6 +76,11 @@ class LiveBase(ExistingBase):
         """The quantizer of bitsandbytes that made all layers while the model was loaded; None for every other base."""
         made = {quantizer_of(module) for module in self.modules.values()}
         return made.pop() if len(made) == 1 and self.checkpoint is None else None
+
+    @override
+    def vectors(self, names: Collection[str]) -> dict[str, Tensor]:
+        # A training may have changed those of the model itself.
+        return {} if self.checkpoint is None else StoredBase(self.checkpoint).vectors(names)
 
     @override
     def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:

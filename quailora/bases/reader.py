@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,6 +132,22 @@ class StoredBase(ExistingBase):
     @override
     def layers(self) -> frozenset[str]:
         return frozenset(self.index)
+
+    @override
+    def vectors(self, names: Collection[str]) -> dict[str, Tensor]:
+        stored = {
+            split_key(key): (key, tensor)
+            for key, tensor in stored_tensors(resolve(self.name)).items()
+            if tensor.dtype in FLOATS and len(tensor.shape) == 1 and split_key(key)[1] in {"weight", "bias"}
+        }
+        modules = self._names({module for module, _ in stored})
+        found: dict[str, Tensor] = {}
+        for (module, part), (key, tensor) in stored.items():
+            name = f"{modules[module]}.{part}"
+            if name in names:
+                with opened(tensor.file, "cpu") as content:
+                    found[name] = content.get_tensor(key)
+        return found
 
     @override
     def weight(self, layer: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizedWeight:

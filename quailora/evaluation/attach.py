@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ModelError, summary
+
+_SHARED = ("vera_A", "vera_B", "randlora_A", "randlora_B")  # ends of names
 
 
 def with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
@@ -30,7 +32,8 @@ def with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
         raise ModelError(f"PEFT cannot load the adapter {folder} on this model ({summary(error)}).") from error
     partly = loaded_partly(wrapped, folder)
     if partly:
-        wrapped.unload()
+        with suppress(ValueError):  # of IA3, which PEFT does not take off layers of 4 bits
+            wrapped.unload()
         raise ModelError(
             f"PEFT loads only a part of the adapter {folder} on this model: {partly}. Its configuration and its "
             "tensors do not belong together, or it is the adapter of another model."
@@ -56,9 +59,12 @@ def loaded_partly(wrapped: Any, adapter: Path) -> str:
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
         return ""
+    mark = getattr(wrapped.base_model, "prefix", "lora_")  # which PEFT gives the tensors of a family
     with safe_open(file, "pt") as content:
-        present = {key for key in content.keys() if "lora_" in key}  # noqa: SIM118 # no mapping
-    loaded = {key for key in get_peft_model_state_dict(wrapped, save_embedding_layers=False) if "lora_" in key}
+        present = {key for key in content.keys() if mark in key}  # noqa: SIM118 # no mapping
+    loaded = {key for key in get_peft_model_state_dict(wrapped, save_embedding_layers=False) if mark in key}
+    # PEFT draws again what all layers share, from a seed, where it is not in the file.
+    loaded = {key for key in loaded if key in present or not key.endswith(_SHARED)}
     ignored, invented = sorted(present - loaded), sorted(loaded - present)
     parts = []
     if ignored:

@@ -180,8 +180,8 @@ def check_measured_on(
     difference = f"{adapter} was not made for {chosen.title}: {described(provenance, different)}; {share(distance)}"
     if distance > _NEARLY and not any_base:
         raise ModelError(
-            f"{difference}. Check the model, leave out `quantizer` and `base`, or pass `any_base=True` to measure it "
-            "all the same."
+            f"{difference}. Check the model, and the quantizer or the base if you name one. `evaluate` and `load` take "
+            "another base all the same with `any_base=True`."
         )
     logger.warning("%s. A model loaded in another dtype or on another device has slightly other codes.", difference)
 

@@ -16,6 +16,7 @@ from ..adapters.hub import adapter_folder
 from ..adapters.provenance import Provenance, read_provenance
 from ..adapters.saved import SavedAdapter
 from ..bases import ExistingBase
+from ..bases.around import check_around
 from ..calibration.empty_pass import find_reach
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Block, Walk
@@ -105,6 +106,8 @@ def quantize_in_place(
         on_layer: called with the name and the quantized weight of each layer.
     """
     existing = base if isinstance(base, ExistingBase) else None
+    if existing is not None:
+        check_around(existing, model)
     layers = quantized_layers(model, {}, existing)
     if isinstance(base, Quantizer) and base.stock_config() is not None:
         layers = {name: layer for name, layer in layers.items() if stock_quantizes(layer)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 from ..errors import ConfigurationError
 
-_METRICS = ("acc_norm,none", "acc,none", "exact_match,none")
-"""Keys of the harness's results, the first of which that a task has is its score."""
+_METRICS = ("acc_norm", "acc", "exact_match")
+"""Metrics of the harness, the first of which that a task has is its score."""
 
 
 @final
@@ -40,6 +41,13 @@ class Tasks:
         unknown = [name for name in self.names if not manager.match_tasks([name])]
         if unknown:
             raise ConfigurationError(f"lm-eval knows no task {unknown[0]!r}. `lm-eval ls tasks` lists what it knows.")
+        several = [name for name in self.names if manager.match_tasks([name]) != [name]]
+        if several:
+            found = manager.match_tasks([several[0]])
+            raise ConfigurationError(
+                f"Expected names of single tasks, got {several[0]!r}, which means {len(found)} of them. Name them one "
+                f"by one: {', '.join(found[:8])}."
+            )
 
     def scores(self, model: Any, tokenizer: Any) -> dict[str, float]:
         """Return the score of a model on each task: its normalized accuracy, accuracy or exact match.
@@ -64,11 +72,27 @@ class Tasks:
             log_samples=False,
         )
         results = results["results"] if results else {}
-        return {
-            name: float(next(results[name][key] for key in _METRICS if key in results[name])) for name in self.names
-        }
+        return {name: score_in(name, results.get(name, {})) for name in self.names}
 
     def _manager(self) -> Any:
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_path=self.folder)
+
+
+def score_in(task: str, results: Mapping[str, Any]) -> float:
+    """Return the score of a task from what the harness says of it, by metric and filter, such as `acc,none`.
+
+    Raises:
+        ConfigurationError: if it has none of the metrics that are known here.
+    """
+    by_metric: dict[str, Any] = {}
+    for key, value in results.items():  # of several filters of a metric, the first one counts
+        by_metric.setdefault(key.partition(",")[0], value)
+    found = [by_metric[metric] for metric in _METRICS if metric in by_metric]
+    if not found:
+        raise ConfigurationError(
+            f"Expected {', '.join(_METRICS)} as a metric of the task {task!r}, got {', '.join(by_metric) or 'none'}. "
+            "Take another task."
+        )
+    return float(found[0])

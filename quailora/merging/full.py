@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import torch
+
 from ..adapters.change import TrainedChange
 from ..adapters.combine import check_alone, factors_of
 from ..adapters.given import AdapterGiven
 from ..errors import ConfigurationError
-from ..models.load import load_model, save_model
+from ..models.load import empty_model, load_model, save_model
 from ..pipeline.checks import output_folder
 from ..pipeline.fine_tuned import FineTuned
 from ..pipeline.options import Resources
 from ..quantizers import Quantizer
+from ..support.choices import DtypeName
 from ..support.files import MODEL_MARK, StrPath, new_folder, write_json
 from ..support.machine import within_memory
 from ..support.tables import print_table
@@ -78,7 +81,8 @@ def merge_full(
     changes = tuple(TrainedChange.read(adapter, initial) for adapter in adapters)
     weights = factors_of(changes, factors)
     check_factors(changes, weights)
-    folder = output_folder(out, overwrite=overwrite, model=True)
+    read = [folder for change in changes for folder in FineTuned((change,)).folders]
+    folder = output_folder(out, overwrite=overwrite, model=True, inputs=[*read, initial, model, trained_on])
     name = model_of(changes[0], model)
     needs_base = any(change.needs_base for change in changes)
     base = base_trained_on(changes[0], name, trained_on) if needs_base else None
@@ -93,7 +97,7 @@ def merge_full(
     try:
         loaded = load_model(
             name,
-            resources.dtype,
+            dtype_in_file(name, resources),
             "cpu",
             offload=offload,
             allow_pickle=resources.allow_pickle,
@@ -115,6 +119,13 @@ def merge_full(
         return FullModel(folder, len(layers), str(loaded.model.dtype).removeprefix("torch."))
     finally:
         shutil.rmtree(offload, ignore_errors=True)
+
+
+def dtype_in_file(model: str, resources: Resources) -> DtypeName:
+    """Return the dtype to write a model in: that of its checkpoint where none is named, also float16 on a CPU."""
+    # Nothing is computed in it but sums of weights.
+    stored = empty_model(model, trust_remote_code=resources.trust_remote_code).dtype
+    return "float16" if resources.dtype == "auto" and stored == torch.float16 else resources.dtype
 
 
 def check_factors(changes: Sequence[TrainedChange], factors: Sequence[float]) -> None:

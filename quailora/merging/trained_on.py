@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,16 +57,21 @@ def check_model(change: TrainedChange, model: StrPath | None, compared: Existing
 
     Args:
         change: the adapter, with its start.
-        model: the model as the caller names it; nothing is compared if None.
+        model: the model as the caller names it. If None, the one that the adapter notes is compared where that is a
+            folder, whose path may mean another model in another place.
         compared: the base that has been compared already, which may be the same one.
     """
     noted = read_provenance((change.before or change.trained).folder).origin
     quantizer = None if noted is None else noted.stock_quantizer
-    if model is None or quantizer is None:
+    if noted is None or quantizer is None:
         return
-    base = FreshBase(str(model), quantizer)
+    experts = (change.before or change.trained).config.get("target_parameters")  # which no stock base quantizes
+    if model is None and (experts or not Path(noted.model).expanduser().is_dir()):
+        return
+    name = noted.model if model is None else str(model)
+    base = FreshBase(name, quantizer)
     if base != compared:
-        check_base(change, str(model), base)
+        check_base(change, name, base)
 
 
 def base_at(place: StrPath) -> ExistingBase:

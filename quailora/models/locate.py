@@ -34,6 +34,11 @@ def resolve(model: str) -> str:
         StorageError: if the folder for converted models cannot be written.
     """
     if model == "demo":
+        if (Path(model) / "config.json").is_file():
+            raise ModelError(
+                "Expected one model, but 'demo' is the demo model, and a folder here has this name as well. Write "
+                "./demo for the folder, or call this from another place."
+            )
         return str(dequantized_folder(demo_file()))
     path = Path(model).expanduser()
     if path.suffix == ".gguf":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..adapters.frozen import check_frozen
@@ -21,6 +21,7 @@ from ..quantizers.fourbit import FourBitWeight
 from ..quantizers.grid import GridWeight
 from ..support.choices import FactorsDtype
 from ..support.files import StrPath, check_output, check_writable, folder_of
+from ..support.inputs import check_inputs
 from .formats import example_of
 
 logger = logging.getLogger("quailora")
@@ -34,13 +35,14 @@ def check_seed(seed: int) -> None:
         raise ConfigurationError(f"Expected a seed from 0 to {_SEEDS - 1}, got {seed}. Try `seed=0`.")
 
 
-def output_folder(out: StrPath, *, overwrite: bool, model: bool = False) -> Path:
+def output_folder(out: StrPath, *, overwrite: bool, model: bool = False, inputs: Iterable[object] = ()) -> Path:
     """Return the folder that results go to.
 
     Args:
         out: the folder as the caller names it.
         overwrite: whether a result that is there may be replaced.
         model: whether a model is written, see `check_output`.
+        inputs: what is read, see `check_inputs`.
 
     Raises:
         ConfigurationError, StorageError, OutputExistsError: if it cannot be made or must stay as it is.
@@ -48,6 +50,7 @@ def output_folder(out: StrPath, *, overwrite: bool, model: bool = False) -> Path
     folder = folder_of(out)
     check_writable(folder)
     check_output(folder, overwrite, model=model)
+    check_inputs(folder, inputs, model=model)
     return folder
 
 

@@ -50,6 +50,12 @@ class FineTuned:
         return digest([*parts, base, self.target])
 
     @property
+    def folders(self) -> list[Path]:
+        """The folders of the adapters and of their starts."""
+        starts = [change.before.folder for change in self.changes if change.before is not None]
+        return [*(change.trained.folder for change in self.changes), *starts]
+
+    @property
     def needs_base(self) -> bool:
         """Whether the weights depend on the quantized base that was trained on."""
         return self.target == "trained" or any(change.needs_base for change in self.changes)

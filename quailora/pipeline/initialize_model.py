@@ -13,6 +13,7 @@ import torch
 from ..adapters.hub import upload
 from ..adapters.lora import LoraScaling
 from ..adapters.tuned import adapter_of, tensors_of
+from ..bases.around import check_around
 from ..calibration.gradients import find_sensitivities
 from ..calibration.tokens import CalibrationTokens
 from ..calibration.walk import Walk
@@ -27,6 +28,7 @@ from ..models.load import LoadedModel, resolve_device
 from ..support import distributed
 from ..support.choices import BaseFormat
 from ..support.files import StrPath, folder_of, new_folder
+from ..support.inputs import check_inputs
 from ..support.machine import within_memory
 from ..support.phases import Phases
 from ..support.tables import markdown_table
@@ -97,6 +99,7 @@ class InitializedModel:
         place, plan = folder_of(folder), self._output.plan
         written = base_format if plan.method.changes_base else None
         check_written_base(plan.method, plan.adapter, written)
+        check_inputs(place, [plan.model, plan.method.base and plan.method.base.checkpoint])
         with new_folder(place, overwrite) as partial:
             self._output.write(partial, written)
         return place
@@ -210,6 +213,8 @@ def finished_run(plan: RunPlan) -> Iterator[AdapterOutput | None]:
         with phases.measure("load"):
             spill = work or store.folder_for("weights")
             loaded = loaded_model(plan, spill if on_disk else None)
+            if plan.method.base is not None:
+                check_around(plan.method.base, loaded.model)
             if plan.fine_tuned is not None:
                 place = spill / f"changed-{distributed.rank()}"
                 held.enter_context(plan.fine_tuned.within(loaded, place, for_good=isinstance(plan.model, str)))

@@ -128,9 +128,10 @@ def plan_run(
     """
     model = str(model) if isinstance(model, Path) else model
     if output is not None:
-        output = replace(output, folder=output_folder(output.folder, overwrite=output.overwrite, model=output.model))
-    # The cheap checks come first: paths, the first record of a text, the seed and the parts of the method. Then the
-    # configuration of the model is read, and then the model runs without its weights, which are not read at all.
+        read = (model, method.base and method.base.checkpoint, *(fine_tuned.folders if fine_tuned else ()))
+        place = output_folder(output.folder, overwrite=output.overwrite, model=output.model, inputs=read)
+        output = replace(output, folder=place)
+    # The cheap checks come first. Then the model runs without its weights, which are not read at all.
     device = resolve_device(resources.device)
     source.check()
     check_seed(source.seed)
@@ -153,11 +154,10 @@ def plan_run(
         wrapped=wrapped,
         kept=method.kept,
     )
-    method = replace(method, scaling=adapter.scaling)
-    check_frozen_rank(method, adapter.layers)
     source = fitted_to(source, empty)
-    if method.distillation is not None:
-        method = replace(method, distillation=method.distillation.fitted(source.size[1]))
+    distillation = method.distillation and method.distillation.fitted(source.size[1])
+    method = replace(method, scaling=adapter.scaling, distillation=distillation)
+    check_frozen_rank(method, adapter.layers)
     check_layers(adapter.layers, method, source, save_base)
     if output is not None:
         check_written_base(method, adapter, output.base_format if save_base else None)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError, OutputExistsError, StorageError
 from .choices import StrPath as StrPath  # noqa: PLC0414 # imported from here, too
+from .model_files import foreign_to_model
 
 RESULTS = (
     "adapter_config.json",
@@ -82,6 +83,12 @@ def check_output(out: Path, overwrite: bool, *, model: bool = False) -> None:
         if out.is_dir() and any(out.iterdir()) and not (overwrite and (out / MODEL_MARK).is_file()):
             advice = " or pass `overwrite=True`" if (out / MODEL_MARK).is_file() else ""
             raise OutputExistsError(f"{out} already holds files. Choose another folder{advice}.")
+        foreign = foreign_to_model(out, MODEL_MARK) if out.is_dir() else []
+        if foreign:
+            raise OutputExistsError(
+                f"{out} holds more than a model, {foreign[0]} among it, and is replaced as a whole. Move that away, or "
+                "choose another folder."
+            )
         return
     if holds_model(out):
         raise OutputExistsError(
@@ -177,20 +184,35 @@ def exchange(new: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link to one, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def fill(out: Path, new: Path) -> None:
     """Move results into a folder whose other files stay."""
     # Whoever loads an adapter looks for its configuration. It is the first file to go and the last one to come, so that
     # a process that is killed in between leaves no adapter at all, and a mark which says that the folder may be
     # overwritten.
-    (out / _UNFINISHED).touch()
-    for name in RESULTS:  # the first one is what makes the others an adapter
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        else:
-            (out / name).unlink(missing_ok=True)
-    for name in reversed(RESULTS):
-        if (new / name).exists():
-            shutil.move(new / name, out / name)
+    # What is new comes into the folder under other names first, so that a full disk leaves the old result as it was.
+    staged = {name: out / f".{name}.new" for name in RESULTS}
+    try:
+        for name, path in staged.items():
+            remove(path)  # of a process that was killed
+            if (new / name).exists():
+                shutil.move(new / name, path)
+        (out / _UNFINISHED).touch()
+        for name in RESULTS:  # the first one is what makes the others an adapter
+            remove(out / name)
+        for name in reversed(RESULTS):
+            if staged[name].exists():
+                staged[name].rename(out / name)
+    finally:
+        for path in staged.values():
+            remove(path)
     flush(out)
     (out / _UNFINISHED).unlink()
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from quailora import GPTQ, NF4, SVD, Optimal, Quantizer, Solver, Uniform
+from quailora import FAMILIES, GPTQ, NF4, SVD, Optimal, Quantizer, Solver, Uniform
+from quailora.cli.components import Component
 from quailora.cli.main import main
 from quailora.errors import ModelError
 from quailora.support.files import new_folder
@@ -374,3 +375,11 @@ def test_unknown_component_in_a_sidecar_is_refused():
         build(Quantizer, {"class_path": "os.system", "init_args": {}})
     with pytest.raises(ModelError, match="has no field wings"):
         build(Quantizer, describe(NF4()) | {"init_args": {"wings": 2}})
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_every_family_can_be_named(name):
+    """Also those with a solver of their own, which is the field of an object; and that with another one."""
+    assert Component(name).made("family") == FAMILIES[name]()
+    if hasattr(FAMILIES[name](), "solver"):
+        assert Component(name, words=("--family.solver", "SVD")).made("family").solver == SVD()

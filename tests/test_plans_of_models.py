@@ -247,6 +247,28 @@ def test_other_files_in_the_folder_of_a_plan_stay(tiny_llama, folder, tmp_path):
     assert mine.read_text(encoding="utf-8") == "Mine."
 
 
+def test_measurements_of_another_model_are_refused(tokenizer, folder, tmp_path, capsys):
+    options = {"intermediate_size": 96, "num_key_value_heads": 2}
+    words = ["--measurements", str(folder), "--budget", "7bits", "--out", str(tmp_path / "p")]
+    for name, more in (("larger", {"num_hidden_layers": 3}), ("wider", {"intermediate_size": 128})):
+        model = save_llama(tmp_path / name, tokenizer, **options | more)
+        assert main(["plan", str(model), *words]) == 1
+        assert "which has other layers than" in " ".join(capsys.readouterr().err.split())
+    model = save_llama(tmp_path / "same", tokenizer, **options)
+    assert main(["plan", str(model), *words]) == 0
+
+
+def test_a_plan_without_adapters_says_how_to_have_some(tiny_llama, folder, tmp_path, capsys):
+    """The command that comes next is one that works."""
+    words = ["plan", str(tiny_llama), "--measurements", str(folder), "--out", str(tmp_path / "p")]
+    assert main([*words, "--budget", "6bits", "--ranks", "0"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Next: quailora plan" in said
+    assert "RANKS_ABOVE_0" in said
+    with pytest.raises(ConfigurationError, match="Plan with ranks above 0 only"):
+        BudgetPlan.read(tmp_path / "p").method()
+
+
 def test_a_family_of_other_adapters_is_refused(tiny_llama, folder, tmp_path, capsys):
     """A plan counts the bytes of LoRA, and its ranks are those of LoRA."""
     words = ["init", str(tiny_llama), "--plan", str(folder), "--out", str(tmp_path / "a"), *RUN]

@@ -175,7 +175,10 @@ class BudgetPlan:
                 work with a quantizer.
         """
         if not self.targets:
-            raise ConfigurationError("No layer of this plan has an adapter. Plan with ranks above 0 only.")
+            raise ConfigurationError(
+                "No layer of this plan has an adapter. Plan with ranks above 0 only; with the `measurements` of this "
+                "plan that takes no measuring."
+            )
         if scaling.rank_pattern or scaling.alpha_pattern:
             raise ConfigurationError(
                 "A budget plan decides the ranks of layers. Leave out rank_pattern, alpha_pattern."

@@ -9,6 +9,7 @@ from argparse import SUPPRESS
 from argparse import ArgumentParser as PlainParser
 from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from inspect import Parameter, getdoc, signature
 from typing import Any, NoReturn
@@ -80,8 +81,16 @@ def component_parser(option: str, cls: type[Any]) -> Parser:
     see = f"quailora init --{option}.help {short_name(cls) or class_path(cls)}"
     parser = Parser(prog=see, print_config=None)
     parser.add_class_arguments(cls, option)
+    # An object that is the default of a field is named by its class, since its interface cannot be made.
+    objects = {each.name: each.default for each in fields(cls) if is_dataclass(each.default)}
+    parser.set_defaults({f"{option}.{name}": described(one) for name, one in objects.items()})
     parser.add_argument("--config", action="config", help=SUPPRESS)
     return parser
+
+
+def described(component: Any) -> dict[str, Any]:
+    """Return the class of an object and the values of its fields, as a configuration file has them."""
+    return {"class_path": class_path(type(component)), "init_args": vars(component)}
 
 
 def component_help(option: str, cls: type[Any]) -> str:

@@ -17,6 +17,8 @@ from ..budget.plan import PLAN_FILE, Budget, BudgetPlan
 from ..budget.planning import Planner, Point, check_quality
 from ..budget.plot import plot_frontier
 from ..errors import ConfigurationError, OutputExistsError
+from ..models.layers import linear_layers
+from ..models.load import empty_model
 from ..pipeline.checkpoint import remove_state
 from ..pipeline.formats import FULL_BITS
 from ..pipeline.options import Resources
@@ -74,7 +76,16 @@ class PlanResult:
             f"Expected divergence {number(plan.divergence)}"
             + ("" if self.uniform is None else f", with {self.uniform[0].title} everywhere {number(self.uniform[1])}")
             + ("" if self.skipping is None else f", with 16-bit skips alone {number(self.skipping)}")
-            + f". Next: quailora init {self.model} --plan {self.folder} --out adapter --calibration TEXT"
+            + f". Next: {self.following}"
+        )
+
+    @property
+    def following(self) -> str:
+        """The command that comes next: it makes the model, or a plan with adapters if this one has none."""
+        if self.plan.targets:
+            return f"quailora init {self.model} --plan {self.folder} --out adapter --calibration TEXT"
+        return (
+            f"quailora plan {self.model} --measurements {self.folder} --budget BUDGET --ranks RANKS_ABOVE_0 --out PLAN"
         )
 
 
@@ -151,7 +162,7 @@ def measured_for(options: Mapping[str, Any], folder: Path) -> Measurements:
         check_unused(options)
         known = Measurements.read(options["measurements"])
         if known.model != str(options["model"]):
-            logger.warning("These measurements are of %s; they are taken for %s.", known.model, options["model"])
+            check_same_layers(known, options)
         return known
     base_format = options["format"]
     bits = tuple(options["bits"])
@@ -183,6 +194,19 @@ def check_unused(options: Mapping[str, Any]) -> None:
             f"The measurements are there already, and nothing is measured, got {', '.join(given)} as well. Leave that "
             "out, or leave out `measurements` to measure anew."
         )
+
+
+def check_same_layers(known: Measurements, options: Mapping[str, Any]) -> None:
+    """Raise a `ConfigurationError` if measurements are of layers that a model does not have; warn if it has all."""
+    empty = empty_model(str(options["model"]), trust_remote_code=options["trust_remote_code"])
+    layers = {name: layer.shape for name, layer in linear_layers(empty).items()}
+    measured = {name: layer.shape for name, layer in known.layers.items()}
+    if layers.keys() != {**measured, **known.others}.keys() or not measured.items() <= layers.items():
+        raise ConfigurationError(
+            f"These measurements are of {known.model}, which has other layers than {options['model']}. Leave out "
+            "`measurements` to measure this model."
+        )
+    logger.warning("These measurements are of %s; they are taken for %s.", known.model, options["model"])
 
 
 def plain(value: Any) -> Any:

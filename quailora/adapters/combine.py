@@ -7,15 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..errors import ConfigurationError
-from ..support.files import (
-    StrPath,
-    as_str,
-    check_writable,
-    folder_of,
-    new_folder,
-    write_json,
-    write_tensors,
-)
+from ..support.files import StrPath, as_str, check_writable, folder_of, new_folder, write_json, write_tensors
 from ..support.inputs import check_inputs
 from .change import EARLIER, TrainedChange
 from .convert import Conversion, original_model

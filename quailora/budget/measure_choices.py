@@ -18,14 +18,14 @@ from ..errors import ConfigurationError
 from ..methods.recipes import find_recipe
 from ..models.layers import ALL_LINEAR, Layer, block_of, stock_quantizes
 from ..pipeline.checks import warn_of_shipped_text
-from ..pipeline.formats import example_by
+from ..pipeline.formats import example_by, tensors_in_checkpoints
 from ..pipeline.options import Resources
 from ..pipeline.plan import CalibrationGiven, RunPlan, plan_run, source_of
 from ..quantizers import NF4, Quantizer
 from ..support.choices import PLANNED_BITS, PLANNED_LENGTH, PLANNED_RANKS, PLANNED_SAMPLES, StrPath
 from ..support.files import folder_of
 from ..support.machine import size, within_memory
-from .choices import Choice, column_bytes, possible_choices
+from .choices import Choice, possible_choices
 from .layer_errors import quantizers_of
 from .measurements import Measurements
 from .measuring import is_written, layers_besides, measure_model, other_bytes
@@ -33,8 +33,6 @@ from .plan import Budget
 from .question import PlanRecipe, Question
 
 logger = logging.getLogger("quailora")
-
-_SIDE = 256  # rows and columns of the layer that formats are compared by
 
 
 @within_memory("shorter windows, `device='cpu'`, or a machine with more memory: the whole model has to fit")
@@ -131,8 +129,7 @@ def planned(model: Any, question: Question, source: CalibrationSource, resources
 def check_one_format(choices: Sequence[Choice]) -> None:
     """Raise a `ConfigurationError` unless there is a checkpoint that holds layers of all these choices together."""
     quantizers = quantizers_of(choices)
-    # Formats differ in the tensors that a layer has in them. The side is one that the codes of every format fill.
-    formats = {frozenset(example_by(quantizer, (_SIDE, _SIDE)).packed()) for quantizer in quantizers}
+    formats = set(map(tensors_in_checkpoints, quantizers))  # in which they differ
     if len(formats) > 1 or not all(formats):
         raise ConfigurationError(
             "Expected quantizers that one checkpoint holds, such as Uniform of 2, 3, 4 and 8 bits, or NF4 alone, got "
@@ -194,8 +191,8 @@ def reference_for(run: RunPlan, choices: Sequence[Choice], budget: Budget | None
     # Bytes follow from shapes, so a budget that nothing fits is refused before a weight is read.
     layers = run.adapter.layers
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
-    rest = other_bytes(run.empty, layers, layers_besides(run, Question(tuple(choices), quantized[0]), run.empty))
-    allowed = budget.nbytes(weights, rest + column_bytes(choices, layers))
+    others = layers_besides(run, Question(tuple(choices), quantized[0]), run.empty)
+    allowed = budget.nbytes(weights, other_bytes(run.empty, layers, others, choices))
     totals = {choice: sum(choice.nbytes(layer) for layer in layers.values()) for choice in quantized}
     least = min(totals.values())
     if least > allowed:

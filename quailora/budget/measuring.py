@@ -79,7 +79,7 @@ def measure_model(plan: RunPlan, question: Question, folder: Path, *, fresh: boo
             question.reference,
             question.recipe,
             divergence_of_reference(loaded, layers, pieces, store),
-            other_bytes(loaded.model, layers, others) + column_bytes(question.choices, layers),
+            other_bytes(loaded.model, layers, others, question.choices),
             measured,
             time.perf_counter() - began,
             others,
@@ -113,18 +113,20 @@ def is_written(method: Method, choices: Sequence[Choice]) -> bool:
     return method.changes_base or not stock or Choice(None) in choices
 
 
-def other_bytes(model: Any, layers: Mapping[str, Layer], others: Mapping[str, PlannedLayer]) -> int:
-    """Return the bytes of a model without the layers that are measured.
+def other_bytes(
+    model: Any, layers: Mapping[str, Layer], others: Mapping[str, PlannedLayer], choices: Sequence[Choice]
+) -> int:
+    """Return the bytes of a model beside the layers that are measured; see `Measurements`.
 
     Args:
         model: the model, with or without weights.
         layers: the layers that are measured.
         others: what becomes of the other linear layers.
+        choices: the choices, which say what format the base has.
     """
-    sizes = parameter_bytes(model)
-    replaced = [*layers.values(), *(layer for name, layer in linear_layers(model).items() if name in others)]
-    own = sum(layer.weight.numel() * layer.weight.element_size() for layer in replaced)
-    return sum(sizes.values()) - own + sum(one.nbytes for one in others.values())
+    linear = {f"{name}.weight" for name in (*layers, *others)}
+    kept = sum(nbytes for name, nbytes in parameter_bytes(model).items() if name not in linear)
+    return kept + sum(one.nbytes for one in others.values()) + column_bytes(choices, layers)
 
 
 def measure_errors(

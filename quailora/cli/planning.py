@@ -186,7 +186,7 @@ def check_unused(options: Mapping[str, Any]) -> None:
     """Raise a `ConfigurationError` if options beside `measurements` say how to measure."""
     from .commands.plan import plan
 
-    # Options of other commands may be missing here, and those of several values come as lists or as tuples.
+    # Options of several values come as lists or as tuples.
     defaults = {name: parameter.default for name, parameter in signature(plan).parameters.items()}
     given = [name for name in defaults if name not in _AGAIN and plain(options[name]) != plain(defaults[name])]
     if given:

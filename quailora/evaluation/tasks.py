@@ -38,12 +38,13 @@ class Tasks:
             manager = self._manager()
         except ImportError as error:
             raise ConfigurationError(f"Tasks need lm-eval ({error}): pip install 'quailora[tasks]'.") from error
-        unknown = [name for name in self.names if not manager.match_tasks([name])]
+        meant = {name: manager.match_tasks([name]) for name in self.names}
+        unknown = [name for name, found in meant.items() if not found]
         if unknown:
             raise ConfigurationError(f"lm-eval knows no task {unknown[0]!r}. `lm-eval ls tasks` lists what it knows.")
-        several = [name for name in self.names if manager.match_tasks([name]) != [name]]
+        several = [name for name, found in meant.items() if found != [name]]
         if several:
-            found = manager.match_tasks([several[0]])
+            found = meant[several[0]]
             raise ConfigurationError(
                 f"Expected names of single tasks, got {several[0]!r}, which means {len(found)} of them. Name them one "
                 f"by one: {', '.join(found[:8])}."

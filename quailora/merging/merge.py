@@ -18,7 +18,7 @@ from ..models.limits import fitting_length
 from ..models.load import empty_model
 from ..models.quantized import quantization_of
 from ..pipeline.fine_tuned import FineTuned, Target
-from ..pipeline.formats import has_checkpoints
+from ..pipeline.formats import tensors_in_checkpoints
 from ..pipeline.initialize_model import finished_run
 from ..pipeline.options import Output, Resources
 from ..pipeline.output import AdapterOutput
@@ -109,7 +109,7 @@ def merge(
     measured = texts.windows > 0
     if max_kl is not None and not measured:
         raise ConfigurationError("Expected windows to measure the divergence on, got none. Leave `max_kl` out.")
-    if not has_checkpoints(into) and output.base_format != "dequantized":
+    if not tensors_in_checkpoints(into) and output.base_format != "dequantized":
         raise ConfigurationError(
             f"Expected a format that checkpoints hold, such as NF4() or GPTQ(4), got {into!r}. To write its values in "
             "floating point, pass `base_format='dequantized'`."

@@ -42,9 +42,9 @@ def example_by(quantizer: Quantizer, shape: tuple[int, int]) -> QuantizedWeight:
     return quantizer.quantize(sample, statistics)
 
 
-def has_checkpoints(quantizer: Quantizer) -> bool:
-    """Return whether checkpoints hold the codes of a quantizer, in layers of usual sizes."""
-    return bool(example_by(quantizer, (_SIDE, _SIDE)).packed())
+def tensors_in_checkpoints(quantizer: Quantizer) -> frozenset[str]:
+    """Return the tensors that checkpoints hold of a layer of usual size; none where no checkpoint holds its codes."""
+    return frozenset(example_by(quantizer, (_SIDE, _SIDE)).packed())
 
 
 def full_bits(layer: Layer) -> int:

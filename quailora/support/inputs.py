@@ -21,10 +21,10 @@ def check_inputs(out: Path, inputs: Iterable[object], *, model: bool = False) ->
         return
     for given in inputs:
         path = Path(given).expanduser().resolve() if isinstance(given, (str, Path)) and str(given) else None
-        if path is None or not path.exists():
+        if path is None or not path.exists() or not path.is_relative_to(out):
             continue
-        inside = path.relative_to(out).parts[:1] if path.is_relative_to(out) else ("",)
-        if inside == () or (model and inside != ("",)) or inside[0] in RESULTS:
+        inside = path.relative_to(out).parts
+        if not inside or model or inside[0] in RESULTS:
             raise OutputExistsError(
                 f"Expected another folder for the result than {out}, since {given} in it is read and would be replaced "
                 "by it. Choose another folder."
